@@ -1,0 +1,141 @@
+"""Bytes of a page.
+
+Each layer has one array of pages, [num_blocks, num_kv_heads, head page]. A head page holds the
+block_size tokens of one KV head in planes, so that a run of tokens is a run of bytes:
+
+    0                      value_codes_offset   key_scales_offset           value_scales_offset
+    ├── key codes ───────────┼── value codes ──────┼── key scales ┬ key biases ┼── value scales ──┤
+       block_size x D_k b_k/8   block_size x D_v b_v/8   x 2          x 2            x 2
+
+In a plane tokens follow one another. Codes are packed as in `bitpack`; scales and biases are
+float16. Every plane begins on a multiple of 16 bytes.
+"""
+
+from dataclasses import dataclass
+
+from vllm_metal.metal_kernel_backend.turboquant.formats import Format, key_format, value_format
+
+MIN_POWER = 16
+MAX_HEAD_SIZE = 512
+ODD_FACTORS = (1, 3, 5, 7)
+
+
+def check_head_size(head_size: int) -> None:
+    """Raise ValueError unless vectors of this size can be rotated and packed."""
+    power = head_size & -head_size if head_size > 0 else 0
+    if power < MIN_POWER or head_size // power not in ODD_FACTORS or head_size > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"head size {head_size} has no rotation; allowed: m * 2^k with m in {ODD_FACTORS} "
+            f"and 2^k at least {MIN_POWER}, up to {MAX_HEAD_SIZE} (64, 80, 96, 112, 128, 160, ...)"
+        )
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Every size and offset of the pages of one layer, in bytes unless said otherwise.
+
+    Raises ValueError for a head size without a rotation, or a block size not a multiple of 8.
+    """
+
+    key_format: Format
+    value_format: Format
+    key_head_size: int
+    value_head_size: int
+    num_kv_heads: int
+    block_size: int
+    """Tokens in a block."""
+
+    @classmethod
+    def of(
+        cls, k_quant: str, v_quant: str, head_size: int, num_kv_heads: int, block_size: int
+    ) -> "SlotLayout":
+        """The layout for format names and keys and values of one size."""
+        key, value = key_format(k_quant), value_format(v_quant)
+        return cls(key, value, head_size, head_size, num_kv_heads, block_size)
+
+    def __post_init__(self) -> None:
+        check_head_size(self.key_head_size)
+        check_head_size(self.value_head_size)
+        if self.block_size <= 0 or self.block_size % 8:
+            raise ValueError(f"block size {self.block_size} is not a positive multiple of 8")
+        if self.num_kv_heads <= 0:
+            raise ValueError(f"{self.num_kv_heads} KV heads; at least 1 is needed")
+
+    @property
+    def key_codes_bytes(self) -> int:
+        """Codes of one key."""
+        return self.key_format.codes_bytes(self.key_head_size)
+
+    @property
+    def value_codes_bytes(self) -> int:
+        """Codes of one value."""
+        return self.value_format.codes_bytes(self.value_head_size)
+
+    @property
+    def slot_size(self) -> int:
+        """One token of one KV head, key and value."""
+        key = self.key_format.vector_bytes(self.key_head_size)
+        return key + self.value_format.vector_bytes(self.value_head_size)
+
+    @property
+    def head_page_bytes(self) -> int:
+        """block_size tokens of one KV head."""
+        return self.block_size * self.slot_size
+
+    @property
+    def page_size_bytes(self) -> int:
+        """One block of one layer, all KV heads."""
+        return self.num_kv_heads * self.head_page_bytes
+
+    @property
+    def key_codes_offset(self) -> int:
+        return 0
+
+    @property
+    def value_codes_offset(self) -> int:
+        return self.block_size * self.key_codes_bytes
+
+    @property
+    def key_scales_offset(self) -> int:
+        return self.value_codes_offset + self.block_size * self.value_codes_bytes
+
+    @property
+    def key_biases_offset(self) -> int:
+        """Where the key biases are; an empty plane unless the key format has them."""
+        return self.key_scales_offset + self.block_size * 2
+
+    @property
+    def value_scales_offset(self) -> int:
+        return self.key_scales_offset + self.block_size * self.key_format.metadata_bytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits per coordinate, keys and values averaged, metadata included."""
+        return 8 * self.slot_size / (self.key_head_size + self.value_head_size)
+
+    def compression_ratio(self, dense_bytes_per_element: int = 2) -> float:
+        """How many times more tokens fit than with dense pages of 16 (or other) bits."""
+        return 8 * dense_bytes_per_element / self.bits_per_element
+
+    def pages_shape(self, num_blocks: int) -> tuple[int, int, int]:
+        """Shape of the array of pages, in uint16 halfwords."""
+        return num_blocks, self.num_kv_heads, self.head_page_bytes // 2
+
+    def template(self) -> list[tuple[str, int]]:
+        """The numbers a kernel is compiled for. Offsets are in bytes within a head page."""
+        return [
+            ("NUM_KV_HEADS", self.num_kv_heads),
+            ("BLOCK_SIZE", self.block_size),
+            ("KEY_HEAD_SIZE", self.key_head_size),
+            ("VALUE_HEAD_SIZE", self.value_head_size),
+            ("KEY_BITS", self.key_format.bits),
+            ("VALUE_BITS", self.value_format.bits),
+            ("KEY_TERMS", self.key_format.num_terms),
+            ("VALUE_TERMS", self.value_format.num_terms),
+            ("KEY_HAS_BIAS", int(self.key_format.has_bias)),
+            ("HEAD_PAGE_BYTES", self.head_page_bytes),
+            ("VALUE_CODES_OFFSET", self.value_codes_offset),
+            ("KEY_SCALES_OFFSET", self.key_scales_offset),
+            ("KEY_BIASES_OFFSET", self.key_biases_offset),
+            ("VALUE_SCALES_OFFSET", self.value_scales_offset),
+        ]
