@@ -14,6 +14,11 @@ from vllm_metal import blas
 
 linux_only = pytest.mark.skipif(platform.system() != "Linux", reason="macOS has Accelerate")
 
+BINDING = re.compile(
+    r"binding file \S*mlx\S* \[\d+\] to (\S+) \[\d+\]: normal symbol `(?:cblas_sgemm|sgemm_)'"
+)
+"""A line of the dynamic linker's trace: MLX, or its BLAS, finds a product in a library."""
+
 PRODUCT = """
 import mlx.core as mx
 import numpy as np
@@ -47,13 +52,8 @@ def test_the_product_is_computed_by_the_loaded_library(tmp_path):
     bound_to = set()
     for file in tmp_path.iterdir():
         with file.open(errors="replace") as lines:
-            for line in lines:
-                match = re.search(
-                    r"binding file (\S+) \[\d+\] to (\S+) \[\d+\]: normal symbol `(?:cblas_)?sgemm_?'",
-                    line,
-                )
-                if match and "mlx" in match[1]:
-                    bound_to.add(match[2].rpartition("/")[2])
+            for match in filter(None, map(BINDING.search, lines)):
+                bound_to.add(match[1].rpartition("/")[2])
     assert any(name.startswith(library) for name in bound_to), (serves, bound_to)
 
 
