@@ -7,9 +7,10 @@ float16 `bias`. It stands for
                                            x = code - (2^b - 1) / 2
 
 so a codebook is an odd polynomial of the code: symmetric, without a table, never zero. Degree 1 is
-a uniform grid over (-2, 2). Other coefficients are the least-squares fit to the Lloyd-Max quantiser of one
-coordinate of a rotated vector of norm sqrt(head_size); its density is (1 - t^2)^((D - 3) / 2) with
-t = coordinate / sqrt(D). They are integrals, not samples, and so the same everywhere.
+a uniform grid over (-2, 2). Otherwise the coefficients are the least-squares fit to the Lloyd-Max
+quantiser of one coordinate of a rotated vector of norm sqrt(head_size), whose density is
+(1 - t^2)^((D - 3) / 2) with t = coordinate / sqrt(D). They are integrals, not samples, and so the
+same everywhere.
 
 No MLX here: the planner and the command line read this file too.
 """
@@ -80,9 +81,15 @@ class Format:
         return _fit(self.bits, self.degree, head_size).astype(np.float32)
 
     def centroids(self, head_size: int) -> np.ndarray:
-        """The codebook, float32 [num_codes], increasing and antisymmetric."""
-        coefficients = self.coefficients(head_size).astype(np.float64)
-        return (_odd_powers(self.bits, self.degree) @ coefficients).astype(np.float32)
+        """The codebook, float32 [num_codes], increasing and antisymmetric.
+
+        Horner's rule in x^2, each operation rounded to float32, times x last.
+        """
+        x = np.arange(self.num_codes, dtype=np.float32) - np.float32((self.num_codes - 1) / 2)
+        *lower, value = self.coefficients(head_size)
+        for coefficient in reversed(lower):
+            value = value * (x * x) + coefficient
+        return x * value
 
     def midpoints(self, head_size: int) -> np.ndarray:
         """Decision bounds, float32 [num_codes - 1]: code(u) = the number of midpoints <= u."""
