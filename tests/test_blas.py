@@ -62,7 +62,7 @@ def test_torch_serves_where_openblas_is_absent():
     code = (
         "import sys\n"
         "from vllm_metal import blas\n"
-        "blas.OPENBLAS = ()\n"
+        "blas.OPENBLAS = 'libno-such-blas.so'\n"
         "print(blas.load_fast_blas())\n"
         "assert 'torch' not in sys.modules and 'mlx.core' not in sys.modules\n"
     )
@@ -87,6 +87,6 @@ def test_without_any_library(monkeypatch):
     """A machine whose torch has no BLAS to lend keeps MLX's own."""
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
-    monkeypatch.setattr(blas, "OPENBLAS", ("libno-such-blas.so",))
+    monkeypatch.setattr(blas, "OPENBLAS", "libno-such-blas.so")
     monkeypatch.setattr(blas, "find_spec", lambda name: None)
     assert "no faster one" in blas.load_fast_blas.__wrapped__()

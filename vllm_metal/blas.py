@@ -20,8 +20,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-OPENBLAS = ("libopenblas.so.0", "libblas.so.3")
-"""Names under which systems offer OpenBLAS; the second may also be the reference BLAS."""
+OPENBLAS = "libopenblas.so.0"
 
 
 @functools.cache
@@ -40,15 +39,11 @@ def load_fast_blas() -> str:
 
 def load_openblas() -> str | None:
     """Loads the system's OpenBLAS globally; None if there is none."""
-    for name in OPENBLAS:
-        try:
-            is_openblas = hasattr(ctypes.CDLL(name), "openblas_get_config")
-        except OSError:
-            continue
-        if is_openblas:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            return f"OpenBLAS ({name})"
-    return None
+    try:
+        ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return f"OpenBLAS ({OPENBLAS})"
 
 
 def load_torch_blas() -> str | None:
