@@ -1,0 +1,87 @@
+"""An offline vLLM engine in this process, and mlx-lm's own generation to compare with."""
+
+import contextlib
+import gc
+import os
+import pydoc_data.topics
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from vllm_metal.blas import load_fast_blas
+
+load_fast_blas()
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm  # noqa: E402
+from mlx_lm.generate import generate_step  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+
+PROMPT_LENGTHS = (5, 17, 32, 64, 129, 250, 431, 700)
+NEW_TOKENS = 64
+
+
+@contextlib.contextmanager
+def engine(model: Path, **settings) -> Iterator[LLM]:
+    """A small float32 engine; its memory is released on leaving."""
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 400 << 20,
+        "max_num_seqs": 16,
+        "disable_log_stats": True,
+    }
+    llm = LLM(str(model), **(defaults | settings))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        mx.clear_cache()
+
+
+def prompts(model: Path) -> list[list[int]]:
+    """One prompt of each of `PROMPT_LENGTHS`, from different places of Python's documentation."""
+    _, tokenizer = mlx_lm.load(str(model), lazy=True)
+    text = "".join(pydoc_data.topics.topics.values())
+    token_ids = tokenizer.encode(text[:40000])
+    return [token_ids[900 * i : 900 * i + length] for i, length in enumerate(PROMPT_LENGTHS)]
+
+
+def mlx_lm_tokens(model: Path, token_ids: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """What mlx-lm generates greedily, one prompt at a time, with its own caches."""
+    reference, _ = mlx_lm.load(str(model))
+    reference.set_dtype(mx.float32)
+    return [
+        [
+            int(token)
+            for token, _ in generate_step(mx.array(prompt), reference, max_tokens=new_tokens)
+        ]
+        for prompt in token_ids
+    ]
+
+
+def generate(
+    llm: LLM,
+    token_ids: list[list[int]],
+    params: SamplingParams | list[SamplingParams] | None = None,
+) -> list[list[int]]:
+    """Tokens of each prompt, all submitted at once; greedy unless `params` says otherwise."""
+    if params is None:
+        params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in token_ids], params, use_tqdm=False
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def num_cached_tokens(llm: LLM, token_ids: list[int]) -> int:
+    """Prompt tokens that a fresh request takes from the prefix cache."""
+    output = llm.generate(
+        [{"prompt_token_ids": token_ids}],
+        SamplingParams(temperature=0, max_tokens=1),
+        use_tqdm=False,
+    )[0]
+    return output.num_cached_tokens

@@ -1,0 +1,306 @@
+"""Binds an unmodified mlx-lm model to paged attention through mlx-lm's own cache protocol.
+
+Every mlx-lm attention module does its projections, norms and RoPE, then calls
+
+    keys, values = cache.update_and_fetch(keys, values)
+    scaled_dot_product_attention(queries, keys, values, cache=cache, scale=, mask=, sinks=)
+
+`LayerKVCache` is what the model sees as `cache`; the one rebound name is
+`scaled_dot_product_attention`, which asks a `LayerKVCache` to attend and leaves every other
+cache to mlx-lm. A dry forward at load, never evaluated, checks that the model keeps to the
+protocol and yields the shape of each layer.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import base as mlx_lm_base
+from mlx_lm.models import cache as mlx_lm_cache
+
+from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
+from vllm_metal.errors import UserError
+from vllm_metal.kv_cache.cache import KVCache
+
+_mlx_lm_attention = mlx_lm_base.scaled_dot_product_attention
+
+_UNSUPPORTED_CACHES = {
+    "RotatingKVCache": "sliding-window attention",
+    "ChunkedKVCache": "chunked attention",
+    "ArraysCache": "recurrent state",
+    "MambaCache": "recurrent state",
+    "CacheList": "several caches in one layer",
+}
+
+
+class UnsupportedModelError(UserError):
+    """The model cannot be served; the message gives all reasons."""
+
+    def __init__(self, model_type: str, reasons: list[str]):
+        super().__init__(f"Model type {model_type!r} cannot be served", reasons)
+
+
+@dataclass
+class _Forward:
+    """What all layers share during one forward pass."""
+
+    metadata: AttentionMetadata | None = None
+    kv_cache: KVCache | None = None
+    last_rows_only: bool = False
+
+
+class LayerKVCache:
+    """The cache of one attention layer, as an mlx-lm model sees it."""
+
+    def __init__(self, layer: int, forward: _Forward):
+        self._layer = layer
+        self._forward = forward
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Position of the first token of this forward: an int, or [B] int32."""
+        return self._forward.metadata.offset
+
+    def make_mask(self, query_len: int, **_: Any) -> str | None:
+        """The backend masks by position; this only tells the model that attention is causal."""
+        return None if query_len == 1 else "causal"
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:  # [B, H, L, D] each
+        """Takes this forward's K/V and hands the same arrays on, to be recognised in `attend`."""
+        self._keys, self._values = keys, values
+        return keys, values
+
+    def attend(
+        self,
+        queries: mx.array,  # [B, Hq, L, Dk]
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:  # [B, Hq, L, Dv]
+        """Stores this forward's K/V in their slots and attends over the pages."""
+        self._keys = self._values = None
+        metadata, kv_cache = self._forward.metadata, self._forward.kv_cache
+        backend = kv_cache.backends[self._layer]
+        if isinstance(metadata, DecodeMetadata):
+            kv_cache.store(self._layer, keys[:, :, 0], values[:, :, 0], metadata)
+            pages = kv_cache.pages(self._layer)
+            out = backend.decode(pages, queries[:, :, 0], metadata, scale, sinks)
+            return out[:, :, None]
+        kv_cache.store(self._layer, keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1), metadata)
+        pages = kv_cache.pages(self._layer)
+        return backend.prefill(pages, queries[0], keys[0], values[0], metadata, scale, sinks)[None]
+
+
+class _DryCache(LayerKVCache):
+    """Stands in for `LayerKVCache` in the dry forward and notes how the model uses it."""
+
+    offset = 0
+
+    def __init__(self) -> None:
+        super().__init__(0, _Forward())
+        self.shape: LayerShape | None = None
+        self.updates = 0
+        self.attends = 0
+        self.reasons: list[str] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.updates += 1
+        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
+        return super().update_and_fetch(keys, values)
+
+    def attend(self, queries, keys, values, scale, mask, sinks):
+        self.attends += 1
+        if keys is not self._keys or values is not self._values:
+            self.reasons.append("attends to other keys or values than its cache returned")
+        if mask is not None and not isinstance(mask, str):
+            self.reasons.append("brings an attention mask of its own")
+        return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
+
+    def problems(self) -> list[str]:
+        """Everything that breaks the protocol, in words that follow 'layer N ...'."""
+        found = list(self.reasons)
+        if self.updates != 1:
+            found.append(f"updates its cache {self.updates} times in one forward, not once")
+        if self.attends != 1:
+            found.append(
+                f"calls mlx-lm's scaled_dot_product_attention {self.attends} times with its "
+                "cache, not once (its attention is computed in another way)"
+            )
+        return found
+
+
+def scaled_dot_product_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's function of that name, for models whose cache may be a `LayerKVCache`."""
+    if isinstance(cache, LayerKVCache):
+        return cache.attend(queries, keys, values, scale, mask, sinks)
+    return _mlx_lm_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def _rebind_attention(model: nn.Module) -> None:
+    """Rebinds the name in mlx-lm's base module and in every module that imported it."""
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
+    modules.append(sys.modules[type(model).__module__])
+    for module in modules:
+        if getattr(module, "scaled_dot_product_attention", None) is _mlx_lm_attention:
+            module.scaled_dot_product_attention = scaled_dot_product_attention
+
+
+class ModelBinding:
+    """An mlx-lm model whose attention layers read and write a `KVCache`.
+
+    Args:
+        model: a model loaded by mlx-lm.
+
+    Raises:
+        UnsupportedModelError: the model's caches or its use of them cannot be served.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.model_type = getattr(model, "model_type", type(model).__module__)
+        self._forward = _Forward()
+        _rebind_attention(model)
+        self.layers = self._dry_forward()
+        self._caches = [LayerKVCache(layer, self._forward) for layer in range(len(self.layers))]
+        self.slices_before_head = _slice_rows_before_head(model, self._forward)
+
+    def bind(self, kv_cache: KVCache | None) -> None:
+        """Sets the pages that following forwards use."""
+        self._forward.kv_cache = kv_cache
+
+    def forward(
+        self,
+        token_ids: mx.array,  # [B, L]
+        metadata: AttentionMetadata,
+        all_rows: bool = False,
+    ) -> mx.array:  # [B, 1 or L, vocabulary]
+        """One lazy forward pass; logits of the last token of each row, or of every token."""
+        self._forward.metadata = metadata
+        self._forward.last_rows_only = not all_rows
+        logits = self.model(token_ids, cache=self._caches)
+        return logits if all_rows else logits[:, -1:]
+
+    def _dry_forward(self) -> list[LayerShape]:
+        own_caches = mlx_lm_cache.make_prompt_cache(self.model)
+        reasons = []
+        for layer, cache in enumerate(own_caches):
+            if type(cache) is not mlx_lm_cache.KVCache:
+                kind = type(cache).__name__
+                reasons.append(f"layer {layer} needs {_UNSUPPORTED_CACHES.get(kind, kind)}")
+        if reasons:
+            raise UnsupportedModelError(self.model_type, _summarise(reasons))
+        dry = [_DryCache() for _ in own_caches]
+        try:
+            self.model(mx.zeros((1, 3), mx.int32), cache=dry)
+        except Exception as error:
+            raise UnsupportedModelError(
+                self.model_type, [f"its forward pass failed on our cache: {error!r}"]
+            ) from error
+        for layer, cache in enumerate(dry):
+            reasons += [f"layer {layer} {problem}" for problem in cache.problems()]
+        if reasons:
+            raise UnsupportedModelError(self.model_type, _summarise(reasons))
+        return [cache.shape for cache in dry]
+
+
+def _summarise(reasons: list[str], most: int = 4) -> list[str]:
+    shown = reasons[:most]
+    if len(reasons) > most:
+        shown.append(f"and {len(reasons) - most} more like these")
+    return shown
+
+
+def _slice_rows_before_head(model: nn.Module, forward: _Forward) -> bool:
+    """Makes the module that feeds the language-model head return only the last row on request.
+
+    The head is the largest matrix of many models and only sampled rows need it. The body is found
+    by shape, not by name: descending from the top, it is the largest child module whose output
+    is not yet logits. Returns False where there is none; logits are then sliced after the head.
+    """
+    outputs: dict[int, tuple[int, ...]] = {}
+    modules = [model, *_largest_descendants(model)]
+    with _observed_calls(modules, outputs):
+        logits = model(mx.zeros((1, 3), mx.int32), cache=_dry_caches(model))
+    for module in modules[1:]:
+        shape = outputs.get(id(module))
+        if shape is None or shape[:2] != (1, 3):
+            return False
+        if shape[-1] != logits.shape[-1]:
+            _replace_call(module, lambda out: out[:, -1:] if forward.last_rows_only else out)
+            return True
+    return False
+
+
+def _dry_caches(model: nn.Module) -> list[_DryCache]:
+    return [_DryCache() for _ in mlx_lm_cache.make_prompt_cache(model)]
+
+
+def _largest_descendants(module: nn.Module) -> list[nn.Module]:
+    """The chain of largest composite child modules, from the top down to the list of layers."""
+    chain = []
+    while True:
+        children = [
+            child
+            for child in module.children().values()
+            if isinstance(child, nn.Module) and child.children()
+        ]
+        if not children:
+            return chain
+        module = max(children, key=_num_parameters)
+        chain.append(module)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(array.size for _, array in tree_flatten(module.parameters()))
+
+
+def _replace_call(module: nn.Module, after: Callable[[mx.array], mx.array]) -> None:
+    """Gives this one instance a class whose `__call__` passes its result through `after`."""
+    original = type(module)
+
+    @functools.wraps(original.__call__)
+    def call(self, *args, **kwargs):
+        return after(original.__call__(self, *args, **kwargs))
+
+    module.__class__ = type(original.__name__, (original,), {"__call__": call})
+
+
+class _observed_calls:
+    """Within the block, notes the output shape of each module's last call under its id."""
+
+    def __init__(self, modules: list[nn.Module], outputs: dict[int, tuple[int, ...]]):
+        self._modules, self._outputs = modules, outputs
+
+    def __enter__(self) -> None:
+        self._classes = [type(module) for module in self._modules]
+        for module in self._modules:
+            _replace_call(module, functools.partial(self._note, id(module)))
+
+    def _note(self, key: int, out: Any) -> Any:
+        if isinstance(out, mx.array):
+            self._outputs[key] = tuple(out.shape)
+        return out
+
+    def __exit__(self, *_: Any) -> None:
+        for module, original in zip(self._modules, self._classes, strict=True):
+            module.__class__ = original

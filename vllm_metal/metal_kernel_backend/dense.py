@@ -1,0 +1,158 @@
+"""Dense pages: keys and values as they are, in float16, bfloat16 or float32.
+
+A layer's pages are two arrays, keys `[num_blocks, H, block_size, Dk]` and values
+`[num_blocks, H, block_size, Dv]`. Head-major blocks make one head's block a contiguous run, so a
+request's context is gathered by whole rows straight into the layout attention wants.
+"""
+
+import mlx.core as mx
+
+from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+
+SCORE_TILE_BYTES = 64 << 20
+"""Bound on one tile of prefill scores where MLX has no fused attention (its CPU backend)."""
+
+
+class DensePages(AttentionBackend):
+    """Unquantised paged attention on MLX operations.
+
+    Args:
+        shape: heads and head sizes of the layer.
+        block_size: tokens of a block.
+        dtype: element type of the pages; other K/V are cast on store.
+    """
+
+    def __init__(self, shape: LayerShape, block_size: int, dtype: mx.Dtype):
+        super().__init__(shape, block_size)
+        self.dtype = dtype
+        self.name = f"dense {str(dtype).removeprefix('mlx.core.')}"
+
+    @property
+    def slot_size(self) -> int:
+        return (self.shape.head_size + self.shape.head_size_v) * self.dtype.size
+
+    def allocate(self, num_blocks: int) -> Pages:
+        rows = (num_blocks, self.shape.num_kv_heads, self.block_size)
+        return (
+            mx.zeros((*rows, self.shape.head_size), self.dtype),
+            mx.zeros((*rows, self.shape.head_size_v), self.dtype),
+        )
+
+    def store(
+        self,
+        pages: Pages,
+        keys: mx.array,
+        values: mx.array,
+        metadata: DecodeMetadata | PrefillMetadata,
+    ) -> Pages:
+        rows = metadata.derived.once(("store_rows", self.shape.num_kv_heads), self._rows(metadata))
+        return tuple(
+            _scatter_rows(page, rows, new.astype(self.dtype))
+            for page, new in zip(pages, (keys, values), strict=True)
+        )
+
+    def decode(
+        self,
+        pages: Pages,
+        queries: mx.array,
+        metadata: DecodeMetadata,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        keys, values = (self._gather(page, metadata, queries.dtype) for page in pages)
+        mask = metadata.derived.once("valid_tokens", lambda: _valid_tokens(metadata, self))
+        return mx.fast.scaled_dot_product_attention(
+            queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
+        )[:, :, 0, :]
+
+    def prefill(
+        self,
+        pages: Pages,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        metadata: PrefillMetadata,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        keys, values = keys[None], values[None]
+        if context_len := metadata.context_len:
+            context = [self._gather(page, metadata, queries.dtype) for page in pages]
+            keys, values = (
+                mx.concatenate([past[:, :, :context_len], new], axis=2)
+                for past, new in zip(context, (keys, values), strict=True)
+            )
+        return _causal_attention(queries[None], keys, values, scale, sinks)[0]
+
+    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+        gathered = 2 * (context_len + query_len) * self.shape.num_kv_heads * self.slot_size
+        scores = 4 * num_heads * query_len * (context_len + query_len)
+        return gathered + min(2 * scores, 2 * SCORE_TILE_BYTES)
+
+    def _rows(self, metadata: DecodeMetadata | PrefillMetadata):
+        """Row of `[num_blocks * H * block_size]` for each token and head, [T, H]."""
+
+        def rows() -> mx.array:
+            slots = metadata.slot_mapping[:, None]
+            heads = mx.arange(self.shape.num_kv_heads)[None, :]
+            block, offset = slots // self.block_size, slots % self.block_size
+            return (block * self.shape.num_kv_heads + heads) * self.block_size + offset
+
+        return rows
+
+    def _gather(
+        self, page: mx.array, metadata: DecodeMetadata | PrefillMetadata, dtype: mx.Dtype
+    ) -> mx.array:  # [B, H, N * block_size, D]
+        heads = self.shape.num_kv_heads
+
+        def head_blocks() -> mx.array:  # [B, H, N]
+            return metadata.block_table[:, None, :] * heads + mx.arange(heads)[None, :, None]
+
+        index = metadata.derived.once(("head_blocks", heads), head_blocks)
+        gathered = page.reshape(-1, self.block_size, page.shape[-1])[index]
+        batch, _, blocks = index.shape
+        return gathered.reshape(batch, heads, blocks * self.block_size, -1).astype(dtype)
+
+
+def _scatter_rows(page: mx.array, rows: mx.array, new: mx.array) -> mx.array:
+    """Writes new [T, H, D] to rows [T, H] of a page array, in place where MLX may."""
+    shape = page.shape
+    page = page.reshape(-1, shape[-1])
+    page[rows] = new
+    return page.reshape(shape)
+
+
+def _valid_tokens(metadata: DecodeMetadata, backend: AttentionBackend) -> mx.array:
+    """[B, 1, 1, N * block_size] bool, true where a gathered token belongs to the request."""
+    positions = mx.arange(metadata.block_table.shape[1] * backend.block_size)
+    return (positions[None, :] < metadata.seq_lens[:, None])[:, None, None, :]
+
+
+def _causal_attention(
+    queries: mx.array,  # [1, Hq, L, Dk]
+    keys: mx.array,  # [1, H, S, Dk], the last L tokens being the queries' own
+    values: mx.array,  # [1, H, S, Dv]
+    scale: float,
+    sinks: mx.array | None,
+) -> mx.array:  # [1, Hq, L, Dv]
+    """Causal attention, in row tiles where MLX would hold all scores at once."""
+    heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
+    rows = query_len
+    if mx.default_device() == mx.Device(mx.cpu):
+        rows = max(16, SCORE_TILE_BYTES // (4 * heads * seq_len))
+    tiles = []
+    for start in range(0, query_len, rows):
+        end = min(start + rows, query_len)
+        visible = seq_len - query_len + end
+        tiles.append(
+            mx.fast.scaled_dot_product_attention(
+                queries[:, :, start:end],
+                keys[:, :, :visible],
+                values[:, :, :visible],
+                scale=scale,
+                mask="causal",
+                sinks=sinks,
+            )
+        )
+    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)

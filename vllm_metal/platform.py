@@ -1,0 +1,171 @@
+"""The vLLM platform: device facts, refusals and defaults.
+
+Runs in every process that vLLM starts, also in those that never load a model, so MLX is not
+imported here.
+"""
+
+import platform as host
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.platforms.interface import Platform, PlatformEnum
+
+from vllm_metal import config, device
+from vllm_metal.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PAGE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+"""Values of `--kv-cache-dtype` that name dense pages; `auto` is the model's type."""
+
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+"""Values of `--block-size` that are served."""
+
+
+class MetalPlatform(Platform):
+    """MLX underneath vLLM's V1 engine: Metal on a Mac, else MLX's CUDA or CPU backend."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "metal"
+    device_type = "cpu"
+    """torch's device: vLLM samples with torch on the CPU, MLX owns the accelerator."""
+    dispatch_key = "CPU"
+    simple_compile_backend = "eager"
+    additional_env_vars = [device.DEVICE_VARIABLE]
+    supported_quantization: list[str] = []
+
+    @property
+    def supported_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        return host.processor() or host.machine()
+
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        return device.machine_memory()
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """vLLM's own C kernels are not used."""
+
+    @classmethod
+    def is_pin_memory_available(cls) -> bool:
+        return False
+
+    @classmethod
+    def inference_mode(cls):
+        return torch.inference_mode()
+
+    @classmethod
+    def set_device(cls, device: torch.device) -> None:
+        """torch stays on the CPU."""
+
+    @classmethod
+    def manual_seed_all(cls, seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    @classmethod
+    def support_hybrid_kv_cache(cls) -> bool:
+        return True
+
+    @classmethod
+    def validate_environ(cls, hard_fail: bool) -> None:
+        from vllm import envs
+
+        envs.environment_variables.setdefault(device.DEVICE_VARIABLE, device.requested_device)
+        super().validate_environ(hard_fail)
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
+        """The block size is vLLM's default or the user's; nothing in the backend changes it."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Refuses what cannot be served, then sets what this platform needs.
+
+        vLLM calls it in the main process and again in the engine process.
+
+        Raises:
+            UserError: with every reason at once.
+        """
+        device.requested_device()
+        reasons = unsupported(vllm_config)
+        if reasons:
+            raise UserError("This configuration cannot be served", reasons)
+        from vllm.config import CompilationMode, CUDAGraphMode
+
+        vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
+        vllm_config.parallel_config.disable_custom_all_reduce = True
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        _tolerate_missing_accelerator()
+
+
+def unsupported(vllm_config: "VllmConfig") -> list[str]:
+    """Why this configuration cannot be served: one line each, naming the flag and the remedy."""
+    reasons: list[str] = []
+    try:
+        config.parse_additional_config(vllm_config.additional_config or {})
+    except UserError as error:
+        reasons += [f"--additional-config: {reason}" for reason in error.reasons]
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if cache.cache_dtype not in PAGE_DTYPES:
+        reasons.append(f"--kv-cache-dtype {cache.cache_dtype} (allowed: {', '.join(PAGE_DTYPES)})")
+    if cache.block_size not in BLOCK_SIZES:
+        reasons.append(
+            f"--block-size {cache.block_size} (allowed: {', '.join(map(str, BLOCK_SIZES))})"
+        )
+    for flag, size in (
+        ("--tensor-parallel-size", parallel.tensor_parallel_size),
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+        ("--data-parallel-size", parallel.data_parallel_size),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+    ):
+        if size > 1:
+            reasons.append(f"{flag} {size}: one process serves one device (allowed: 1)")
+    for given, what in (
+        (vllm_config.speculative_config, "speculative decoding (--speculative-config)"),
+        (vllm_config.lora_config, "LoRA adapters (--enable-lora)"),
+        (vllm_config.kv_transfer_config, "KV transfer (--kv-transfer-config)"),
+        (cache.kv_offloading_size, "KV offloading (--kv-offloading-size)"),
+        (cache.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
+    ):
+        if given:
+            reasons.append(f"{what} is not supported")
+    return reasons + _unsupported_model(vllm_config)
+
+
+def _unsupported_model(vllm_config: "VllmConfig") -> list[str]:
+    model = vllm_config.model_config
+    if model is None:
+        return []
+    reasons = []
+    if model.runner_type != "generate":
+        reasons.append(f"--runner {model.runner_type}: only text generation is supported")
+    if model.is_encoder_decoder:
+        reasons.append("encoder-decoder models are not supported")
+    if model.enable_prompt_embeds:
+        reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
+    if model.enable_sleep_mode:
+        reasons.append("sleep mode (--enable-sleep-mode) is not supported")
+    if model.quantization is not None:
+        reasons.append(
+            f"weights quantised with {model.quantization} are not supported "
+            "(MLX-quantised and unquantised checkpoints are)"
+        )
+    return reasons
+
+
+def _tolerate_missing_accelerator() -> None:
+    """vLLM's shutdown empties torch's accelerator cache and fails where torch has none."""
+    if not torch.accelerator.is_available():
+        torch.accelerator.empty_cache = lambda: None
+        torch.accelerator.empty_host_cache = lambda: None

@@ -1,0 +1,114 @@
+"""From logits to tokens: vLLM's own sampler in torch, and an argmax in MLX where that suffices."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.sampler import Sampler
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
+
+
+def needs_torch(params: SamplingParams) -> bool:
+    """Whether sampling with `params` is more than the argmax of the model's logits."""
+    return bool(
+        params.sampling_type != SamplingType.GREEDY
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1.0
+        or params.min_tokens
+        or params.logprobs is not None
+        or params.prompt_logprobs is not None
+        or params.logprob_token_ids
+        or params.structured_outputs is not None
+        or params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words_token_ids
+        or params.thinking_token_budget is not None
+        or params.extra_args
+    )
+
+
+def greedy(logits: mx.array) -> mx.array:  # [R, vocabulary] -> [R] int32
+    """The most likely token of each row, lazily."""
+    return mx.argmax(logits, axis=-1).astype(mx.int32)
+
+
+def to_torch(logits: mx.array) -> torch.Tensor:
+    """float32 logits in memory of their own, since vLLM's sampler edits them in place."""
+    return torch.from_numpy(np.array(logits.astype(mx.float32)))
+
+
+class TorchSampler:
+    """vLLM's sampler over the rows of the batch."""
+
+    def __init__(self, logprobs_mode: str):
+        self._sampler = Sampler(logprobs_mode=logprobs_mode)
+        self._logprobs_mode = logprobs_mode
+
+    def sample(
+        self,
+        logits: torch.Tensor,  # [R, vocabulary] float32, rows as in the batch
+        rows: "InputBatch",
+        incomplete: Sequence[int],
+    ) -> SamplerOutput:
+        """Samples every row.
+
+        Rows named in `incomplete` belong to unfinished prompts. Their samples are discarded by
+        the caller and their generators put back, so that a seed gives the same tokens however a
+        prompt is cut into chunks.
+        """
+        kept = {
+            row: generator.get_state()
+            for row in incomplete
+            if (generator := rows.generators.get(row)) is not None
+        }
+        output = self._sampler(logits=logits, sampling_metadata=rows.sampling_metadata)
+        for row, state in kept.items():
+            rows.generators[row].set_state(state)
+        return output
+
+    def score_prompt(
+        self,
+        request: "CachedRequestState",
+        num_scheduled: int,
+        vocab_size: int,
+        chunk_logits: Callable[[int], torch.Tensor],
+    ) -> LogprobsTensors | None:
+        """Adds one prompt chunk to the request's prompt logprobs; returns them once complete.
+
+        Args:
+            request: a request with `prompt_logprobs` set.
+            num_scheduled: tokens of the chunk.
+            vocab_size: what `prompt_logprobs=-1` stands for.
+            chunk_logits: gives float32 logits of the chunk's first n tokens.
+        """
+        wanted = request.sampling_params.prompt_logprobs
+        num_logprobs = vocab_size if wanted == -1 else wanted
+        scores = request.in_progress_prompt_logprobs_cpu
+        if scores is None:
+            scores = LogprobsTensors.empty_cpu(request.num_prompt_tokens - 1, num_logprobs + 1)
+            request.in_progress_prompt_logprobs_cpu = scores
+        start = request.num_computed_tokens
+        remaining = request.num_prompt_tokens - 1 - start
+        complete = num_scheduled > remaining
+        num_rows = min(num_scheduled, remaining)
+        if num_rows > 0:
+            targets = torch.tensor(request.prompt_token_ids[start + 1 : start + 1 + num_rows])
+            logits = chunk_logits(num_rows)
+            if self._logprobs_mode in ("raw_logprobs", "processed_logprobs"):
+                logits = self._sampler.compute_logprobs(logits)
+            part = self._sampler.gather_logprobs(logits, num_logprobs, targets)
+            chunk = slice(start, start + num_rows)
+            scores.logprob_token_ids[chunk] = part.logprob_token_ids
+            scores.logprobs[chunk] = part.logprobs
+            scores.selected_token_ranks[chunk] = part.selected_token_ranks
+        if not complete:
+            return None
+        request.in_progress_prompt_logprobs_cpu = None
+        return scores

@@ -1,0 +1,102 @@
+"""Small forward passes before the first request: they measure, compile and check.
+
+They run the real model through the real backend, so a model that would fail in its first request
+fails at start.
+"""
+
+import mlx.core as mx
+
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.kv_cache.cache import KVCache
+
+WORKSPACE_PROBE_LENGTHS = (32, 96)
+"""Prefill lengths at which peak memory is measured."""
+
+_PROMPTS = ([3, 1, 4, 1, 5], [2, 7, 1])
+_TOLERANCE = 0.1
+"""Largest difference of logits, in standard deviations: far above rounding in any precision, far
+below what a wrong position does."""
+
+
+def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int, int]:
+    """Peak temporary bytes of a prefill without context, by query length.
+
+    Args:
+        binding: the model, bound to `kv_cache`.
+        kv_cache: a small cache with blocks for the longest probe after block 0.
+    """
+    block_size = kv_cache.backends[0].block_size
+    peaks = {}
+    for length in WORKSPACE_PROBE_LENGTHS:
+        num_blocks = -(-length // block_size)
+        metadata = PrefillMetadata(
+            block_table=mx.arange(1, num_blocks + 1)[None],
+            slot_mapping=mx.arange(length) + block_size,
+            context_len=0,
+            query_len=length,
+        )
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        _evaluate(binding, kv_cache, mx.zeros((1, length), mx.int32), metadata)
+        peaks[length] = mx.get_peak_memory() - before
+    mx.clear_cache()
+    return peaks
+
+
+def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
+    """Whether a `(2, 1)` decode with an array of offsets gives what two `(1, 1)` decodes give.
+
+    Uses blocks 1 and 2, which no request owns yet.
+    """
+    alone = []
+    for block, prompt in enumerate(_PROMPTS, start=1):
+        _prefill(binding, kv_cache, prompt[:-1], block)
+        alone.append(_decode(binding, kv_cache, [prompt], [block]))
+    expected = mx.concatenate(alone)
+    try:
+        together = _decode(binding, kv_cache, list(_PROMPTS), [1, 2])
+    except (TypeError, ValueError):
+        return False
+    difference = mx.abs(together - expected).max() / mx.std(expected)
+    return difference.item() < _TOLERANCE
+
+
+def _prefill(binding: ModelBinding, kv_cache: KVCache, prompt: list[int], block: int) -> mx.array:
+    first_slot = block * kv_cache.backends[0].block_size
+    metadata = PrefillMetadata(
+        block_table=mx.array([[block]]),
+        slot_mapping=mx.arange(len(prompt)) + first_slot,
+        context_len=0,
+        query_len=len(prompt),
+    )
+    return _evaluate(binding, kv_cache, mx.array([prompt]), metadata)
+
+
+def _decode(
+    binding: ModelBinding, kv_cache: KVCache, prompts: list[list[int]], blocks: list[int]
+) -> mx.array:
+    """Logits [B, vocabulary] of the last token of each prompt, each in one block."""
+    seq_lens = mx.array([len(prompt) for prompt in prompts])
+    positions = seq_lens - 1
+    metadata = DecodeMetadata(
+        block_table=mx.array(blocks)[:, None],
+        seq_lens=seq_lens,
+        slot_mapping=mx.array(blocks) * kv_cache.backends[0].block_size + positions,
+        offset=positions if len(prompts) > 1 else len(prompts[0]) - 1,
+        max_seq_len=max(map(len, prompts)),
+    )
+    token_ids = mx.array([prompt[-1:] for prompt in prompts])
+    return _evaluate(binding, kv_cache, token_ids, metadata)
+
+
+def _evaluate(
+    binding: ModelBinding,
+    kv_cache: KVCache,
+    token_ids: mx.array,
+    metadata: DecodeMetadata | PrefillMetadata,
+) -> mx.array:
+    logits = binding.forward(token_ids, metadata)[:, -1].astype(mx.float32)
+    mx.eval(logits, kv_cache.arrays)
+    return logits

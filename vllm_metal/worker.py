@@ -1,0 +1,156 @@
+"""vLLM's worker: device, model, memory question, pages; the steps are the model runner's."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from vllm_metal.blas import load_fast_blas
+
+BLAS = load_fast_blas()
+"""What serves MLX's matrix products on the CPU; settled before MLX is first imported."""
+
+import mlx.core as mx  # noqa: E402
+
+from vllm_metal import model_loader, warm_up  # noqa: E402
+from vllm_metal.attention.backend import AttentionBackend  # noqa: E402
+from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
+from vllm_metal.config import parse_additional_config  # noqa: E402
+from vllm_metal.device import Device, select_device  # noqa: E402
+from vllm_metal.kv_cache import planner  # noqa: E402
+from vllm_metal.kv_cache.cache import KVCache  # noqa: E402
+from vllm_metal.kv_cache.spec import kv_cache_specs  # noqa: E402
+from vllm_metal.metal_kernel_backend.dense import DensePages  # noqa: E402
+from vllm_metal.model_runner import ModelRunner  # noqa: E402
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+logger = init_logger("vllm.metal.worker")
+
+KV_CACHE_LAYOUT = "LBNHC"
+"""vLLM's name for one region per layer, block-major inside it."""
+
+
+class MetalWorker(WorkerBase):
+    """One process, one MLX device. vLLM calls the methods in the order they stand here."""
+
+    def init_device(self) -> None:
+        self.device = torch.device("cpu")
+        self.metal_device: Device = select_device()
+        logger.info("MLX device: %s (%s)", self.metal_device.name, self.metal_device.kind)
+        if self.metal_device.kind == "cpu":
+            logger.info("BLAS for MLX: %s", BLAS)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        model = model_loader.load_model(self.model_config)
+        self.weights = model_loader.weight_bytes(model)
+        self.binding = ModelBinding(model)
+        self.backends = self._make_backends()
+        self.block_bytes = sum(backend.page_size_bytes for backend in self.backends)
+        if not self.binding.slices_before_head:
+            logger.info("The language-model head runs on every row of a prefill chunk")
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        return [KV_CACHE_LAYOUT]
+
+    def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
+        return kv_cache_specs(self.backends, self.model_config.dtype)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for pages; nothing is kept."""
+        cache = self.cache_config
+        self.plan = planner.MemoryPlan(
+            device=self.metal_device,
+            utilization=cache.gpu_memory_utilization,
+            weights=self.weights,
+            workspace=self._measure_workspace(),
+            requested_bytes=cache.kv_cache_memory_bytes,
+        )
+        if self.model_config.original_max_model_len != -1:
+            self.plan.require(self.model_config.max_model_len, cache.block_size, self.block_bytes)
+        return self.plan.page_bytes
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+
+    def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
+        num_blocks = kv_cache_config.num_blocks
+        mx.set_cache_limit(self.plan.workspace)
+        self.kv_cache = KVCache(self.backends, num_blocks)
+        self.model_runner = ModelRunner(
+            self.vllm_config, self.binding, self.kv_cache, self.cache_config.block_size
+        )
+        logger.info(
+            planner.report(
+                self.plan,
+                self.backends[0].name,
+                num_blocks,
+                self.cache_config.block_size,
+                self.block_bytes,
+                self.model_config.max_model_len,
+            )
+        )
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        batched = warm_up.takes_batched_offsets(self.binding, self.kv_cache)
+        self.model_runner.batched_decode = batched
+        if not batched:
+            logger.info(
+                "%s takes no array of positions: decode runs one request at a time",
+                self.binding.model_type,
+            )
+        return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def execute_model(self, scheduler_output: "SchedulerOutput") -> "ModelRunnerOutput | None":
+        return self.model_runner.execute_model(scheduler_output)
+
+    def sample_tokens(
+        self, grammar_output: "GrammarOutput | None"
+    ) -> "ModelRunnerOutput | AsyncModelRunnerOutput":
+        return self.model_runner.sample_tokens(grammar_output)
+
+    def supports_draft_weight_updates(self) -> bool:
+        return False
+
+    def reset_mm_cache(self) -> None:
+        """No multi-modal inputs are cached."""
+
+    def reset_encoder_cache(self) -> None:
+        """No encoder outputs are cached."""
+
+    def list_loras(self) -> set[int]:
+        return set()
+
+    def shutdown(self) -> None:
+        self.model_runner = None
+
+    def _make_backends(self) -> list[AttentionBackend]:
+        parse_additional_config(self.vllm_config.additional_config or {})
+        cache = self.cache_config
+        name = self.model_config.dtype if cache.cache_dtype == "auto" else cache.cache_dtype
+        dtype = model_loader.mlx_dtype(name)
+        return [DensePages(shape, cache.block_size, dtype) for shape in self.binding.layers]
+
+    def _measure_workspace(self) -> int:
+        """Activations of the largest prefill, plus what attention over a full context adds."""
+        block_size = self.cache_config.block_size
+        longest = max(warm_up.WORKSPACE_PROBE_LENGTHS)
+        kv_cache = KVCache(self.backends, -(-longest // block_size) + 1)
+        self.binding.bind(kv_cache)
+        peaks = warm_up.measure_prefill_peaks(self.binding, kv_cache)
+        self.binding.bind(None)
+        max_model_len = self.model_config.max_model_len
+        query_len = min(self.scheduler_config.max_num_batched_tokens, max_model_len)
+        num_heads = self.model_config.get_num_attention_heads(self.parallel_config)
+        context = max(
+            backend.prefill_workspace_bytes(max_model_len - query_len, query_len, num_heads)
+            for backend in self.backends
+        )
+        return planner.extrapolate_workspace(peaks, query_len) + context
