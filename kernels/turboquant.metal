@@ -1,0 +1,1171 @@
+// TurboQuant: attention straight over compressed pages of a KV cache.
+//
+// A page is described in vllm_metal/metal_kernel_backend/turboquant/layout.py, the packing of its
+// codes in bitpack.py, the numbers its codes stand for in formats.py and codec.py. Letters: B
+// requests, H KV heads, G query heads of a KV head, Q query tokens of a request, R query rows (of
+// the G * Q) that one simdgroup serves, D head size.
+//
+//   store       a simdgroup per new vector: rotate, quantise, pack, write into its page
+//   decode      a threadgroup per (R rows of a KV head, split of the tokens, request): attention
+//               of the rows over the split; keys and values are dequantised once for all rows
+//   merge       a threadgroup per (query row, request): splits -> output
+//   dequantize  a simdgroup per stored vector: a run of tokens of one request to plain K and V
+//
+// Launchers are in turboquant/launcher.py. Bodies of kernels are functions here; threadgroup
+// memory is declared by the launcher, where Metal wants it. MSL, C++14, ASCII.
+
+#include <metal_stdlib>
+using namespace metal;
+
+#ifndef UNROLL
+#define UNROLL _Pragma("clang loop unroll(full)")
+#endif
+
+constant constexpr int SIMD_SIZE = 32;
+constant constexpr int CHUNK = 16;               // codes that are packed together
+constant constexpr int CODEBOOK_FACTORS = 4;     // codebook: c1, c3, c5, -, 5 scale factors, ...
+constant constexpr int CODEBOOK_MIDPOINTS = 16;  // ... positive midpoints
+constant constexpr int NUM_SCALES = 5;
+constant constexpr float LOG2_E = 1.44269504088896341f;
+constant constexpr float LOWEST_SCORE = -1e30f;  // running maximum before the first token
+constant constexpr float RESCALE_MARGIN = 8.0f;  // in powers of two
+
+// ------------------------------------------------------------------------------ slot access
+// The only pointer arithmetic on pages.
+
+template <
+    int NUM_KV_HEADS, int BLOCK_SIZE, int KEY_HEAD_SIZE, int VALUE_HEAD_SIZE, int KEY_BITS,
+    int VALUE_BITS, int KEY_TERMS, int VALUE_TERMS, int KEY_HAS_BIAS, int HEAD_PAGE_BYTES,
+    int VALUE_CODES_OFFSET, int KEY_SCALES_OFFSET, int KEY_BIASES_OFFSET, int VALUE_SCALES_OFFSET>
+struct SlotLayout {
+  static constant constexpr int num_kv_heads = NUM_KV_HEADS;
+  static constant constexpr int block_size = BLOCK_SIZE;
+  static constant constexpr int key_head_size = KEY_HEAD_SIZE;
+  static constant constexpr int value_head_size = VALUE_HEAD_SIZE;
+  static constant constexpr int key_bits = KEY_BITS;
+  static constant constexpr int value_bits = VALUE_BITS;
+  static constant constexpr int key_terms = KEY_TERMS;
+  static constant constexpr int value_terms = VALUE_TERMS;
+  static constant constexpr bool key_has_bias = KEY_HAS_BIAS;
+
+  // One KV head's page of a block.
+  static METAL_FUNC const device ushort* head_page(
+      const device ushort* pages, int block, int kv_head) {
+    return pages + ulong(uint(block * NUM_KV_HEADS + kv_head)) * (HEAD_PAGE_BYTES / 2);
+  }
+
+  // Codes of chunk `chunk` of the key or value in slot `slot` of a head page.
+  static METAL_FUNC const device ushort* key_codes(
+      const device ushort* page, int slot, int chunk) {
+    return page + slot * (KEY_HEAD_SIZE * KEY_BITS / 16) + chunk * KEY_BITS;
+  }
+
+  static METAL_FUNC const device ushort* value_codes(
+      const device ushort* page, int slot, int chunk) {
+    return page + VALUE_CODES_OFFSET / 2 + slot * (VALUE_HEAD_SIZE * VALUE_BITS / 16) +
+        chunk * VALUE_BITS;
+  }
+
+  static METAL_FUNC const device half* key_scale(const device ushort* page, int slot) {
+    return (const device half*)(page + KEY_SCALES_OFFSET / 2 + slot);
+  }
+
+  static METAL_FUNC const device half* key_bias(const device ushort* page, int slot) {
+    return (const device half*)(page + KEY_BIASES_OFFSET / 2 + slot);
+  }
+
+  static METAL_FUNC const device half* value_scale(const device ushort* page, int slot) {
+    return (const device half*)(page + VALUE_SCALES_OFFSET / 2 + slot);
+  }
+};
+
+// The scales (or biases) of an even slot and the next.
+METAL_FUNC half2 load_pair(const device half* scales) {
+  return as_type<half2>(*(const device uint*)scales);
+}
+
+// -------------------------------------------------------------------------------- unpacking
+// Two neighbouring tokens ride in the two halves of each word: pairs[j] holds halfword j of a
+// chunk of token A below halfword j of the same chunk of token B.
+
+METAL_FUNC void interleave(uint a, uint b, thread uint& low, thread uint& high) {
+  low = as_type<uint>(ushort2(as_type<ushort2>(a).x, as_type<ushort2>(b).x));
+  high = as_type<uint>(ushort2(as_type<ushort2>(a).y, as_type<ushort2>(b).y));
+}
+
+// Odd widths: chunks begin on any halfword.
+template <int BITS>
+struct Chunk {
+  static METAL_FUNC void load(
+      const device ushort* a, const device ushort* b, thread uint (&pairs)[BITS]) {
+    UNROLL
+    for (int j = 0; j < BITS; j++) {
+      pairs[j] = as_type<uint>(ushort2(a[j], b[j]));
+    }
+  }
+};
+
+template <>
+struct Chunk<2> {
+  static METAL_FUNC void load(
+      const device ushort* a, const device ushort* b, thread uint (&pairs)[2]) {
+    interleave(*(const device uint*)a, *(const device uint*)b, pairs[0], pairs[1]);
+  }
+};
+
+template <>
+struct Chunk<4> {
+  static METAL_FUNC void load(
+      const device ushort* a, const device ushort* b, thread uint (&pairs)[4]) {
+    uint2 from_a = *(const device uint2*)a;
+    uint2 from_b = *(const device uint2*)b;
+    interleave(from_a.x, from_b.x, pairs[0], pairs[1]);
+    interleave(from_a.y, from_b.y, pairs[2], pairs[3]);
+  }
+};
+
+template <>
+struct Chunk<6> {
+  static METAL_FUNC void load(
+      const device ushort* a, const device ushort* b, thread uint (&pairs)[6]) {
+    UNROLL
+    for (int j = 0; j < 3; j++) {
+      interleave(
+          ((const device uint*)a)[j], ((const device uint*)b)[j], pairs[2 * j], pairs[2 * j + 1]);
+    }
+  }
+};
+
+template <>
+struct Chunk<8> {
+  static METAL_FUNC void load(
+      const device ushort* a, const device ushort* b, thread uint (&pairs)[8]) {
+    uint4 from_a = *(const device uint4*)a;
+    uint4 from_b = *(const device uint4*)b;
+    interleave(from_a.x, from_b.x, pairs[0], pairs[1]);
+    interleave(from_a.y, from_b.y, pairs[2], pairs[3]);
+    interleave(from_a.z, from_b.z, pairs[4], pairs[5]);
+    interleave(from_a.w, from_b.w, pairs[6], pairs[7]);
+  }
+};
+
+// A piece of code `rest` (of those in spare bits) lies in halfword j at bit `source`; returns the
+// piece, in both halves, where the code begins at bit 1.
+template <int BITS>
+METAL_FUNC uint spare_piece(uint pair, int j, int rest) {
+  constexpr int SPARE = 16 % BITS;
+  int first = rest * BITS > j * SPARE ? rest * BITS : j * SPARE;
+  int last = (rest + 1) * BITS < (j + 1) * SPARE ? (rest + 1) * BITS : (j + 1) * SPARE;
+  if (last <= first) {
+    return 0;
+  }
+  int source = 16 - SPARE + first - j * SPARE;
+  int target = 1 + first - rest * BITS;
+  return (pair >> (source - target)) & ((((1u << (last - first)) - 1) << target) * 0x10001u);
+}
+
+// Code i of both tokens as (2 code - (n - 1)) / n, n = 2^BITS: the points of a grid in (-1, 1).
+// A field placed at bits 1..10 under the exponent of 1024 is a half, without shift or conversion;
+// every step is exact.
+template <int BITS>
+METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
+  constexpr int FIELDS = 16 / BITS;
+  constexpr int HIGH_SHIFT = BITS == 6 ? 4 : (BITS == 4 || BITS == 8) ? 7 : 8;
+  constexpr uint MASK = (1u << BITS) - 1;
+  uint word = 0;
+  int position = 1;
+  if (i < BITS * FIELDS) {
+    word = pairs[i / FIELDS];
+    position = i % FIELDS * BITS;
+    if (position == 0) {
+      word += word;
+      position = 1;
+    } else if (position + BITS > 10) {
+      word >>= HIGH_SHIFT;
+      position -= HIGH_SHIFT;
+    }
+    word &= (MASK << position) * 0x10001u;
+  } else {
+    UNROLL
+    for (int j = 0; j < BITS; j++) {
+      word |= spare_piece<BITS>(pairs[j], j, i - BITS * FIELDS);
+    }
+  }
+  float step = 1.0f / float((1 << BITS) << (position - 1));
+  half scale = half(step);
+  half offset = half(-1024.0f * step - float((1 << BITS) - 1) / float(1 << BITS));
+  return fma(as_type<half2>(word | 0x64006400u), half2(scale, scale), half2(offset, offset));
+}
+
+// --------------------------------------------------------------------------------- codebook
+// centroid(code) = c1 x + c3 x^3 + c5 x^5, x = code - (n - 1) / 2 = g n / 2 with g a grid point.
+// unit * (g + third g^3 + fifth g^5) is the same; the unit is left to the caller.
+
+template <int BITS, int TERMS>
+struct Codebook {
+  float unit;
+  half2 third;
+  half2 fifth;
+
+  METAL_FUNC Codebook(const device float* coefficients) {
+    constexpr float HALF = float(1 << BITS) * 0.5f;
+    unit = coefficients[0] * HALF;
+    half c3 = half(TERMS > 1 ? coefficients[1] / coefficients[0] * (HALF * HALF) : 0.0f);
+    half c5 = half(
+        TERMS > 2 ? coefficients[2] / coefficients[0] * (HALF * HALF) * (HALF * HALF) : 0.0f);
+    third = half2(c3, c3);
+    fifth = half2(c5, c5);
+  }
+
+  METAL_FUNC half2 at(half2 g) const thread {
+    if (TERMS == 1) {
+      return g;
+    }
+    half2 square = g * g;
+    half2 curve = TERMS > 2 ? fma(square, fifth, third) : third;
+    return fma(g * square, curve, g);
+  }
+};
+
+// --------------------------------------------------------------------------------- rotation
+
+#ifndef ROUNDED_PRODUCT
+// A product that no later addition may be fused with.
+METAL_FUNC float rounded_product(float a, float b) {
+#pragma clang fp contract(off)
+  return a * b;
+}
+#endif
+
+// A vector of D = M * 2^k elements, spread over a simdgroup: lane l holds elements l W .. l W + W-1
+// of each of the M blocks of 2^k. Lanes past the end of a short block hold zeros.
+
+template <int D>
+struct Vector {
+  static constant constexpr int POWER = D & -D;
+  static constant constexpr int M = D / POWER;
+  static constant constexpr int W = POWER > SIMD_SIZE ? POWER / SIMD_SIZE : 1;
+  float x[M][W];
+
+  static METAL_FUNC bool holds(int lane) { return lane * W < POWER; }
+
+  static METAL_FUNC int index(int lane, int block, int i) {
+    return block * POWER + lane * W + i;
+  }
+
+  // R x of rotation.py, which defines the rounding.
+  METAL_FUNC void rotate(int lane) thread {
+    constexpr bool SQUARE = POWER == 16 || POWER == 64 || POWER == 256;
+    constexpr float SCALE = (SQUARE ? 1.0f : 0.70710678118654752f) /
+        (POWER >= 256 ? 16.0f : POWER >= 64 ? 8.0f : 4.0f);
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      UNROLL
+      for (int distance = 1; distance < W; distance *= 2) {
+        UNROLL
+        for (int i = 0; i < W; i++) {
+          if ((i & distance) == 0) {
+            float a = x[block][i], b = x[block][i + distance];
+            x[block][i] = a + b;
+            x[block][i + distance] = a - b;
+          }
+        }
+      }
+      UNROLL
+      for (int distance = 1; distance < POWER / W; distance *= 2) {
+        UNROLL
+        for (int i = 0; i < W; i++) {
+          float other = simd_shuffle_xor(x[block][i], ushort(distance));
+          x[block][i] = (lane & distance) ? other - x[block][i] : x[block][i] + other;
+        }
+      }
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        x[block][i] = rounded_product(x[block][i], SCALE);
+      }
+    }
+    if (M > 1) {
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        float total = x[0][i];
+        UNROLL
+        for (int block = 1; block < M; block++) {
+          total += x[block][i];
+        }
+        total = rounded_product(total, 2.0f / float(M));
+        UNROLL
+        for (int block = 0; block < M; block++) {
+          x[block][i] -= total;
+        }
+      }
+    }
+  }
+
+  // Sum of the elements in the order of rotation.tree_sum; the same in every lane.
+  METAL_FUNC float tree_sum() const thread {
+    float total = 0.0f;
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      float sums[W];
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        sums[i] = x[block][i];
+      }
+      UNROLL
+      for (int distance = 1; distance < W; distance *= 2) {
+        UNROLL
+        for (int i = 0; i < W; i += 2 * distance) {
+          sums[i] += sums[i + distance];
+        }
+      }
+      UNROLL
+      for (int distance = 1; distance < SIMD_SIZE; distance *= 2) {
+        sums[0] += simd_shuffle_xor(sums[0], ushort(distance));
+      }
+      total = block == 0 ? sums[0] : total + sums[0];
+    }
+    return total;
+  }
+};
+
+// ----------------------------------------------------------------- sums spread over the lanes
+// Lane l of LANES neighbours, `stride` apart, ends with elements first .. first + N / LANES - 1 of
+// the sum of their arrays v, first = l N / LANES; `spread` is the way back, without the sum. With
+// fewer elements than lanes, neighbours share an element.
+
+template <int N, int LANES>
+METAL_FUNC void fold(thread float (&v)[N], int lane, int stride) {
+  int n = N;
+  UNROLL
+  for (int mask = LANES / 2; mask > 0; mask /= 2) {
+    bool upper = lane & (mask * stride);
+    if (n > 1) {
+      n /= 2;
+      UNROLL
+      for (int i = 0; i < N / 2; i++) {
+        if (i < n) {
+          float kept = upper ? v[i + n] : v[i];
+          float sent = upper ? v[i] : v[i + n];
+          v[i] = kept + simd_shuffle_xor(sent, ushort(mask * stride));
+        }
+      }
+    } else {
+      v[0] += simd_shuffle_xor(v[0], ushort(mask * stride));
+    }
+  }
+}
+
+template <int N, int LANES>
+METAL_FUNC void spread(thread float (&v)[N], int lane) {
+  int n = N > LANES ? N / LANES : 1;
+  UNROLL
+  for (int mask = N > LANES ? 1 : LANES / N; mask < LANES; mask *= 2) {
+    bool upper = lane & mask;
+    UNROLL
+    for (int i = 0; i < N / 2; i++) {
+      if (i < n) {
+        float own = v[i];
+        float other = simd_shuffle_xor(own, ushort(mask));
+        v[i] = upper ? other : own;
+        v[i + n] = upper ? own : other;
+      }
+    }
+    n *= 2;
+  }
+}
+
+// --------------------------------------------------------------------------- online softmax
+
+// Softmax weights relative to 2^max. Empty: max = LOWEST_SCORE, sum = 0.
+struct SoftmaxState {
+  float max;
+  float sum;
+
+  METAL_FUNC SoftmaxState() : max(LOWEST_SCORE), sum(0.0f) {}
+
+  // Takes one more score, in powers of two; returns its weight.
+  METAL_FUNC float update(float score) thread {
+    float weight = fast::exp2(score - max);
+    sum += weight;
+    return weight;
+  }
+
+  // Moves to another maximum; returns the factor for all weights given out before.
+  METAL_FUNC float rescale(float new_max) thread {
+    float factor = fast::exp2(max - new_max);
+    max = new_max;
+    sum *= factor;
+    return factor;
+  }
+
+  // 1 / sum, or 0 when there was nothing to attend to.
+  METAL_FUNC float normaliser() const thread { return sum > 0.0f ? 1.0f / sum : 0.0f; }
+};
+
+// ------------------------------------------------------------------------------ quantisation
+
+// A rotated vector to codes and a scale, as codec.py has it: same operations, same rounding.
+template <int D, int BITS, int TERMS, bool HAS_BIAS, bool UNBIASED>
+struct Quantizer {
+  static constant constexpr int HALF = 1 << (BITS - 1);
+  static constant constexpr int M = Vector<D>::M;
+  static constant constexpr int W = Vector<D>::W;
+
+  // How many positive midpoints, times the scale, are at most the magnitude.
+  static METAL_FUNC int steps(const device float* codebook, float magnitude, float scale) {
+    if (TERMS > 1) {
+      int count = 0;
+      UNROLL
+      for (int jump = HALF / 2; jump > 0; jump /= 2) {
+        float bound = rounded_product(scale, codebook[CODEBOOK_MIDPOINTS + count + jump - 1]);
+        count += bound <= magnitude ? jump : 0;
+      }
+      return count;
+    }
+    float width = rounded_product(scale, codebook[0]);
+    float count = width > 0.0f ? min(floor(magnitude / width), float(HALF - 1)) : 0.0f;
+    count -= magnitude < rounded_product(count, width) ? 1.0f : 0.0f;
+    bool more = count < float(HALF - 1) && magnitude >= rounded_product(count + 1.0f, width);
+    return int(count) + (more ? 1 : 0);
+  }
+
+  static METAL_FUNC float centroid(const device float* codebook, int steps) {
+    float x = float(steps) + 0.5f;
+    float square = rounded_product(x, x);
+    float value = codebook[TERMS - 1];
+    UNROLL
+    for (int term = TERMS - 2; term >= 0; term--) {
+      value = rounded_product(square, value) + codebook[term];
+    }
+    return rounded_product(x, value);
+  }
+
+  // Writes the codes to threadgroup memory. y changes.
+  static METAL_FUNC void quantize(
+      thread Vector<D>& y, const device float* codebook, threadgroup uchar* codes,
+      thread half& scale, thread half& bias, int lane) {
+    const bool holds = Vector<D>::holds(lane);
+    float low = INFINITY, high = -INFINITY;
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        y.x[block][i] = min(max(y.x[block][i], -16777216.0f), 16777216.0f);
+        low = holds ? min(low, y.x[block][i]) : low;
+        high = holds ? max(high, y.x[block][i]) : high;
+      }
+    }
+    low = -simd_max(-low);
+    high = simd_max(high);
+    if (HAS_BIAS) {
+      bias = half(min(max(rounded_product(high + low, 0.5f), -65504.0f), 65504.0f));
+      low -= float(bias);
+      high -= float(bias);
+    }
+    float largest = max(-low, high);
+
+    // Square of the length; and the candidate scale whose centroids point closest to y.
+    Vector<D> term;
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        y.x[block][i] -= HAS_BIAS && holds ? float(bias) : 0.0f;
+        term.x[block][i] = rounded_product(y.x[block][i], y.x[block][i]);
+      }
+    }
+    float square = UNBIASED ? term.tree_sum() : 0.0f;
+    float best_ratio = -1.0f, best_along = 0.0f, best_energy = 1.0f, best_scale = 0.0f;
+    for (int candidate = 0; candidate < NUM_SCALES; candidate++) {
+      float trial = rounded_product(largest, codebook[CODEBOOK_FACTORS + candidate]);
+      Vector<D> squares;
+      UNROLL
+      for (int block = 0; block < M; block++) {
+        UNROLL
+        for (int i = 0; i < W; i++) {
+          float magnitude = abs(y.x[block][i]);
+          float c = holds ? centroid(codebook, steps(codebook, magnitude, trial)) : 0.0f;
+          term.x[block][i] = rounded_product(magnitude, c);
+          squares.x[block][i] = rounded_product(c, c);
+        }
+      }
+      float along = term.tree_sum(), energy = squares.tree_sum();
+      float ratio = rounded_product(along, along) / energy;
+      if (ratio > best_ratio) {
+        best_ratio = ratio;
+        best_along = along;
+        best_energy = energy;
+        best_scale = trial;
+      }
+    }
+    float exact = UNBIASED ? square / (best_along > 0.0f ? best_along : 1.0f)
+                           : best_along / best_energy;
+    scale = half(min(exact, 65504.0f));
+
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        int count = steps(codebook, abs(y.x[block][i]), best_scale);
+        if (holds) {
+          codes[Vector<D>::index(lane, block, i)] =
+              uchar(y.x[block][i] >= 0.0f ? HALF + count : HALF - 1 - count);
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // Packs the codes, chunk by chunk, as bitpack.py has it. Whole halfwords; nothing is read back.
+  static METAL_FUNC void pack(const threadgroup uchar* codes, device ushort* target, int lane) {
+    constexpr int FIELDS = 16 / BITS;
+    constexpr int SPARE = 16 % BITS;
+    for (int chunk = lane; chunk < D / CHUNK; chunk += SIMD_SIZE) {
+      const threadgroup uchar* code = codes + chunk * CHUNK;
+      uint rest = 0;
+      UNROLL
+      for (int i = BITS * FIELDS; i < CHUNK; i++) {
+        rest |= uint(code[i]) << ((i - BITS * FIELDS) * BITS);
+      }
+      UNROLL
+      for (int j = 0; j < BITS; j++) {
+        uint halfword = ((rest >> (j * SPARE)) & ((1u << SPARE) - 1)) << (16 - SPARE);
+        UNROLL
+        for (int i = 0; i < FIELDS; i++) {
+          halfword |= uint(code[j * FIELDS + i]) << (i * BITS);
+        }
+        target[chunk * BITS + j] = ushort(halfword);
+      }
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------ the kernels
+
+// Stores one new key or value. Writes through `pages`, an input of the kernel: readers must bind
+// the kernel's output to be ordered after it.
+template <
+    typename Slots, bool KEY, int D, int BITS, int TERMS, bool HAS_BIAS, typename T>
+METAL_FUNC void store_vector(
+    const device T* vector, const device float* centre, const device float* factors,
+    const device float* codebook, const device ushort* page, int slot, threadgroup uchar* codes,
+    int lane) {
+  Vector<D> y;
+  UNROLL
+  for (int block = 0; block < Vector<D>::M; block++) {
+    UNROLL
+    for (int i = 0; i < Vector<D>::W; i++) {
+      int index = Vector<D>::index(lane, block, i);
+      float element = Vector<D>::holds(lane) ? float(vector[index]) : 0.0f;
+      if (Vector<D>::holds(lane)) {
+        element = rounded_product(KEY ? element - centre[index] : element, factors[index]);
+      }
+      y.x[block][i] = element;
+    }
+  }
+  y.rotate(lane);
+  half scale = half(0.0f), bias = half(0.0f);
+  Quantizer<D, BITS, TERMS, HAS_BIAS, !KEY>::quantize(y, codebook, codes, scale, bias, lane);
+  const device ushort* target =
+      KEY ? Slots::key_codes(page, slot, 0) : Slots::value_codes(page, slot, 0);
+  Quantizer<D, BITS, TERMS, HAS_BIAS, !KEY>::pack(codes, (device ushort*)target, lane);
+  if (lane == 0) {
+    *(device half*)(KEY ? Slots::key_scale(page, slot) : Slots::value_scale(page, slot)) = scale;
+    if (HAS_BIAS) {
+      *(device half*)Slots::key_bias(page, slot) = bias;
+    }
+  }
+}
+
+// All new vectors of a layer: keys [T, H, Dk], values [T, H, Dv]. Slots below 0 are skipped.
+template <typename Slots, int SIMDGROUPS, typename T, typename Mapping, typename Params>
+METAL_FUNC void store_vectors(
+    const device ushort* pages, const device T* keys, const device T* values,
+    Mapping slot_mapping, const device float* centre, const device float* key_factors,
+    const device float* value_factors, const device float* key_codebook,
+    const device float* value_codebook, Params params, device uint* token,
+    threadgroup uchar* codes, uint3 group, int simdgroup, int lane) {
+  constexpr int DK = Slots::key_head_size;
+  constexpr int DV = Slots::value_head_size;
+  constexpr int H = Slots::num_kv_heads;
+  int vector = int(group.x) * SIMDGROUPS + simdgroup;
+  if (vector < 8 && lane == 0) {
+    token[vector] = 0;
+  }
+  int row = vector / 2, head = row % H, new_token = row / H;
+  if (new_token >= params[0]) {
+    return;
+  }
+  int mapped = slot_mapping[new_token];
+  if (mapped < 0) {
+    return;
+  }
+  const device ushort* page = Slots::head_page(pages, mapped / Slots::block_size, head);
+  int slot = mapped % Slots::block_size;
+  threadgroup uchar* own_codes = codes + simdgroup * (DK > DV ? DK : DV);
+  if (vector % 2 == 0) {
+    store_vector<Slots, true, DK, Slots::key_bits, Slots::key_terms, Slots::key_has_bias>(
+        keys + ulong(row) * DK, centre + head * DK, key_factors + head * DK, key_codebook, page,
+        slot, own_codes, lane);
+  } else {
+    store_vector<Slots, false, DV, Slots::value_bits, Slots::value_terms, false>(
+        values + ulong(row) * DV, centre, value_factors, value_codebook, page, slot, own_codes,
+        lane);
+  }
+}
+
+// Two neighbouring stored vectors back to numbers, [n, D]: still rotated, or as the model had them.
+template <int D, int BITS, int TERMS, bool UNROTATE, typename T>
+METAL_FUNC void dequantize_pair(
+    const device ushort* a, const device ushort* b, half2 scales, half2 biases,
+    const device float* codebook, const device float* factors, const device float* centre,
+    bool has_centre, bool has_second, device T* output, threadgroup float* scratch, int lane) {
+  const Codebook<BITS, TERMS> points(codebook);
+  if (lane < D / CHUNK) {
+    uint pairs[BITS];
+    Chunk<BITS>::load(a + lane * BITS, b + lane * BITS, pairs);
+    UNROLL
+    for (int i = 0; i < CHUNK; i++) {
+      half2 point = points.at(grid_point<BITS>(pairs, i));
+      scratch[lane * CHUNK + i] =
+          float(point.x) * (points.unit * float(scales.x)) + float(biases.x);
+      scratch[D + lane * CHUNK + i] =
+          float(point.y) * (points.unit * float(scales.y)) + float(biases.y);
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  for (int which = 0; which < (has_second ? 2 : 1); which++) {
+    Vector<D> y;
+    UNROLL
+    for (int block = 0; block < Vector<D>::M; block++) {
+      UNROLL
+      for (int i = 0; i < Vector<D>::W; i++) {
+        y.x[block][i] = Vector<D>::holds(lane)
+            ? scratch[which * D + Vector<D>::index(lane, block, i)] : 0.0f;
+      }
+    }
+    if (UNROTATE) {
+      y.rotate(lane);
+    }
+    UNROLL
+    for (int block = 0; block < Vector<D>::M; block++) {
+      UNROLL
+      for (int i = 0; i < Vector<D>::W; i++) {
+        if (Vector<D>::holds(lane)) {
+          int index = Vector<D>::index(lane, block, i);
+          float element = y.x[block][i];
+          if (UNROTATE) {
+            element = element * factors[index] + (has_centre ? centre[index] : 0.0f);
+          }
+          output[which * D + index] = T(element);
+        }
+      }
+    }
+  }
+}
+
+// Tokens first .. first + n - 1 (first even) of one request: keys [H, n, Dk], values [H, n, Dv].
+template <typename Slots, int SIMDGROUPS, bool UNROTATE, typename T, typename Table, typename Params>
+METAL_FUNC void dequantize_tokens(
+    const device ushort* pages, Table block_table, const device float* centre,
+    const device float* query_factors, const device float* value_factors,
+    const device float* key_codebook, const device float* value_codebook, Params params,
+    device T* keys, device T* values, threadgroup float* scratch, uint3 group, int simdgroup,
+    int lane) {
+  constexpr int DK = Slots::key_head_size;
+  constexpr int DV = Slots::value_head_size;
+  int first = params[0], n = params[1];
+  int vector = int(group.x) * SIMDGROUPS + simdgroup;
+  int offset = vector / 2 * 2, head = group.y;
+  if (offset >= n) {
+    return;
+  }
+  int token = first + offset;
+  const device ushort* page =
+      Slots::head_page(pages, block_table[token / Slots::block_size], head);
+  int slot = token % Slots::block_size;
+  threadgroup float* own_scratch = scratch + simdgroup * 2 * (DK > DV ? DK : DV);
+  half2 none = half2(half(0.0f), half(0.0f));
+  if (vector % 2 == 0) {
+    dequantize_pair<DK, Slots::key_bits, Slots::key_terms, UNROTATE>(
+        Slots::key_codes(page, slot, 0), Slots::key_codes(page, slot + 1, 0),
+        load_pair(Slots::key_scale(page, slot)),
+        Slots::key_has_bias ? load_pair(Slots::key_bias(page, slot)) : none, key_codebook,
+        query_factors + head * DK, centre + head * DK, true, offset + 1 < n,
+        keys + (ulong(head) * n + offset) * DK, own_scratch, lane);
+  } else {
+    dequantize_pair<DV, Slots::value_bits, Slots::value_terms, UNROTATE>(
+        Slots::value_codes(page, slot, 0), Slots::value_codes(page, slot + 1, 0),
+        load_pair(Slots::value_scale(page, slot)), none, value_codebook, value_factors, centre,
+        false, offset + 1 < n, values + (ulong(head) * n + offset) * DV, own_scratch, lane);
+  }
+}
+
+// Which tokens the rows of a request see, and how they are split. params: int [8].
+struct Splits {
+  int seq_len;       // tokens of the request, its Q query tokens included
+  int first;         // first token that any row sees, made even
+  int split_tokens;  // tokens of a split
+  int num_splits;    // splits for which there is room
+  int max_blocks;    // row length of the block table
+
+  template <typename Params, typename Lengths>
+  METAL_FUNC Splits(Params params, Lengths seq_lens, int request, int num_queries) {
+    split_tokens = params[0];
+    num_splits = params[1];
+    max_blocks = params[3];
+    seq_len = seq_lens[request];
+    int window = params[2];  // 0: none
+    int hidden = seq_len - num_queries + 1 - window;
+    first = window > 0 && hidden > 0 ? hidden & ~1 : 0;
+  }
+
+  METAL_FUNC int used() const thread {
+    return (seq_len - first + split_tokens - 1) / split_tokens;
+  }
+};
+
+// Attention of R rows of one KV head over one split. A lane holds chunk l % LANES of a pair of
+// tokens; SIMD_SIZE / LANES pairs are read at a time by each simdgroup.
+//   partials [B, splits, Q * Hq, Dv]  weighted sums of rotated values, relative to 2^max
+//   states   [B, splits, Q * Hq, 2]   max and sum
+template <typename Slots, int G, int Q, int R, int SIMDGROUPS, bool SOFTCAP>
+struct Decode {
+  static constant constexpr int DK = Slots::key_head_size;
+  static constant constexpr int DV = Slots::value_head_size;
+  static constant constexpr int CHUNKS = (DK > DV ? DK : DV) / CHUNK;
+  static constant constexpr int LANES =
+      CHUNKS > 16 ? 32 : CHUNKS > 8 ? 16 : CHUNKS > 4 ? 8 : CHUNKS > 2 ? 4 : CHUNKS;
+  static constant constexpr int PAIRS = SIMD_SIZE / LANES;
+  static constant constexpr int ROWS = R > 4 ? 8 : R > 2 ? 4 : R;  // R rounded up to a power of 2
+  static constant constexpr int SCORES = 2 * ROWS;                  // (row, token) of a pair
+  static constant constexpr int OWN = SCORES > LANES ? SCORES / LANES : 1;
+  static constant constexpr int QUERY_WORDS = R * LANES * 8;        // threadgroup uint
+  static constant constexpr int SCRATCH = R * DV + 5 * R + 2 * SIMDGROUPS * R;  // ... and float
+
+  // Rotates, scales and rounds the rows to half. What the half cannot hold goes into row_scale.
+  template <typename T>
+  static METAL_FUNC void load_queries(
+      const device T* queries, const device float* query_factors, const device float* centre,
+      int kv_head, int tile, float scale, threadgroup half* rows, threadgroup float* row_scale,
+      threadgroup float* row_sum, threadgroup float* row_shift, int simdgroup, int lane) {
+    for (int r = simdgroup; r < R; r += SIMDGROUPS) {
+      int row = tile * R + r;
+      bool real = row < G * Q;
+      int head = kv_head * G + row % G;
+      const device T* query = queries + (row / G * (Slots::num_kv_heads * G) + head) * DK;
+      Vector<DK> q;
+      float shift = 0.0f;
+      UNROLL
+      for (int block = 0; block < Vector<DK>::M; block++) {
+        UNROLL
+        for (int i = 0; i < Vector<DK>::W; i++) {
+          int index = Vector<DK>::index(lane, block, i);
+          float element = real && Vector<DK>::holds(lane) ? float(query[index]) : 0.0f;
+          if (SOFTCAP && Vector<DK>::holds(lane)) {
+            shift += element * centre[kv_head * DK + index];
+          }
+          q.x[block][i] =
+              Vector<DK>::holds(lane) ? element * query_factors[kv_head * DK + index] : 0.0f;
+        }
+      }
+      q.rotate(lane);
+      float largest = 0.0f, total = 0.0f;
+      UNROLL
+      for (int block = 0; block < Vector<DK>::M; block++) {
+        UNROLL
+        for (int i = 0; i < Vector<DK>::W; i++) {
+          largest = max(largest, abs(q.x[block][i]));
+          total += q.x[block][i];
+        }
+      }
+      largest = simd_max(largest);
+      float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+      for (int i = lane; i < LANES * CHUNK; i += SIMD_SIZE) {
+        rows[r * LANES * CHUNK + i] = half(0.0f);
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      UNROLL
+      for (int block = 0; block < Vector<DK>::M; block++) {
+        UNROLL
+        for (int i = 0; i < Vector<DK>::W; i++) {
+          if (Vector<DK>::holds(lane)) {
+            rows[r * LANES * CHUNK + Vector<DK>::index(lane, block, i)] =
+                half(q.x[block][i] * inverse);
+          }
+        }
+      }
+      total = simd_sum(total);
+      shift = simd_sum(shift);
+      if (lane == 0) {
+        row_scale[r] = largest * scale;
+        row_sum[r] = total * scale;
+        row_shift[r] = shift * scale;
+      }
+    }
+  }
+
+  template <typename T, typename Table, typename Lengths, typename Params, typename Scales>
+  static METAL_FUNC void run(
+      const device ushort* pages, const device T* queries, const device float* query_factors,
+      const device float* centre, Table block_table, Lengths seq_lens,
+      const device float* key_coefficients, const device float* value_coefficients, Params params,
+      Scales scales, device float* partials, device float* states, threadgroup uint* query_words,
+      threadgroup float* scratch, uint3 group, int simdgroup, int lane) {
+    constexpr int TILES = (G * Q + R - 1) / R;
+    int kv_head = int(group.x) / TILES, tile = int(group.x) % TILES;
+    int split = group.y, request = group.z;
+    const Splits splits(params, seq_lens, request, Q);
+    int split_first = splits.first + split * splits.split_tokens;
+    if (split_first >= splits.seq_len) {
+      return;
+    }
+    int split_end = min(split_first + splits.split_tokens, splits.seq_len);
+    int window = params[2];
+    float softcap = scales[1];
+
+    threadgroup float* sums = scratch;  // [R, Dv]
+    threadgroup float* row_scale = scratch + R * DV;
+    threadgroup float* row_sum = row_scale + R;
+    threadgroup float* row_shift = row_sum + R;
+    threadgroup float* group_max = row_shift + R;  // [SIMDGROUPS, R]
+    threadgroup float* group_sum = group_max + SIMDGROUPS * R;
+
+    // Rotate the queries, once for all tokens.
+    const Codebook<Slots::key_bits, Slots::key_terms> key_codebook(key_coefficients);
+    const Codebook<Slots::value_bits, Slots::value_terms> value_codebook(value_coefficients);
+    float scale = SOFTCAP ? scales[0] / softcap : scales[0] * LOG2_E;
+    load_queries(
+        queries + ulong(request) * (Q * G * Slots::num_kv_heads * DK), query_factors, centre,
+        kv_head, tile, scale, (threadgroup half*)query_words, row_scale, row_sum, row_shift,
+        simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    // The scores of a pair of tokens are spread over its lanes: this lane owns OWN of them.
+    int chunk = lane % LANES, pair = lane / LANES;
+    int key_chunk = min(chunk, DK / CHUNK - 1), value_chunk = min(chunk, DV / CHUNK - 1);
+    int own_first = chunk * SCORES / LANES;
+    float own_scale[OWN], own_sum[OWN], own_shift[OWN];
+    int own_begin[OWN], own_end[OWN];
+    SoftmaxState own[OWN];
+    UNROLL
+    for (int i = 0; i < OWN; i++) {
+      int r = min((own_first + i) / 2, R - 1);
+      own_scale[i] = row_scale[r] * key_codebook.unit;
+      own_sum[i] = row_sum[r];
+      own_shift[i] = row_shift[r];
+      int query = (tile * R + r) / G;
+      own_end[i] = splits.seq_len - Q + 1 + query;
+      own_begin[i] = window > 0 ? own_end[i] - window : 0;
+      own_end[i] = min(own_end[i], split_end);
+    }
+    float out[R * CHUNK];
+    UNROLL
+    for (int i = 0; i < R * CHUNK; i++) {
+      out[i] = 0.0f;
+    }
+
+    const threadgroup uint* query_chunk = query_words + chunk * 8;
+    for (int first = split_first + simdgroup * 2 * PAIRS; first < split_end;
+         first += SIMDGROUPS * 2 * PAIRS) {
+      // Find the pair's page and read its codes and scales.
+      int token = first + 2 * pair;
+      int safe = min(token, (split_end - 1) & ~1);
+      int block = block_table[request * splits.max_blocks + safe / Slots::block_size];
+      int slot = safe % Slots::block_size;
+      const device ushort* page = Slots::head_page(pages, block, kv_head);
+      uint key_pairs[Slots::key_bits];
+      Chunk<Slots::key_bits>::load(
+          Slots::key_codes(page, slot, key_chunk), Slots::key_codes(page, slot + 1, key_chunk),
+          key_pairs);
+      uint value_pairs[Slots::value_bits];
+      Chunk<Slots::value_bits>::load(
+          Slots::value_codes(page, slot, value_chunk),
+          Slots::value_codes(page, slot + 1, value_chunk), value_pairs);
+      half2 key_scales = load_pair(Slots::key_scale(page, slot));
+      half2 key_biases = half2(half(0.0f), half(0.0f));
+      if (Slots::key_has_bias) {
+        key_biases = load_pair(Slots::key_bias(page, slot));
+      }
+      half2 value_scales = load_pair(Slots::value_scale(page, slot));
+
+      // Multiply this chunk of both keys with that of every row.
+      half2 dots[R];
+      UNROLL
+      for (int r = 0; r < R; r++) {
+        dots[r] = half2(half(0.0f), half(0.0f));
+      }
+      UNROLL
+      for (int part = 0; part < 2; part++) {
+        half2 keys[8];
+        UNROLL
+        for (int i = 0; i < 8; i++) {
+          keys[i] = key_codebook.at(grid_point<Slots::key_bits>(key_pairs, part * 8 + i));
+        }
+        UNROLL
+        for (int r = 0; r < R; r++) {
+          uint4 words = *(const threadgroup uint4*)(query_chunk + r * LANES * 8 + part * 4);
+          uint q[4] = {words.x, words.y, words.z, words.w};
+          UNROLL
+          for (int i = 0; i < 4; i++) {
+            half2 elements = as_type<half2>(q[i]);
+            dots[r] = fma(half2(elements.x, elements.x), keys[2 * i], dots[r]);
+            dots[r] = fma(half2(elements.y, elements.y), keys[2 * i + 1], dots[r]);
+          }
+        }
+      }
+
+      // Add up the chunks; each lane keeps its own scores, in powers of two.
+      float scores[SCORES];
+      UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        scores[2 * r] = r < R ? float(dots[min(r, R - 1)].x) : 0.0f;
+        scores[2 * r + 1] = r < R ? float(dots[min(r, R - 1)].y) : 0.0f;
+      }
+      fold<SCORES, LANES>(scores, lane, 1);
+      bool visible[OWN];
+      bool grows = false;
+      UNROLL
+      for (int i = 0; i < OWN; i++) {
+        int which = (own_first + i) & 1;
+        scores[i] *= own_scale[i] * float(which ? key_scales.y : key_scales.x);
+        if (Slots::key_has_bias) {
+          scores[i] += own_sum[i] * float(which ? key_biases.y : key_biases.x);
+        }
+        if (SOFTCAP) {
+          scores[i] = softcap * LOG2_E * precise::tanh(scores[i] + own_shift[i]);
+        }
+        visible[i] = token + which >= own_begin[i] && token + which < own_end[i];
+        scores[i] = visible[i] ? scores[i] : -INFINITY;
+        grows = grows || scores[i] > own[i].max + RESCALE_MARGIN;
+      }
+
+      // Move the maximum, but only when a score leaves its margin.
+      if (simd_any(grows)) {
+        float factors[SCORES];
+        UNROLL
+        for (int i = 0; i < OWN; i++) {
+          float other = OWN > 1 ? scores[(i ^ 1) % OWN]
+                                : simd_shuffle_xor(scores[i], ushort(LANES / SCORES));
+          factors[i] = own[i].rescale(max(own[i].max, max(scores[i], other)));
+        }
+        spread<SCORES, LANES>(factors, lane);
+        UNROLL
+        for (int i = 0; i < R * CHUNK; i++) {
+          out[i] *= factors[i / CHUNK * 2];
+        }
+      }
+
+      // Give every lane of the pair all weights, value scales included.
+      float weights[SCORES];
+      UNROLL
+      for (int i = 0; i < OWN; i++) {
+        int which = (own_first + i) & 1;
+        float weight = own[i].update(scores[i]);
+        weights[i] = visible[i] ? weight * float(which ? value_scales.y : value_scales.x) : 0.0f;
+      }
+      spread<SCORES, LANES>(weights, lane);
+
+      // Add this chunk of both values to every row.
+      UNROLL
+      for (int i = 0; i < CHUNK; i++) {
+        half2 values = value_codebook.at(grid_point<Slots::value_bits>(value_pairs, i));
+        float a = float(values.x), b = float(values.y);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+          out[r * CHUNK + i] = fma(weights[2 * r], a, out[r * CHUNK + i]);
+          out[r * CHUNK + i] = fma(weights[2 * r + 1], b, out[r * CHUNK + i]);
+        }
+      }
+    }
+
+    // Merge the pairs of lanes of this simdgroup.
+    float factors[SCORES];
+    UNROLL
+    for (int i = 0; i < OWN; i++) {
+      float largest = own[i].max;
+      UNROLL
+      for (int mask = LANES; mask < SIMD_SIZE; mask *= 2) {
+        largest = max(largest, simd_shuffle_xor(largest, ushort(mask)));
+      }
+      factors[i] = own[i].rescale(largest);
+      UNROLL
+      for (int mask = LANES; mask < SIMD_SIZE; mask *= 2) {
+        own[i].sum += simd_shuffle_xor(own[i].sum, ushort(mask));
+      }
+    }
+    UNROLL
+    for (int i = 0; i < OWN; i++) {
+      float other = OWN > 1 ? own[(i ^ 1) % OWN].sum
+                            : simd_shuffle_xor(own[i].sum, ushort(LANES / SCORES));
+      int r = (own_first + i) / 2;
+      if (((own_first + i) & 1) == 0 && r < R && pair == 0) {
+        group_max[simdgroup * R + r] = own[i].max;
+        group_sum[simdgroup * R + r] = own[i].sum + other;
+      }
+    }
+    spread<SCORES, LANES>(factors, lane);
+    UNROLL
+    for (int i = 0; i < R * CHUNK; i++) {
+      out[i] *= factors[i / CHUNK * 2];
+    }
+    fold<R * CHUNK, PAIRS>(out, lane, LANES);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    // Merge the simdgroups, one after the other.
+    constexpr int HELD = R * CHUNK > PAIRS ? R * CHUNK / PAIRS : 1;
+    int held_first = pair * (R * CHUNK) / PAIRS;
+    for (int turn = 0; turn < SIMDGROUPS; turn++) {
+      if (turn == simdgroup && chunk * CHUNK < DV) {
+        UNROLL
+        for (int i = 0; i < HELD; i++) {
+          int r = (held_first + i) / CHUNK;
+          int index = r * DV + chunk * CHUNK + (held_first + i) % CHUNK;
+          float largest = group_max[r];
+          for (int other = 1; other < SIMDGROUPS; other++) {
+            largest = max(largest, group_max[other * R + r]);
+          }
+          float sum = out[i] * fast::exp2(group_max[simdgroup * R + r] - largest);
+          sums[index] = turn == 0 ? sum : sums[index] + sum;
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+
+    // Write sums and softmax state of the split.
+    ulong split_index = ulong(request) * splits.num_splits + split;
+    int thread_index = simdgroup * SIMD_SIZE + lane;
+    for (int i = thread_index; i < R * DV; i += SIMDGROUPS * SIMD_SIZE) {
+      int row = tile * R + i / DV;
+      if (row < G * Q) {
+        int out_row = row / G * (G * Slots::num_kv_heads) + kv_head * G + row % G;
+        partials[(split_index * (G * Q * Slots::num_kv_heads) + out_row) * DV + i % DV] =
+            sums[i] * value_codebook.unit;
+      }
+    }
+    int row = tile * R + thread_index;
+    if (thread_index < R && row < G * Q) {
+      SoftmaxState total;
+      for (int i = 0; i < SIMDGROUPS; i++) {
+        total.max = max(total.max, group_max[i * R + thread_index]);
+      }
+      for (int i = 0; i < SIMDGROUPS; i++) {
+        total.sum += group_sum[i * R + thread_index] *
+            fast::exp2(group_max[i * R + thread_index] - total.max);
+      }
+      int out_row = row / G * (G * Slots::num_kv_heads) + kv_head * G + row % G;
+      device float* state = states + (split_index * (G * Q * Slots::num_kv_heads) + out_row) * 2;
+      state[0] = total.max;
+      state[1] = total.sum;
+    }
+  }
+};
+
+// The splits of one query row to its output [B, Q, Hq, Dv]: weigh, add, rotate back, cast.
+template <
+    typename Slots, int G, int Q, int SIMDGROUPS, bool SINKS, typename T, typename Lengths,
+    typename Params, typename Scales, typename Sinks>
+METAL_FUNC void merge_splits(
+    const device float* partials, const device float* states, const device T* queries,
+    const device float* centre, const device float* value_factors, Lengths seq_lens, Sinks sinks,
+    Params params, Scales scales, device T* output, threadgroup float* scratch, uint3 group,
+    int simdgroup, int lane) {
+  constexpr int DV = Slots::value_head_size;
+  constexpr int DK = Slots::key_head_size;
+  constexpr int HEADS = G * Slots::num_kv_heads;
+  int row = group.x, request = group.y, head = row % HEADS;
+  const Splits splits(params, seq_lens, request, Q);
+  int used = splits.seq_len > 0 ? splits.used() : 0;
+  ulong first = ulong(request) * splits.num_splits * (Q * HEADS) + row;
+
+  // The sink is a logit without a value. Stored keys lack their centre, so it gives it up too.
+  SoftmaxState total;
+  if (SINKS) {
+    float shift = 0.0f;
+    const device T* query = queries + (ulong(request) * (Q * HEADS) + row) * DK;
+    for (int i = lane; i < DK; i += SIMD_SIZE) {
+      shift += float(query[i]) * centre[head / G * DK + i];
+    }
+    bool capped = scales[1] > 0.0f;
+    shift = capped ? 0.0f : simd_sum(shift) * scales[0];
+    total.max = (float(sinks[head]) - shift) * LOG2_E;
+  }
+  float sink = total.max;
+  for (int split = lane; split < used; split += SIMD_SIZE) {
+    total.max = max(total.max, states[(first + ulong(split) * (Q * HEADS)) * 2]);
+  }
+  total.max = simd_max(total.max);
+
+  // Each simdgroup adds up its splits.
+  Vector<DV> sum;
+  UNROLL
+  for (int block = 0; block < Vector<DV>::M; block++) {
+    UNROLL
+    for (int i = 0; i < Vector<DV>::W; i++) {
+      sum.x[block][i] = 0.0f;
+    }
+  }
+  for (int split = simdgroup; split < used; split += SIMDGROUPS) {
+    ulong index = first + ulong(split) * (Q * HEADS);
+    float factor = fast::exp2(states[index * 2] - total.max);
+    total.sum += states[index * 2 + 1] * factor;
+    UNROLL
+    for (int block = 0; block < Vector<DV>::M; block++) {
+      UNROLL
+      for (int i = 0; i < Vector<DV>::W; i++) {
+        if (Vector<DV>::holds(lane)) {
+          sum.x[block][i] =
+              fma(factor, partials[index * DV + Vector<DV>::index(lane, block, i)],
+                  sum.x[block][i]);
+        }
+      }
+    }
+  }
+
+  // Merge the simdgroups.
+  constexpr int STRIDE = Vector<DV>::M * Vector<DV>::W * SIMD_SIZE + 1;
+  UNROLL
+  for (int block = 0; block < Vector<DV>::M; block++) {
+    UNROLL
+    for (int i = 0; i < Vector<DV>::W; i++) {
+      scratch[simdgroup * STRIDE + (block * Vector<DV>::W + i) * SIMD_SIZE + lane] =
+          sum.x[block][i];
+    }
+  }
+  if (lane == 0) {
+    scratch[simdgroup * STRIDE + STRIDE - 1] = total.sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup > 0) {
+    return;
+  }
+  for (int other = 1; other < SIMDGROUPS; other++) {
+    UNROLL
+    for (int block = 0; block < Vector<DV>::M; block++) {
+      UNROLL
+      for (int i = 0; i < Vector<DV>::W; i++) {
+        sum.x[block][i] +=
+            scratch[other * STRIDE + (block * Vector<DV>::W + i) * SIMD_SIZE + lane];
+      }
+    }
+    total.sum += scratch[other * STRIDE + STRIDE - 1];
+  }
+  if (SINKS) {
+    total.sum += fast::exp2(sink - total.max);
+  }
+
+  // Normalise, rotate back and cast.
+  float normaliser = total.normaliser();
+  sum.rotate(lane);
+  UNROLL
+  for (int block = 0; block < Vector<DV>::M; block++) {
+    UNROLL
+    for (int i = 0; i < Vector<DV>::W; i++) {
+      if (Vector<DV>::holds(lane)) {
+        int index = Vector<DV>::index(lane, block, i);
+        output[(ulong(request) * (Q * HEADS) + row) * DV + index] =
+            T(sum.x[block][i] * normaliser * value_factors[index]);
+      }
+    }
+  }
+}

@@ -1,0 +1,67 @@
+// Metal's language on CUDA: what kernels/*.metal uses of MSL, in terms of CUDA C++. A simdgroup is
+// a warp, threadgroup memory is shared memory; address spaces need no names.
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+#define METAL_FUNC __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define device
+#define constant
+#define thread
+#define threadgroup
+
+using uchar = unsigned char;
+using ushort = unsigned short;
+using uint = unsigned int;
+using ulong = unsigned long;
+
+struct alignas(4) MetalUshort2 {
+  ushort x, y;
+  METAL_FUNC MetalUshort2(ushort x, ushort y) : x(x), y(y) {}
+};
+#define ushort2 MetalUshort2
+
+template <typename To, typename From>
+METAL_FUNC To as_type(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type changes the type, not the size");
+  return *reinterpret_cast<To*>(&from);
+}
+
+METAL_FUNC half2 fma(half2 a, half2 b, half2 c) { return __hfma2(a, b, c); }
+
+namespace fast {
+METAL_FUNC float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+} // namespace fast
+
+namespace precise {
+METAL_FUNC float tanh(float x) { return ::tanhf(x); }
+} // namespace precise
+
+#define ROUNDED_PRODUCT
+METAL_FUNC float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+METAL_FUNC void threadgroup_barrier(mem_flags) { __syncthreads(); }
+METAL_FUNC void simdgroup_barrier(mem_flags) { __syncwarp(); }
+
+METAL_FUNC float simd_shuffle_xor(float x, ushort mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+METAL_FUNC bool simd_any(bool x) { return __any_sync(0xffffffffu, x); }
+METAL_FUNC float simd_sum(float x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, mask);
+  }
+  return x;
+}
+METAL_FUNC float simd_max(float x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  }
+  return x;
+}

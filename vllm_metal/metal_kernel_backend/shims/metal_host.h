@@ -1,0 +1,285 @@
+// Metal's language on the CPU: what kernels/*.metal uses of MSL, in C++14. Every thread of a
+// threadgroup is a fibre with its own stack; the functions of a simdgroup and the barriers pass
+// control on until all of their threads have arrived. A simdgroup function that only some of its
+// threads reach, undefined on a GPU, is an error here.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define METAL_FUNC inline __attribute__((always_inline))
+#define UNROLL
+#define device
+#define constant
+#define thread
+#define threadgroup
+
+using uchar = unsigned char;
+using ushort = unsigned short;
+using uint = unsigned int;
+using ulong = unsigned long;
+using half = _Float16;
+
+struct half2 {
+  half x, y;
+  half2() = default;
+  half2(half x, half y) : x(x), y(y) {}
+};
+struct alignas(4) ushort2 {
+  ushort x, y;
+  ushort2() = default;
+  ushort2(ushort x, ushort y) : x(x), y(y) {}
+};
+struct uint2 {
+  uint x, y;
+};
+struct uint3 {
+  uint x, y, z;
+};
+struct uint4 {
+  uint x, y, z, w;
+};
+
+// bfloat16 as MLX has it: storage, with conversions that round to nearest even.
+struct bfloat16_t {
+  uint16_t bits;
+  bfloat16_t() = default;
+  explicit bfloat16_t(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    bits = uint16_t((word + 0x7fffu + ((word >> 16) & 1)) >> 16);
+  }
+  explicit operator float() const {
+    uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+};
+
+template <typename To, typename From>
+inline To as_type(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type changes the type, not the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline half2 operator*(half2 a, half2 b) { return half2(half(a.x * b.x), half(a.y * b.y)); }
+inline float fma(float a, float b, float c) { return std::fmaf(a, b, c); }
+// Exact up to the last rounding: the product of two halves is a float.
+inline half fma(half a, half b, half c) { return half(float(a) * float(b) + float(c)); }
+inline half2 fma(half2 a, half2 b, half2 c) { return half2(fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)); }
+inline float min(float a, float b) { return a < b ? a : b; }
+inline float max(float a, float b) { return a > b ? a : b; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline float abs(float a) { return std::fabs(a); }
+inline float floor(float a) { return std::floor(a); }
+
+namespace fast {
+inline float exp2(float x) { return std::exp2(x); }
+} // namespace fast
+namespace precise {
+inline float tanh(float x) { return std::tanh(x); }
+} // namespace precise
+
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+
+namespace host {
+
+constexpr unsigned SIMD = 32;
+constexpr size_t STACK_BYTES = 128 << 10;
+
+#if defined(__x86_64__)
+// Saves the registers that a call preserves, changes stacks and returns on the other one.
+extern "C" void metal_host_switch(void** save, void* load);
+__asm__(
+    ".text\n.weak metal_host_switch\n.hidden metal_host_switch\nmetal_host_switch:\n"
+    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n  ret\n");
+struct Context {
+  void* stack_pointer = nullptr;
+  void start(char* stack, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(
+        (reinterpret_cast<uintptr_t>(stack) + STACK_BYTES) & ~uintptr_t(15));
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; i++) {
+      *--top = nullptr;
+    }
+    stack_pointer = top;
+  }
+  static void change(Context& from, Context& to) {
+    metal_host_switch(&from.stack_pointer, to.stack_pointer);
+  }
+};
+#else
+#include <ucontext.h>
+struct Context {
+  ucontext_t state;
+  void start(char* stack, void (*entry)()) {
+    getcontext(&state);
+    state.uc_stack.ss_sp = stack;
+    state.uc_stack.ss_size = STACK_BYTES;
+    state.uc_link = nullptr;
+    makecontext(&state, entry, 0);
+  }
+  static void change(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
+};
+#endif
+
+struct Meeting {
+  unsigned arrived = 0;
+  uint32_t slots[2][SIMD];
+};
+
+struct Fibre {
+  Context context;
+  char* stack = nullptr;
+  unsigned index = 0;         // in the threadgroup
+  unsigned simd_meetings = 0;  // attended so far
+  unsigned barriers = 0;
+  bool done = false;
+};
+
+// One threadgroup at a time.
+struct Machine {
+  Context main;
+  Fibre* fibres = nullptr;
+  unsigned num_fibres = 0, live = 0, current = 0, idle = 0;
+  Meeting* simdgroups = nullptr;
+  unsigned barrier_arrived = 0;
+  bool stuck = false;
+  uint3 group;
+  void (*body)(void*, uint3, uint) = nullptr;
+  void* arguments = nullptr;
+};
+static thread_local Machine machine;
+
+inline Fibre& self() { return machine.fibres[machine.current]; }
+
+__attribute__((noinline)) inline void pass_on() {
+  Fibre& from = self();
+  unsigned next = machine.current;
+  do {
+    next = next + 1 == machine.num_fibres ? 0 : next + 1;
+  } while (machine.fibres[next].done && next != machine.current);
+  if (next == machine.current) {
+    return;
+  }
+  machine.current = next;
+  Context::change(from.context, machine.fibres[next].context);
+}
+
+// Waits until `arrived` has reached `needed`.
+inline void wait(const unsigned& arrived, unsigned needed) {
+  machine.idle = 0;
+  while (*const_cast<const volatile unsigned*>(&arrived) < needed) {
+    if (++machine.idle > 2 * machine.num_fibres + 2) {
+      machine.stuck = true;
+      Context::change(self().context, machine.main);
+    }
+    pass_on();
+  }
+}
+
+inline Meeting& meet(uint32_t word, unsigned& turn) {
+  Fibre& fibre = self();
+  Meeting& meeting = machine.simdgroups[fibre.index / SIMD];
+  turn = fibre.simd_meetings++ & 1;
+  meeting.slots[turn][fibre.index % SIMD] = word;
+  meeting.arrived++;
+  wait(meeting.arrived, SIMD * fibre.simd_meetings);
+  return meeting;
+}
+
+inline void run_fibre() {
+  machine.body(machine.arguments, machine.group, self().index);
+  Fibre& fibre = self();
+  fibre.done = true;
+  machine.idle = 0;
+  if (--machine.live == 0) {
+    Context::change(fibre.context, machine.main);
+  }
+  pass_on();
+  std::abort();
+}
+
+// Runs every threadgroup of a grid; returns 0, or 1 where a simdgroup function or a barrier was
+// not reached by all of its threads.
+inline int run_grid(
+    const uint* groups, uint threads, void (*body)(void*, uint3, uint), void* arguments) {
+  machine.num_fibres = threads;
+  machine.fibres = new Fibre[threads];
+  machine.simdgroups = new Meeting[(threads + SIMD - 1) / SIMD];
+  machine.body = body;
+  machine.arguments = arguments;
+  machine.stuck = false;
+  char* stacks = static_cast<char*>(std::malloc(STACK_BYTES * threads));
+  for (uint z = 0; z < groups[2] && !machine.stuck; z++) {
+    for (uint y = 0; y < groups[1] && !machine.stuck; y++) {
+      for (uint x = 0; x < groups[0] && !machine.stuck; x++) {
+        machine.group = uint3{x, y, z};
+        for (uint i = 0; i < threads; i++) {
+          Fibre& fibre = machine.fibres[i];
+          fibre.index = i;
+          fibre.simd_meetings = fibre.barriers = 0;
+          fibre.done = false;
+          fibre.context.start(stacks + STACK_BYTES * i, run_fibre);
+        }
+        for (uint i = 0; i < (threads + SIMD - 1) / SIMD; i++) {
+          machine.simdgroups[i].arrived = 0;
+        }
+        machine.barrier_arrived = 0;
+        machine.live = threads;
+        machine.current = 0;
+        machine.idle = 0;
+        Context::change(machine.main, machine.fibres[0].context);
+      }
+    }
+  }
+  std::free(stacks);
+  delete[] machine.fibres;
+  delete[] machine.simdgroups;
+  return machine.stuck;
+}
+
+} // namespace host
+
+inline float simd_shuffle_xor(float x, ushort mask) {
+  unsigned turn, lane = host::self().index % host::SIMD;
+  host::Meeting& meeting = host::meet(as_type<uint32_t>(x), turn);
+  return as_type<float>(meeting.slots[turn][lane ^ mask]);
+}
+inline float simd_sum(float x) {
+  for (ushort mask = 16; mask > 0; mask /= 2) {
+    x += simd_shuffle_xor(x, mask);
+  }
+  return x;
+}
+inline float simd_max(float x) {
+  for (ushort mask = 16; mask > 0; mask /= 2) {
+    x = max(x, simd_shuffle_xor(x, mask));
+  }
+  return x;
+}
+inline bool simd_any(bool x) {
+  unsigned turn;
+  host::Meeting& meeting = host::meet(x, turn);
+  uint32_t any = 0;
+  for (unsigned i = 0; i < host::SIMD; i++) {
+    any |= meeting.slots[turn][i];
+  }
+  return any;
+}
+inline void simdgroup_barrier(mem_flags) {
+  unsigned turn;
+  host::meet(0, turn);
+}
+inline void threadgroup_barrier(mem_flags) {
+  host::machine.barrier_arrived++;
+  unsigned needed = ++host::self().barriers * host::machine.num_fibres;
+  host::wait(host::machine.barrier_arrived, needed);
+}
