@@ -1,0 +1,171 @@
+"""Requests whose K/V a test knows in full, fed to a backend in chunks and in decode steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from tests import reference
+from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+
+
+@dataclass
+class Request:
+    """One request in one layer; everything that the backend is told comes from here."""
+
+    queries: np.ndarray
+    """[Hq, S, Dk] float32"""
+    keys: np.ndarray
+    """[H, S, Dk] float32"""
+    values: np.ndarray
+    """[H, S, Dv] float32"""
+    block_ids: list[int]
+    scale: float
+    sinks: np.ndarray | None = None
+    """[Hq] float32"""
+
+    @property
+    def seq_len(self) -> int:
+        return self.keys.shape[1]
+
+    def slots(self, block_size: int) -> np.ndarray:
+        """Slot of each token."""
+        positions = np.arange(self.seq_len)
+        return np.array(self.block_ids)[positions // block_size] * block_size + (
+            positions % block_size
+        )
+
+    def expected(self, start: int, end: int) -> np.ndarray:  # [Hq, end - start, Dv]
+        """The oracle's attention of tokens `start` to `end`."""
+        return reference.attention(
+            self.queries[:, start:end],
+            self.keys[:, :end],
+            self.values[:, :end],
+            self.scale,
+            self.sinks,
+        )
+
+
+class PagedLayer:
+    """A backend and its pages. Block ids are handed out in no particular order."""
+
+    def __init__(self, backend: AttentionBackend, num_blocks: int = 64, seed: int = 0):
+        self.backend = backend
+        self.pages: Pages = backend.allocate(num_blocks)
+        self.rng = np.random.default_rng(seed)
+        self._free = list(self.rng.permutation(np.arange(1, num_blocks)))
+
+    def request(
+        self,
+        seq_len: int,
+        num_heads: int,
+        sinks: bool = False,
+        block_ids: list[int] | None = None,
+    ) -> Request:
+        """A request of Gaussian K/V, owning blocks of this layer."""
+        shape: LayerShape = self.backend.shape
+        if block_ids is None:
+            num_blocks = -(-seq_len // self.backend.block_size)
+            block_ids = [int(self._free.pop()) for _ in range(num_blocks)]
+        return Request(
+            self._normal(num_heads, seq_len, shape.head_size),
+            self._normal(shape.num_kv_heads, seq_len, shape.head_size),
+            self._normal(shape.num_kv_heads, seq_len, shape.head_size_v),
+            block_ids,
+            shape.head_size**-0.5,
+            self._normal(num_heads) if sinks else None,
+        )
+
+    def prefill(self, request: Request, start: int, end: int, dtype: mx.Dtype = mx.float32):
+        """Stores tokens `start` to `end` as one chunk; their attention, [Hq, L, Dv]."""
+        block_size = self.backend.block_size
+        metadata = PrefillMetadata(
+            block_table=mx.array([request.block_ids[: -(-end // block_size)]], mx.int32),
+            slot_mapping=mx.array(request.slots(block_size)[start:end], mx.int32),
+            context_len=start,
+            query_len=end - start,
+        )
+        keys = mx.array(request.keys[:, start:end], dtype)
+        values = mx.array(request.values[:, start:end], dtype)
+        self.pages = self.backend.store(
+            self.pages, keys.swapaxes(0, 1), values.swapaxes(0, 1), metadata
+        )
+        out = self.backend.prefill(
+            self.pages,
+            mx.array(request.queries[:, start:end], dtype),
+            keys,
+            values,
+            metadata,
+            request.scale,
+            _sinks(request, dtype),
+        )
+        mx.eval(out, *self.pages)
+        return out
+
+    def decode(
+        self,
+        requests: Sequence[Request],
+        dtype: mx.Dtype = mx.float32,
+        padding: int = 0,
+        lens: Sequence[int] | None = None,
+    ) -> mx.array:  # [B, Hq, Dv]
+        """Stores the last token of each request and attends from it.
+
+        Args:
+            padding: block id that fills the unused entries of the block table.
+            lens: tokens of each request so far; all of them if not given.
+        """
+        block_size = self.backend.block_size
+        lens = [request.seq_len for request in requests] if lens is None else lens
+        longest = max(-(-seq_len // block_size) for seq_len in lens)
+        table = np.full((len(requests), longest), padding, np.int32)
+        for row, (request, seq_len) in enumerate(zip(requests, lens, strict=True)):
+            block_ids = request.block_ids[: -(-seq_len // block_size)]
+            table[row, : len(block_ids)] = block_ids
+        last = [seq_len - 1 for seq_len in lens]
+        slots = [r.slots(block_size)[i] for r, i in zip(requests, last, strict=True)]
+        metadata = DecodeMetadata(
+            block_table=mx.array(table),
+            seq_lens=mx.array(lens, mx.int32),
+            slot_mapping=mx.array(np.array(slots), mx.int32),
+            offset=mx.array(last, mx.int32) if len(lens) > 1 else last[0],
+            max_seq_len=max(lens),
+        )
+
+        def newest(arrays: list[np.ndarray]) -> mx.array:
+            rows = [array[:, i] for array, i in zip(arrays, last, strict=True)]
+            return mx.array(np.stack(rows), dtype)
+
+        self.pages = self.backend.store(
+            self.pages,
+            newest([request.keys for request in requests]),
+            newest([request.values for request in requests]),
+            metadata,
+        )
+        out = self.backend.decode(
+            self.pages,
+            newest([request.queries for request in requests]),
+            metadata,
+            requests[0].scale,
+            _sinks(requests[0], dtype),
+        )
+        mx.eval(out, *self.pages)
+        return out
+
+    def expected_decode(
+        self, requests: Sequence[Request], lens: Sequence[int] | None = None
+    ) -> np.ndarray:  # [B, Hq, Dv]
+        """The oracle's answer to `decode`."""
+        lens = [request.seq_len for request in requests] if lens is None else lens
+        return np.stack(
+            [r.expected(end - 1, end)[:, 0] for r, end in zip(requests, lens, strict=True)]
+        )
+
+    def _normal(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape, dtype=np.float32)
+
+
+def _sinks(request: Request, dtype: mx.Dtype) -> mx.array | None:
+    return None if request.sinks is None else mx.array(request.sinks, dtype)

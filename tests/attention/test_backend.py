@@ -1,0 +1,264 @@
+"""What a backend is: the same contract for every one of them, against the float32 oracle.
+
+A new backend is right when its line in `CANDIDATES` passes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.attention.paged_requests import PagedLayer, Request
+from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.metal_kernel_backend.dense import DensePages
+
+BLOCK = 16
+LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)
+GROUPED = LayerShape(num_kv_heads=2, head_size=64, head_size_v=64)
+NARROW_VALUES = LayerShape(num_kv_heads=1, head_size=64, head_size_v=32)
+ONE_TO_ONE = LayerShape(num_kv_heads=3, head_size=32, head_size_v=32)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend under the contract."""
+
+    name: str
+    make: Callable[[LayerShape, int], AttentionBackend]
+    tolerance: float
+    """Largest error of an attention output, as a part of the largest value attended to."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CANDIDATES = [
+    Candidate("dense-float32", lambda s, b: DensePages(s, b, mx.float32), 2e-6),
+    Candidate("dense-float16", lambda s, b: DensePages(s, b, mx.float16), 1e-3),
+    Candidate("dense-bfloat16", lambda s, b: DensePages(s, b, mx.bfloat16), 8e-3),
+]
+
+
+@pytest.fixture(params=CANDIDATES, ids=str)
+def candidate(request) -> Candidate:
+    return request.param
+
+
+def layer_of(candidate: Candidate, shape: LayerShape = GROUPED) -> PagedLayer:
+    return PagedLayer(candidate.make(shape, BLOCK))
+
+
+def error(out: mx.array, expected: np.ndarray, *requests: Request) -> float:
+    """Largest difference as a part of the largest value; NaN stays NaN and fails a comparison."""
+    largest = max(np.abs(request.values).max() for request in requests)
+    return float(np.abs(np.array(out.astype(mx.float32)) - expected).max() / (largest or 1.0))
+
+
+def fill(layer: PagedLayer, request: Request, chunk: int = 2 * BLOCK) -> None:
+    """Prefills all tokens but the last, which `decode` brings."""
+    for start in range(0, request.seq_len - 1, chunk):
+        layer.prefill(request, start, min(start + chunk, request.seq_len - 1))
+
+
+@pytest.mark.parametrize("shape", [GROUPED, NARROW_VALUES, ONE_TO_ONE], ids=str)
+def test_pages_have_exactly_the_planned_bytes(candidate, shape):
+    backend = candidate.make(shape, BLOCK)
+    assert sum(array.nbytes for array in backend.allocate(7)) == 7 * backend.page_size_bytes
+    assert backend.page_size_bytes == BLOCK * shape.num_kv_heads * backend.slot_size
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+@pytest.mark.parametrize("shape", [GROUPED, NARROW_VALUES, ONE_TO_ONE], ids=str)
+def test_decode_of_unequal_lengths(candidate, shape, num_groups):
+    layer = layer_of(candidate, shape)
+    requests = [layer.request(n, num_groups * shape.num_kv_heads) for n in LENGTHS]
+    for request in requests:
+        fill(layer, request)
+    out = layer.decode(requests)
+    assert error(out, layer.expected_decode(requests), *requests) < candidate.tolerance
+
+
+def test_decode_step_after_step_over_a_block_boundary(candidate):
+    """Each token is written by one step and read by the following ones."""
+    layer = layer_of(candidate)
+    requests = [layer.request(2 * BLOCK + 3, 4), layer.request(BLOCK + 2, 4)]
+    for request in requests:
+        layer.prefill(request, 0, BLOCK - 2)
+    for step in range(BLOCK - 1, BLOCK + 3):
+        lens = [step, step]
+        out = layer.decode(requests, lens=lens)
+        assert error(out, layer.expected_decode(requests, lens), *requests) < candidate.tolerance
+
+
+@pytest.mark.parametrize("seq_len", [*LENGTHS, 150])
+@pytest.mark.parametrize("shape", [GROUPED, NARROW_VALUES, ONE_TO_ONE], ids=str)
+def test_prefill_without_context(candidate, shape, seq_len):
+    layer = layer_of(candidate, shape)
+    request = layer.request(seq_len, 3 * shape.num_kv_heads)
+    out = layer.prefill(request, 0, seq_len)
+    assert error(out, request.expected(0, seq_len), request) < candidate.tolerance
+
+
+@pytest.mark.parametrize("chunk", [1, 7, BLOCK, 2 * BLOCK + 1])
+def test_prefill_over_context(candidate, chunk):
+    """Chunks that end inside a block, on its edge, and after it."""
+    layer = layer_of(candidate)
+    request = layer.request(3 * BLOCK + 5, 4)
+    for start in range(0, request.seq_len, chunk):
+        end = min(start + chunk, request.seq_len)
+        out = layer.prefill(request, start, end)
+        assert error(out, request.expected(start, end), request) < candidate.tolerance
+
+
+def test_prefill_takes_the_chunk_exactly(candidate):
+    """Without context nothing read from the pages enters, whatever their precision."""
+    layer = layer_of(candidate)
+    request = layer.request(50, 4)
+    assert error(layer.prefill(request, 0, 50), request.expected(0, 50), request) < 2e-6
+
+
+def test_a_batch_gives_what_its_requests_give_alone(candidate):
+    layer = layer_of(candidate)
+    requests = [layer.request(n, 4) for n in LENGTHS]
+    for request in requests:
+        fill(layer, request)
+    together = layer.decode(requests)
+    alone = mx.concatenate([layer.decode([request]) for request in requests])
+    assert mx.abs(together - alone).max().item() < 2e-6
+
+
+def test_requests_do_not_touch_each_other(candidate):
+    """Writing a second request leaves the answer to the first one bit for bit the same."""
+    layer = layer_of(candidate)
+    first, second = layer.request(3 * BLOCK + 5, 4), layer.request(3 * BLOCK + 9, 4)
+    fill(layer, first)
+    before = layer.decode([first])
+    fill(layer, second)
+    layer.decode([second])
+    assert mx.array_equal(layer.decode([first]), before)
+
+
+@pytest.mark.parametrize("seq_len", [1, BLOCK - 1, BLOCK + 1])
+def test_the_rest_of_the_last_block_is_masked(candidate, seq_len):
+    """What an earlier owner left behind in a block does not count, in decode nor in prefill."""
+    layer = layer_of(candidate)
+    earlier = layer.request(2 * BLOCK, 4)
+    earlier = replace(earlier, keys=10 * earlier.keys, values=100 + earlier.values)
+    layer.prefill(earlier, 0, 2 * BLOCK)
+    request = layer.request(seq_len, 4, block_ids=earlier.block_ids)
+    fill(layer, request, chunk=5)
+    out = layer.decode([request])
+    assert error(out, layer.expected_decode([request]), request) < candidate.tolerance
+    out = layer.prefill(request, seq_len - 1, seq_len)
+    assert error(out, request.expected(seq_len - 1, seq_len), request) < candidate.tolerance
+
+
+def test_padding_of_the_block_table_is_masked(candidate):
+    """Unused entries may name any block, also one of another request."""
+    layer = layer_of(candidate)
+    short, long = layer.request(3, 4), layer.request(4 * BLOCK, 4)
+    long = replace(long, keys=10 * long.keys, values=100 + long.values)
+    for request in (short, long):
+        fill(layer, request)
+    out = layer.decode([short, long], padding=long.block_ids[0])
+    assert error(out[:1], layer.expected_decode([short]), short) < candidate.tolerance
+    assert error(out[1:], layer.expected_decode([long]), long) < candidate.tolerance
+
+
+@pytest.mark.xfail(strict=True, reason="dense pages: 0 * NaN of a masked slot is NaN")
+@pytest.mark.parametrize("poison", [np.inf, np.nan])
+def test_values_that_are_no_numbers_stay_with_their_request(candidate, poison):
+    """An earlier owner of a block that overflowed does not spoil the next one."""
+    layer = layer_of(candidate)
+    earlier = layer.request(2 * BLOCK, 4)
+    earlier = replace(earlier, values=np.full_like(earlier.values, poison))
+    layer.prefill(earlier, 0, 2 * BLOCK)
+    request = layer.request(BLOCK + 3, 4, block_ids=earlier.block_ids)
+    fill(layer, request)
+    out = layer.decode([request])
+    assert error(out, layer.expected_decode([request]), request) < candidate.tolerance
+
+
+def test_sinks(candidate):
+    layer = layer_of(candidate)
+    request = layer.request(2 * BLOCK + 5, 4, sinks=True)
+    for start, end in ((0, BLOCK + 3), (BLOCK + 3, request.seq_len - 1)):
+        out = layer.prefill(request, start, end)
+        assert error(out, request.expected(start, end), request) < candidate.tolerance
+    out = layer.decode([request])
+    assert error(out, layer.expected_decode([request]), request) < candidate.tolerance
+
+
+def test_the_scale_is_the_models(candidate):
+    layer = layer_of(candidate)
+    request = replace(layer.request(BLOCK + 5, 4), scale=0.5)
+    fill(layer, request, chunk=9)
+    out = layer.decode([request])
+    assert error(out, layer.expected_decode([request]), request) < 4 * candidate.tolerance
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_output_has_the_type_of_the_queries(candidate, dtype):
+    layer = layer_of(candidate)
+    request = layer.request(BLOCK + 5, 4, sinks=True)
+    rounding = {mx.float16: 2e-3, mx.bfloat16: 2e-2}[dtype]
+    for start, end in ((0, 10), (10, BLOCK + 4)):
+        out = layer.prefill(request, start, end, dtype)
+        assert out.dtype == dtype
+        assert error(out, request.expected(start, end), request) < candidate.tolerance + rounding
+    out = layer.decode([request], dtype)
+    assert out.dtype == dtype
+    expected = layer.expected_decode([request])
+    assert error(out, expected, request) < candidate.tolerance + rounding
+
+
+def zeros(array: np.ndarray) -> np.ndarray:
+    return np.zeros_like(array)
+
+
+def constant(array: np.ndarray) -> np.ndarray:
+    return np.full_like(array, 0.5)
+
+
+def almost_constant(array: np.ndarray) -> np.ndarray:
+    return 0.5 + 1e-3 * array
+
+
+def one_outlier(array: np.ndarray) -> np.ndarray:
+    """One coordinate a hundred times the others, as real keys have."""
+    array = array.copy()
+    array[..., 3] *= 100.0
+    return array
+
+
+def tiny(array: np.ndarray) -> np.ndarray:
+    return 1e-4 * array
+
+
+def large(array: np.ndarray) -> np.ndarray:
+    return 300.0 * array
+
+
+@pytest.mark.parametrize("change_values", [zeros, constant, almost_constant, one_outlier, tiny])
+@pytest.mark.parametrize("change_keys", [zeros, constant, almost_constant, tiny])
+def test_ugly_keys_and_values(candidate, change_keys, change_values):
+    layer = layer_of(candidate)
+    request = layer.request(2 * BLOCK + 5, 4)
+    request = replace(request, keys=change_keys(request.keys), values=change_values(request.values))
+    fill(layer, request)
+    out = layer.decode([request])
+    assert error(out, layer.expected_decode([request]), request) < candidate.tolerance
+
+
+@pytest.mark.parametrize("change_keys", [one_outlier, large])
+def test_sharp_attention_is_finite(candidate, change_keys):
+    """Scores in the hundreds: rounding may pick another token, but nothing overflows."""
+    layer = layer_of(candidate)
+    request = layer.request(2 * BLOCK + 5, 4)
+    request = replace(request, keys=change_keys(request.keys))
+    fill(layer, request)
+    out = np.array(layer.decode([request]))
+    assert np.isfinite(out).all()
+    assert np.abs(out).max() <= 1.01 * np.abs(request.values).max()

@@ -1,0 +1,150 @@
+"""The oracle of every numerical test: plain NumPy, from the definitions, no MLX.
+
+Attention is computed in float64 from float32 inputs. The quantiser is in float32 with each
+operation rounded on its own and sums in a stated order, since stored bytes are compared with it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FLOAT16_MAX = np.float32(65504.0)
+
+
+def attention(
+    queries: np.ndarray,  # [Hq, L, Dk], the last L tokens of the sequence
+    keys: np.ndarray,  # [H, S, Dk]
+    values: np.ndarray,  # [H, S, Dv]
+    scale: float,
+    sinks: np.ndarray | None = None,  # [Hq] logits that take weight and give nothing
+    window: int = 0,  # tokens a query sees, itself included; 0: all
+    softcap: float = 0.0,  # scores become softcap * tanh(score / softcap); 0: unchanged
+) -> np.ndarray:  # [Hq, L, Dv]
+    """Causal attention of the last L tokens over a sequence of S tokens, float32."""
+    num_heads, num_queries, _ = queries.shape
+    num_kv_heads, seq_len, _ = keys.shape
+    group = num_heads // num_kv_heads
+    positions = np.arange(seq_len - num_queries, seq_len)[:, None]
+    seen = np.arange(seq_len) <= positions
+    if window:
+        seen &= np.arange(seq_len) > positions - window
+    outputs = np.empty((num_heads, num_queries, values.shape[-1]), np.float32)
+    for head in range(num_heads):
+        k = keys[head // group].astype(np.float64)
+        scores = scale * (queries[head].astype(np.float64) @ k.T)
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        scores = np.where(seen, scores, -np.inf)
+        top = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            top = np.maximum(top, float(sinks[head]))
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(float(sinks[head]) - top)
+        outputs[head] = weights / total @ values[head // group].astype(np.float64)
+    return outputs
+
+
+def hadamard(size: int) -> np.ndarray:
+    """Sylvester's matrix of +1 and -1, [size, size], unscaled; size is a power of two."""
+    index = np.arange(size)
+    parity = np.array([[bin(i & j).count("1") & 1 for j in index] for i in index])
+    return 1.0 - 2.0 * parity
+
+
+def rotation_matrix(head_size: int) -> np.ndarray:
+    """(I - (2 / m) 1 1^T) (x) H / sqrt(2^k) for head_size = m * 2^k, float64."""
+    power = head_size & -head_size
+    m = head_size // power
+    mixing = np.eye(m) - 2.0 / m if m > 1 else np.eye(1)
+    return np.kron(mixing, hadamard(power) / np.sqrt(power))
+
+
+def rotate(x: np.ndarray) -> np.ndarray:
+    """The rotation in float32 in the order that `rotation` defines, [..., D]."""
+    head_size = x.shape[-1]
+    power = head_size & -head_size
+    m = head_size // power
+    y = x.astype(np.float32).reshape(*x.shape[:-1], m, power)
+    distance = 1
+    while distance < power:
+        pairs = y.reshape(*y.shape[:-1], power // (2 * distance), 2, distance)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = np.stack([a + b, a - b], axis=-2).reshape(y.shape)
+        distance *= 2
+    y = y * np.float32(1 / np.sqrt(power))
+    if m > 1:
+        total = y[..., 0, :]
+        for block in range(1, m):
+            total = total + y[..., block, :]
+        y = y - (total * np.float32(2 / m))[..., None, :]
+    return y.reshape(x.shape)
+
+
+def tree_sum(x: np.ndarray) -> np.ndarray:
+    """Neighbours in pairs within the 2^k of a block, then the blocks in order, [..., D] to [...]."""
+    head_size = x.shape[-1]
+    power = head_size & -head_size
+    sums = x.reshape(*x.shape[:-1], head_size // power, power)
+    while sums.shape[-1] > 1:
+        sums = sums[..., 0::2] + sums[..., 1::2]
+    total = sums[..., 0, 0]
+    for block in range(1, sums.shape[-2]):
+        total = total + sums[..., block, 0]
+    return total
+
+
+def quantize(
+    y: np.ndarray,  # [D] float32, rotated
+    midpoints: np.ndarray,  # float32 [n - 1]
+    centroids: np.ndarray,  # float32 [n]
+    factors: np.ndarray,  # float32: candidate scales of a vector whose largest magnitude is 1
+    unbiased: bool,
+    has_bias: bool = False,
+) -> tuple[np.ndarray, np.float16, np.float16]:
+    """Codes uint8 [D], scale and bias of one vector, one coordinate at a time."""
+    y = np.clip(y.astype(np.float32), np.float32(-(2.0**24)), np.float32(2.0**24))
+    bias = np.float16(0)
+    if has_bias:
+        middle = (y.max() + y.min()) * np.float32(0.5)
+        bias = np.clip(middle, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
+        y = y - np.float32(bias)
+    half = len(centroids) // 2
+    chosen, best = None, np.float32(-1)
+    for factor in factors:
+        scale = np.abs(y).max() * factor
+        codes = np.array([_code(value, scale, midpoints[half:], half) for value in y])
+        along = tree_sum(y * centroids[codes])
+        energy = tree_sum(centroids[codes] * centroids[codes])
+        if along * along / energy > best:
+            best = along * along / energy
+            chosen = (codes, along, energy)
+    codes, along, energy = chosen
+    if not unbiased:
+        scale = along / energy
+    else:
+        scale = tree_sum(y * y) / along if along > 0 else np.float32(0)
+    return codes.astype(np.uint8), np.minimum(scale, FLOAT16_MAX).astype(np.float16), bias
+
+
+def _code(value: np.float32, scale: np.float32, positive: np.ndarray, half: int) -> int:
+    """The code of one coordinate: it counts the positive midpoints that its magnitude reaches."""
+    steps = sum(abs(value) >= midpoint * scale for midpoint in positive)
+    return half + steps if value >= 0 else half - 1 - steps
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [D] to halfwords uint16 [D * bits / 16], bit by bit, from the table in `bitpack`."""
+    fields, spare = divmod(16, bits)
+    halfwords = []
+    for group in codes.reshape(-1, 16).tolist():
+        words = [0] * bits
+        for i, code in enumerate(group[: bits * fields]):
+            words[i // fields] |= code << (i % fields * bits)
+        rest = group[bits * fields :]
+        stream = [code >> bit & 1 for code in rest for bit in range(bits)]
+        for i, bit in enumerate(stream):
+            words[i // spare] |= bit << (16 - spare + i % spare)
+        halfwords += words
+    return np.array(halfwords, np.uint16)
