@@ -28,6 +28,8 @@ from vllm_metal.errors import UserError
 
 QUESTION = "What is the capital of France?"
 SERVED_NAME = "demo"
+KV_CACHE_BYTES = 1 << 30
+"""Little enough for any machine; the report says how many tokens it holds."""
 START_TIMEOUT = 300.0
 """Seconds that the server may take until it answers."""
 STOP_TIMEOUT = 30.0
@@ -78,6 +80,7 @@ def serving(model: Path, arguments: list[str]) -> Iterator[tuple[str, Path]]:
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME]
     command += ["--max-model-len", "4096", "--max-num-seqs", "8"]
+    command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
     if platform.system() == "Linux":
         command += ["--dtype", "float32"]
     command += arguments
