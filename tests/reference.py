@@ -83,7 +83,7 @@ def rotate(x: np.ndarray) -> np.ndarray:
 
 
 def tree_sum(x: np.ndarray) -> np.ndarray:
-    """Neighbours in pairs within the 2^k of a block, then the blocks in order, [..., D] to [...]."""
+    """Neighbours in pairs within the 2^k of a block, then block by block; [..., D] to [...]."""
     head_size = x.shape[-1]
     power = head_size & -head_size
     sums = x.reshape(*x.shape[:-1], head_size // power, power)

@@ -13,6 +13,8 @@ float16. Every plane begins on a multiple of 16 bytes.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format, key_format, value_format
 
 MIN_POWER = 16
@@ -120,6 +122,25 @@ class SlotLayout:
     def pages_shape(self, num_blocks: int) -> tuple[int, int, int]:
         """Shape of the array of pages, in uint16 halfwords."""
         return num_blocks, self.num_kv_heads, self.head_page_bytes // 2
+
+    def slot_columns(self) -> np.ndarray:
+        """Where a slot lies in its head page, in halfwords: int32 [block_size, slot_size / 2].
+
+        Row t belongs to token t of the block. Its halfwords are those of the key's codes, the
+        value's codes, the key's scale and bias, and the value's scale.
+        """
+        planes = [
+            (self.key_codes_offset, self.key_codes_bytes),
+            (self.value_codes_offset, self.value_codes_bytes),
+            (self.key_scales_offset, 2),
+            (self.key_biases_offset, self.key_format.metadata_bytes - 2),
+            (self.value_scales_offset, 2),
+        ]
+        tokens = np.arange(self.block_size)[:, None]
+        columns = [
+            (offset + tokens * size + np.arange(0, size, 2)) // 2 for offset, size in planes
+        ]
+        return np.concatenate(columns, axis=1).astype(np.int32)
 
     def template(self) -> list[tuple[str, int]]:
         """The numbers a kernel is compiled for. Offsets are in bytes within a head page."""

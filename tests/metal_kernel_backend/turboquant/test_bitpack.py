@@ -1,0 +1,69 @@
+"""Packing of codes into halfwords: golden bytes, round trips, the rule bit by bit."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests import reference
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack, unpack
+
+GOLDEN = {
+    2: "39393939",
+    3: "f1503a6343f5",
+    4: "610ba54fe9832dc7",
+    5: "c12cb06a9fa46ee25d1c",
+    6: "81d10bb495061f79a90b333e",
+    7: "01c30b48150d1f522997335c3da1",
+    8: "01060b10151a1f24292e33383d42474c",
+}
+"""Little-endian bytes of codes 1, 6, 11, ... (mod 2^bits). At 3 bits the first halfword holds
+1, 6, 3, 0, 5: 1 | 6 << 3 | 3 << 6 | 0 << 9 | 5 << 12 = 0x50f1; code 15 is 4 = 0b100, so bit 15 is
+set in the third halfword alone."""
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_golden_bytes(bits):
+    codes = (np.arange(16) * 5 + 1) % (1 << bits)
+    halfwords = pack(mx.array(codes), bits)
+    assert np.array(halfwords).astype("<u2").tobytes().hex() == GOLDEN[bits]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("head_size", [16, 64, 80, 112, 256])
+def test_round_trip(bits, head_size):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (5, 3, head_size), np.uint8)
+    halfwords = pack(mx.array(codes), bits)
+    assert halfwords.dtype == mx.uint16
+    assert halfwords.shape == (5, 3, head_size * bits // 16)
+    assert (np.array(unpack(halfwords, bits)) == codes).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_halfwords_follow_the_rule(bits):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, 96, np.uint8)
+    halfwords = np.array(pack(mx.array(codes), bits))
+    assert (halfwords == reference.pack(codes, bits)).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_bit_is_used_once(bits):
+    """Setting one bit of one code sets one bit of the halfwords, another for each."""
+    codes = np.zeros((16 * bits, 16), np.uint8)
+    for i in range(16 * bits):
+        codes[i, i // bits] = 1 << (i % bits)
+    halfwords = np.array(pack(mx.array(codes), bits)).astype(np.uint64)
+    assert [int(row).bit_count() for row in halfwords.sum(axis=1)] == [1] * (16 * bits)
+    assert (halfwords.sum(axis=0) == 0xFFFF).all()
+
+
+def test_codes_of_every_integer_type_pack_alike():
+    codes = np.arange(64) % 8
+    packed = [np.array(pack(mx.array(codes.astype(t)), 3)) for t in (np.uint8, np.int32, np.uint32)]
+    assert (packed[0] == packed[1]).all() and (packed[0] == packed[2]).all()
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="24 codes in a vector; a multiple of 16 is needed"):
+        pack(mx.zeros((24,), mx.uint8), 4)
+    with pytest.raises(ValueError, match="7 halfwords in a vector; a multiple of 3 is needed"):
+        unpack(mx.zeros((7,), mx.uint16), 3)
