@@ -1,0 +1,163 @@
+"""Tiny random models of mlx-lm's architectures, and checkpoints of them."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+VOCABULARY = 96
+LAYERS = 3
+
+_PLAIN = {
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+_MIXTURE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+}
+
+SERVED: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {"head_dim": 16, **_MIXTURE},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "glm4": {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "starcoder2": {"tie_word_embeddings": True},
+    "granite": {
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "hunyuan_v1_dense": {
+        "head_dim": 16,
+        "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "cohere": {"layer_norm_eps": 1e-5, "use_qk_norm": True},
+}
+"""Architectures with plain attention: what each adds to `_PLAIN`."""
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "head_dim": 32,
+        "num_key_value_heads": 1,
+        "sliding_window": 16,
+        "sliding_window_pattern": 3,
+    },
+    "gpt_oss": {
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {
+        "state_size": 8,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+    },
+    "qwen3_next": {
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "shared_expert_intermediate_size": 48,
+        "full_attention_interval": 3,
+        **_MIXTURE,
+    },
+}
+OTHER_ATTENTION: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 48,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gemma2": {"head_dim": 16},
+    "stablelm": {
+        "rope_traditional": False,
+        "partial_rotary_factor": 0.25,
+        "layer_norm_eps": 1e-5,
+        "use_qkv_bias": True,
+        "rope_pct": 0.25,
+        "norm_eps": 1e-5,
+    },
+}
+
+_ALL = SERVED | WINDOWED | RECURRENT | OTHER_ATTENTION
+
+
+def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
+    """The `config.json` of a tiny model."""
+    return {"model_type": model_type, "torch_dtype": "float32", **_PLAIN, **_ALL[model_type]} | (
+        changes
+    )
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """mlx-lm's model of this type with random float32 weights, large enough to matter."""
+    mx.random.seed(seed)
+    module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    model = module.Model(module.ModelArgs.from_dict(config_of(model_type, **changes)))
+    key = mx.random.key(seed)
+
+    def random(path: str, array: mx.array) -> mx.array:
+        nonlocal key
+        key, sub = mx.random.split(key)
+        noise = mx.random.normal(array.shape, key=sub)
+        if array.ndim < 2:
+            return array + 0.1 * noise
+        return noise * array.shape[-1] ** -0.5
+
+    model.update(tree_map_with_path(random, model.parameters()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def save_checkpoint(folder: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Writes config and weights as a Hugging Face folder without a tokenizer; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_of(model_type, **changes)))
+    weights = dict(tree_flatten(tiny_model(model_type, seed, **changes).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
