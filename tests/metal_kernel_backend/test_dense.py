@@ -1,0 +1,83 @@
+"""Dense pages: where each element lies. The contract itself is `attention/test_backend.py`."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.metal_kernel_backend.dense import DensePages
+
+SHAPE = LayerShape(num_kv_heads=2, head_size=8, head_size_v=4)
+BLOCK = 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "slot_size"),
+    [
+        (mx.float32, "dense float32", 48),
+        (mx.float16, "dense float16", 24),
+        (mx.bfloat16, "dense bfloat16", 24),
+    ],
+    ids=str,
+)
+def test_name_and_bytes(dtype, name, slot_size):
+    backend = DensePages(SHAPE, BLOCK, dtype)
+    assert backend.name == name
+    assert backend.slot_size == slot_size
+    assert backend.page_size_bytes == BLOCK * 2 * slot_size
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_a_token_lies_in_its_block_head_and_row(dtype):
+    """`[num_blocks, H, block_size, D]`, and nothing else is written."""
+    backend = DensePages(SHAPE, BLOCK, dtype)
+    keys = mx.random.normal((3, 2, 8))
+    values = mx.random.normal((3, 2, 4))
+    slots = [2 * BLOCK + 3, 5 * BLOCK, 5 * BLOCK + 1]
+    metadata = PrefillMetadata(mx.array([[2, 5]]), mx.array(slots), context_len=3, query_len=3)
+    pages = backend.store(backend.allocate(6), keys, values, metadata)
+    for page, new in zip(pages, (keys, values), strict=True):
+        expected = np.zeros(page.shape, np.float32)
+        for token, slot in enumerate(slots):
+            expected[slot // BLOCK, :, slot % BLOCK] = np.array(
+                new[token].astype(dtype).astype(mx.float32)
+            )
+        np.testing.assert_array_equal(np.array(page.astype(mx.float32)), expected)
+
+
+def test_layers_share_index_arrays():
+    """A second layer of the same shape derives nothing anew."""
+    backends = [DensePages(SHAPE, BLOCK, mx.float32) for _ in range(2)]
+    metadata = DecodeMetadata(mx.array([[1]]), mx.array([1]), mx.array([BLOCK]), 0, 1)
+    query, pages = mx.zeros((1, 2, 8)), [backend.allocate(2) for backend in backends]
+    derived = []
+    for backend, page in zip(backends, pages, strict=True):
+        page = backend.store(page, mx.ones((1, 2, 8)), mx.ones((1, 2, 4)), metadata)
+        backend.decode(page, query, metadata, 1.0, None)
+        derived.append(dict(metadata.derived.arrays))
+    assert derived[0] and derived[0].keys() == derived[1].keys()
+    assert all(derived[1][key] is array for key, array in derived[0].items())
+
+
+@pytest.mark.parametrize("context_len", [0, 700])
+def test_the_workspace_of_a_prefill_is_not_underestimated(context_len):
+    """Measured peak of a prefill against the plan's number."""
+    shape, block, query_len, num_heads = LayerShape(2, 64, 64), 16, 100, 4
+    backend = DensePages(shape, block, mx.float32)
+    num_blocks = -(-(context_len + query_len) // block)
+    pages = backend.allocate(num_blocks + 1)
+    metadata = PrefillMetadata(
+        block_table=mx.arange(1, num_blocks + 1)[None],
+        slot_mapping=mx.arange(context_len, context_len + query_len) + block,
+        context_len=context_len,
+        query_len=query_len,
+    )
+    queries, keys, values = (mx.ones((h, query_len, 64)) for h in (num_heads, 2, 2))
+    mx.eval(queries, keys, values, pages)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(backend.prefill(pages, queries, keys, values, metadata, 1.0, None))
+    used = mx.get_peak_memory() - before
+    assert used <= backend.prefill_workspace_bytes(context_len, query_len, num_heads) * 1.1
