@@ -92,8 +92,8 @@ def test_coefficients_are_the_same_in_every_process():
         "q4_0": (0.26005709, 1.4037501e-4, 2.6631782e-5),
         "q5_0": (0.13638744, -4.9704653e-5, 1.2909861e-6),
         "q6_0": (0.061165117, 4.5990408e-5),
-        "q8_0": (1 / 64,),
-        "int4": (0.25,),
+        "q8_0": (1 / 32,),
+        "int4": (0.5,),
     }
     for name, coefficients in expected.items():
         np.testing.assert_allclose(

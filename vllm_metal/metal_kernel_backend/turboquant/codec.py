@@ -127,11 +127,12 @@ class Quantizer:
 
     def _uniform_steps(self, magnitude: mx.array, scales: mx.array) -> mx.array:
         """`_steps` for the midpoints c1, 2 c1, ...: divide, then correct the rounding both ways."""
-        width = scales * self.coefficients[0]
-        last = self.half - 1
-        steps = mx.minimum(mx.floor(magnitude / mx.maximum(width, 1e-38)), float(last))
-        steps = steps - (magnitude < steps * width)
-        return steps + (magnitude >= (steps + 1) * width) * (steps < last)
+        c1 = self.coefficients[0]
+        last = float(self.half - 1)
+        steps = mx.minimum(mx.floor(magnitude / (scales * c1)), last)
+        steps = mx.where(scales > 0, steps, last)
+        steps = steps - (magnitude < scales * (steps * c1))
+        return steps + (magnitude >= scales * ((steps + 1) * c1)) * (steps < last)
 
 
 class KeyCodec:

@@ -7,7 +7,7 @@ float16 `bias`. It stands for
                                            x = code - (2^b - 1) / 2
 
 so a codebook is an odd polynomial of the code: symmetric, without a table, never zero. Degree 1 is
-a uniform grid over (-2, 2). Otherwise the coefficients are the least-squares fit to the Lloyd-Max
+a uniform grid over (-4, 4). Otherwise the coefficients are the least-squares fit to the Lloyd-Max
 quantiser of one coordinate of a rotated vector of norm sqrt(head_size), whose density is
 (1 - t^2)^((D - 3) / 2) with t = coordinate / sqrt(D). They are integrals, not samples, and so the
 same everywhere.
@@ -25,15 +25,16 @@ DEGREE = {2: 3, 3: 3, 4: 5, 5: 5, 6: 3, 8: 1}
 Lloyd-Max (3 bits +0.2 %, 4 bits +0.2 %), but the searched scale leaves nothing of that gain."""
 
 SCALE_FACTORS = {
-    2: (0.50, 0.55, 0.60, 0.66, 0.73),
-    3: (0.70, 0.76, 0.81, 0.87, 0.94),
-    4: (0.86, 0.91, 0.95, 0.99, 1.04),
-    5: (0.94, 0.97, 1.00, 1.03, 1.10),
-    6: (0.98, 1.00, 1.02, 1.05, 1.11),
-    8: (1.00, 1.01, 1.02, 1.035, 1.05),
+    2: (0.43, 0.50, 0.57, 0.64, 0.72),
+    3: (0.62, 0.69, 0.76, 0.82, 0.91),
+    4: (0.83, 0.88, 0.92, 0.97, 1.01),
+    5: (0.94, 0.97, 0.99, 1.01, 1.03),
+    6: (0.98, 0.995, 1.01, 1.05, 1.11),
+    8: (0.998, 1.001, 1.008, 1.014, 1.023),
 }
 """Candidate scales, as fractions of the scale at which the outermost centroid meets the largest
-coordinate."""
+coordinate: the five that serve rotated vectors of 64 to 256 coordinates best. 36 candidates would
+give 0.2 % to 1.3 % less error (8 bits: 4 %)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Format:
     def coefficients(self, head_size: int) -> np.ndarray:
         """The codebook polynomial (c1, c3, c5), float32 [num_terms]."""
         if self.degree == 1:
-            return np.array([4.0 / self.num_codes], np.float32)
+            return np.array([8.0 / self.num_codes], np.float32)
         return _fit(self.bits, self.degree, head_size).astype(np.float32)
 
     def centroids(self, head_size: int) -> np.ndarray:
