@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_metal.demo_model import fetch_demo_model
+from vllm_metal.blas import load_fast_blas
+
+load_fast_blas()  # before any test module imports MLX
+
+from vllm_metal.demo_model import fetch_demo_model  # noqa: E402
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """Folder of SmolLM2-135M-Instruct in float32, converted on the first use (about 10 s)."""
     return fetch_demo_model()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """Folder of a tiny random Llama without a tokenizer."""
+    from tests.tiny_models import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def make_config(checkpoint) -> Callable[..., VllmConfig]:
+    """Gives vLLM's own configuration for the tiny Llama; takes `LLM`'s arguments."""
+
+    def make(**settings) -> VllmConfig:
+        from vllm.engine.arg_utils import EngineArgs
+
+        defaults = {
+            "model": str(checkpoint),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "max_model_len": 128,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 256,
+            "kv_cache_memory_bytes": 4 << 20,
+        }
+        return EngineArgs(**(defaults | settings)).create_engine_config()
+
+    return make

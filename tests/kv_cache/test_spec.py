@@ -1,0 +1,86 @@
+"""What vLLM's own planner makes of our specs: bytes and blocks as they are really allocated."""
+
+import mlx.core as mx
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+
+from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.spec import kv_cache_specs, layer_name
+from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.worker import KV_CACHE_LAYOUT
+
+BLOCK = 16
+SHAPE = LayerShape(num_kv_heads=3, head_size=64, head_size_v=64)
+AVAILABLE = (1 << 20) + 12345
+
+
+def dense(dtype: mx.Dtype, shape: LayerShape = SHAPE) -> DensePages:
+    return DensePages(shape, BLOCK, dtype)
+
+
+MIXES: dict[str, list[AttentionBackend]] = {
+    "float32": [dense(mx.float32)] * 4,
+    "bfloat16": [dense(mx.bfloat16)] * 4,
+    "one layer": [dense(mx.float16)],
+    "two precisions": [dense(mx.float32), *[dense(mx.float16)] * 3, dense(mx.float32)],
+    "narrow values": [dense(mx.float16, LayerShape(2, 64, 32))] * 3,
+    "shapes that differ": [
+        dense(mx.float16),
+        dense(mx.float16, LayerShape(1, 128, 128)),
+        dense(mx.float16, LayerShape(3, 64, 48)),
+    ],
+}
+
+
+def plan(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> KVCacheConfig:
+    """As vLLM's engine does it."""
+    resolve_kv_cache_layout(config, [[KV_CACHE_LAYOUT]], list(specs.values()))
+    [planned] = get_kv_cache_configs(config, [specs], [AVAILABLE])
+    return planned
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_spec_has_the_bytes_of_its_backend(mix):
+    specs = kv_cache_specs(MIXES[mix], torch.float32)
+    for spec, backend in zip(specs.values(), MIXES[mix], strict=True):
+        assert isinstance(spec, FullAttentionSpec)
+        assert spec.block_size == backend.block_size
+        assert spec.page_size_bytes == backend.page_size_bytes
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_vllm_plans_the_bytes_that_are_allocated(mix, make_config):
+    """One group, so one block table; as many blocks as fit; each layer's region its own."""
+    backends = MIXES[mix]
+    specs = kv_cache_specs(backends, torch.float32)
+    planned = plan(make_config(), specs)
+    assert len(planned.kv_cache_groups) == 1
+    assert set(planned.kv_cache_groups[0].layer_names) == set(specs)
+
+    cache = KVCache(backends, planned.num_blocks)
+    bytes_per_block = sum(backend.page_size_bytes for backend in backends)
+    assert cache.nbytes == planned.num_blocks * bytes_per_block
+    assert AVAILABLE - bytes_per_block < cache.nbytes <= AVAILABLE
+
+    regions = []
+    for tensor in planned.kv_cache_tensors:
+        for i, name in enumerate(tensor.layers):
+            page = specs[name].page_size_bytes
+            assert tensor.block_stride == page
+            start = tensor.offset + i * tensor.layer_stride
+            regions.append((start, start + page * planned.num_blocks))
+    regions.sort()
+    assert len(regions) == len(backends)
+    assert all(end <= start for (_, end), (start, _) in zip(regions, regions[1:], strict=False))
+    assert regions[-1][1] <= AVAILABLE
+
+
+def test_names_are_in_model_order():
+    names = list(kv_cache_specs(MIXES["float32"], torch.float32))
+    assert names == [layer_name(i) for i in range(4)]
+    assert len(set(names)) == 4
