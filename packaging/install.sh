@@ -52,7 +52,7 @@ done
     "Name one with: make PYTHON=/path/to/python"
 
 # An environment that was made with another Python, or was left half made, is made anew.
-if ! suits "$VENV/bin/python"; then
+if ! suits "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then
     "$python" -m venv --clear "$VENV" ||
         fail "cannot make a virtual environment (Debian: apt-get install python3-venv)."
 fi
