@@ -137,9 +137,7 @@ class SlotLayout:
             (self.value_scales_offset, 2),
         ]
         tokens = np.arange(self.block_size)[:, None]
-        columns = [
-            (offset + tokens * size + np.arange(0, size, 2)) // 2 for offset, size in planes
-        ]
+        columns = [(offset + tokens * size + np.arange(0, size, 2)) // 2 for offset, size in planes]
         return np.concatenate(columns, axis=1).astype(np.int32)
 
     def template(self) -> list[tuple[str, int]]:
