@@ -42,6 +42,8 @@ struct SlotLayout {
   static constant constexpr int block_size = BLOCK_SIZE;
   static constant constexpr int key_head_size = KEY_HEAD_SIZE;
   static constant constexpr int value_head_size = VALUE_HEAD_SIZE;
+  static constant constexpr int longer =
+      KEY_HEAD_SIZE > VALUE_HEAD_SIZE ? KEY_HEAD_SIZE : VALUE_HEAD_SIZE;
   static constant constexpr int key_bits = KEY_BITS;
   static constant constexpr int value_bits = VALUE_BITS;
   static constant constexpr int key_terms = KEY_TERMS;
@@ -49,40 +51,44 @@ struct SlotLayout {
   static constant constexpr bool key_has_bias = KEY_HAS_BIAS;
 
   // One KV head's page of a block.
-  static METAL_FUNC const device ushort* head_page(
+  static METAL_FUNC const device uchar* head_page(
       const device ushort* pages, int block, int kv_head) {
-    return pages + ulong(uint(block * NUM_KV_HEADS + kv_head)) * (HEAD_PAGE_BYTES / 2);
+    ulong index = uint(block * NUM_KV_HEADS + kv_head);
+    return (const device uchar*)pages + index * HEAD_PAGE_BYTES;
   }
 
   // Codes of chunk `chunk` of the key or value in slot `slot` of a head page.
-  static METAL_FUNC const device ushort* key_codes(
-      const device ushort* page, int slot, int chunk) {
-    return page + slot * (KEY_HEAD_SIZE * KEY_BITS / 16) + chunk * KEY_BITS;
+  static METAL_FUNC const device uchar* key_codes(
+      const device uchar* page, uint slot, uint chunk) {
+    return page + (slot * (KEY_HEAD_SIZE * KEY_BITS / 8) + chunk * (2 * KEY_BITS));
   }
 
-  static METAL_FUNC const device ushort* value_codes(
-      const device ushort* page, int slot, int chunk) {
-    return page + VALUE_CODES_OFFSET / 2 + slot * (VALUE_HEAD_SIZE * VALUE_BITS / 16) +
-        chunk * VALUE_BITS;
+  static METAL_FUNC const device uchar* value_codes(
+      const device uchar* page, uint slot, uint chunk) {
+    return page +
+        (VALUE_CODES_OFFSET + slot * (VALUE_HEAD_SIZE * VALUE_BITS / 8) + chunk * (2 * VALUE_BITS));
   }
 
-  static METAL_FUNC const device half* key_scale(const device ushort* page, int slot) {
-    return (const device half*)(page + KEY_SCALES_OFFSET / 2 + slot);
+  // A key or value codes plus this are the next slot's.
+  static constant constexpr int next_key = KEY_HEAD_SIZE * KEY_BITS / 8;
+  static constant constexpr int next_value = VALUE_HEAD_SIZE * VALUE_BITS / 8;
+
+  // float16, one for each slot.
+  static METAL_FUNC const device uchar* key_scale(const device uchar* page, uint slot) {
+    return page + (KEY_SCALES_OFFSET + 2 * slot);
   }
 
-  static METAL_FUNC const device half* key_bias(const device ushort* page, int slot) {
-    return (const device half*)(page + KEY_BIASES_OFFSET / 2 + slot);
+  static METAL_FUNC const device uchar* key_bias(const device uchar* page, uint slot) {
+    return page + (KEY_BIASES_OFFSET + 2 * slot);
   }
 
-  static METAL_FUNC const device half* value_scale(const device ushort* page, int slot) {
-    return (const device half*)(page + VALUE_SCALES_OFFSET / 2 + slot);
+  static METAL_FUNC const device uchar* value_scale(const device uchar* page, uint slot) {
+    return page + (VALUE_SCALES_OFFSET + 2 * slot);
   }
 };
 
 // The scales (or biases) of an even slot and the next.
-METAL_FUNC half2 load_pair(const device half* scales) {
-  return as_type<half2>(*(const device uint*)scales);
-}
+METAL_FUNC uint load_pair(const device uchar* scales) { return *(const device uint*)scales; }
 
 // -------------------------------------------------------------------------------- unpacking
 // Two neighbouring tokens ride in the two halves of each word: pairs[j] holds halfword j of a
@@ -97,10 +103,11 @@ METAL_FUNC void interleave(uint a, uint b, thread uint& low, thread uint& high) 
 template <int BITS>
 struct Chunk {
   static METAL_FUNC void load(
-      const device ushort* a, const device ushort* b, thread uint (&pairs)[BITS]) {
+      const device uchar* a, const device uchar* b, thread uint (&pairs)[BITS]) {
     UNROLL
     for (int j = 0; j < BITS; j++) {
-      pairs[j] = as_type<uint>(ushort2(a[j], b[j]));
+      pairs[j] = as_type<uint>(
+          ushort2(((const device ushort*)a)[j], ((const device ushort*)b)[j]));
     }
   }
 };
@@ -108,7 +115,7 @@ struct Chunk {
 template <>
 struct Chunk<2> {
   static METAL_FUNC void load(
-      const device ushort* a, const device ushort* b, thread uint (&pairs)[2]) {
+      const device uchar* a, const device uchar* b, thread uint (&pairs)[2]) {
     interleave(*(const device uint*)a, *(const device uint*)b, pairs[0], pairs[1]);
   }
 };
@@ -116,7 +123,7 @@ struct Chunk<2> {
 template <>
 struct Chunk<4> {
   static METAL_FUNC void load(
-      const device ushort* a, const device ushort* b, thread uint (&pairs)[4]) {
+      const device uchar* a, const device uchar* b, thread uint (&pairs)[4]) {
     uint2 from_a = *(const device uint2*)a;
     uint2 from_b = *(const device uint2*)b;
     interleave(from_a.x, from_b.x, pairs[0], pairs[1]);
@@ -127,7 +134,7 @@ struct Chunk<4> {
 template <>
 struct Chunk<6> {
   static METAL_FUNC void load(
-      const device ushort* a, const device ushort* b, thread uint (&pairs)[6]) {
+      const device uchar* a, const device uchar* b, thread uint (&pairs)[6]) {
     UNROLL
     for (int j = 0; j < 3; j++) {
       interleave(
@@ -139,7 +146,7 @@ struct Chunk<6> {
 template <>
 struct Chunk<8> {
   static METAL_FUNC void load(
-      const device ushort* a, const device ushort* b, thread uint (&pairs)[8]) {
+      const device uchar* a, const device uchar* b, thread uint (&pairs)[8]) {
     uint4 from_a = *(const device uint4*)a;
     uint4 from_b = *(const device uint4*)b;
     interleave(from_a.x, from_b.x, pairs[0], pairs[1]);
@@ -164,6 +171,11 @@ METAL_FUNC uint spare_piece(uint pair, int j, int rest) {
   return (pair >> (source - target)) & ((((1u << (last - first)) - 1) << target) * 0x10001u);
 }
 
+#ifndef BITS_OVER
+// The bits of a word under a mask, over other bits.
+METAL_FUNC uint bits_over(uint word, uint mask, uint other) { return (word & mask) | other; }
+#endif
+
 // Code i of both tokens as (2 code - (n - 1)) / n, n = 2^BITS: the points of a grid in (-1, 1).
 // A field placed at bits 1..10 under the exponent of 1024 is a half, without shift or conversion;
 // every step is exact.
@@ -172,7 +184,7 @@ METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
   constexpr int FIELDS = 16 / BITS;
   constexpr int HIGH_SHIFT = BITS == 6 ? 4 : (BITS == 4 || BITS == 8) ? 7 : 8;
   constexpr uint MASK = (1u << BITS) - 1;
-  uint word = 0;
+  uint word = 0, mask = (MASK << 1) * 0x10001u;
   int position = 1;
   if (i < BITS * FIELDS) {
     word = pairs[i / FIELDS];
@@ -184,7 +196,7 @@ METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
       word >>= HIGH_SHIFT;
       position -= HIGH_SHIFT;
     }
-    word &= (MASK << position) * 0x10001u;
+    mask = (MASK << position) * 0x10001u;
   } else {
     UNROLL
     for (int j = 0; j < BITS; j++) {
@@ -194,7 +206,8 @@ METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
   float step = 1.0f / float((1 << BITS) << (position - 1));
   half scale = half(step);
   half offset = half(-1024.0f * step - float((1 << BITS) - 1) / float(1 << BITS));
-  return fma(as_type<half2>(word | 0x64006400u), half2(scale, scale), half2(offset, offset));
+  return fma(as_type<half2>(bits_over(word, mask, 0x64006400u)), half2(scale, scale),
+             half2(offset, offset));
 }
 
 // --------------------------------------------------------------------------------- codebook
@@ -548,7 +561,7 @@ template <
     typename Slots, bool KEY, int D, int BITS, int TERMS, bool HAS_BIAS, typename T>
 METAL_FUNC void store_vector(
     const device T* vector, const device float* centre, const device float* factors,
-    const device float* codebook, const device ushort* page, int slot, threadgroup uchar* codes,
+    const device float* codebook, const device uchar* page, uint slot, threadgroup uchar* codes,
     int lane) {
   Vector<D> y;
   UNROLL
@@ -566,7 +579,7 @@ METAL_FUNC void store_vector(
   y.rotate(lane);
   half scale = half(0.0f), bias = half(0.0f);
   Quantizer<D, BITS, TERMS, HAS_BIAS, !KEY>::quantize(y, codebook, codes, scale, bias, lane);
-  const device ushort* target =
+  const device uchar* target =
       KEY ? Slots::key_codes(page, slot, 0) : Slots::value_codes(page, slot, 0);
   Quantizer<D, BITS, TERMS, HAS_BIAS, !KEY>::pack(codes, (device ushort*)target, lane);
   if (lane == 0) {
@@ -600,9 +613,9 @@ METAL_FUNC void store_vectors(
   if (mapped < 0) {
     return;
   }
-  const device ushort* page = Slots::head_page(pages, mapped / Slots::block_size, head);
-  int slot = mapped % Slots::block_size;
-  threadgroup uchar* own_codes = codes + simdgroup * (DK > DV ? DK : DV);
+  const device uchar* page = Slots::head_page(pages, mapped / Slots::block_size, head);
+  uint slot = mapped % Slots::block_size;
+  threadgroup uchar* own_codes = codes + simdgroup * Slots::longer;
   if (vector % 2 == 0) {
     store_vector<Slots, true, DK, Slots::key_bits, Slots::key_terms, Slots::key_has_bias>(
         keys + ulong(row) * DK, centre + head * DK, key_factors + head * DK, key_codebook, page,
@@ -617,20 +630,21 @@ METAL_FUNC void store_vectors(
 // Two neighbouring stored vectors back to numbers, [n, D]: still rotated, or as the model had them.
 template <int D, int BITS, int TERMS, bool UNROTATE, typename T>
 METAL_FUNC void dequantize_pair(
-    const device ushort* a, const device ushort* b, half2 scales, half2 biases,
+    const device uchar* a, const device uchar* b, uint scales, uint biases,
     const device float* codebook, const device float* factors, const device float* centre,
     bool has_centre, bool has_second, device T* output, threadgroup float* scratch, int lane) {
   const Codebook<BITS, TERMS> points(codebook);
+  half2 scale = as_type<half2>(scales), bias = as_type<half2>(biases);
   if (lane < D / CHUNK) {
     uint pairs[BITS];
-    Chunk<BITS>::load(a + lane * BITS, b + lane * BITS, pairs);
+    Chunk<BITS>::load(a + lane * 2 * BITS, b + lane * 2 * BITS, pairs);
     UNROLL
     for (int i = 0; i < CHUNK; i++) {
       half2 point = points.at(grid_point<BITS>(pairs, i));
       scratch[lane * CHUNK + i] =
-          float(point.x) * (points.unit * float(scales.x)) + float(biases.x);
+          float(point.x) * (points.unit * float(scale.x)) + float(bias.x);
       scratch[D + lane * CHUNK + i] =
-          float(point.y) * (points.unit * float(scales.y)) + float(biases.y);
+          float(point.y) * (points.unit * float(scale.y)) + float(bias.y);
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -681,30 +695,36 @@ METAL_FUNC void dequantize_tokens(
     return;
   }
   int token = first + offset;
-  const device ushort* page =
+  const device uchar* page =
       Slots::head_page(pages, block_table[token / Slots::block_size], head);
-  int slot = token % Slots::block_size;
-  threadgroup float* own_scratch = scratch + simdgroup * 2 * (DK > DV ? DK : DV);
-  half2 none = half2(half(0.0f), half(0.0f));
+  uint slot = token % Slots::block_size;
+  threadgroup float* own_scratch = scratch + simdgroup * 2 * Slots::longer;
   if (vector % 2 == 0) {
     dequantize_pair<DK, Slots::key_bits, Slots::key_terms, UNROTATE>(
         Slots::key_codes(page, slot, 0), Slots::key_codes(page, slot + 1, 0),
         load_pair(Slots::key_scale(page, slot)),
-        Slots::key_has_bias ? load_pair(Slots::key_bias(page, slot)) : none, key_codebook,
+        Slots::key_has_bias ? load_pair(Slots::key_bias(page, slot)) : 0u, key_codebook,
         query_factors + head * DK, centre + head * DK, true, offset + 1 < n,
         keys + (ulong(head) * n + offset) * DK, own_scratch, lane);
   } else {
     dequantize_pair<DV, Slots::value_bits, Slots::value_terms, UNROTATE>(
         Slots::value_codes(page, slot, 0), Slots::value_codes(page, slot + 1, 0),
-        load_pair(Slots::value_scale(page, slot)), none, value_codebook, value_factors, centre,
+        load_pair(Slots::value_scale(page, slot)), 0u, value_codebook, value_factors, centre,
         false, offset + 1 < n, values + (ulong(head) * n + offset) * DV, own_scratch, lane);
   }
+}
+
+// Half `i` of one or two words.
+template <int WORDS>
+METAL_FUNC float pick(const thread uint (&words)[WORDS], int i) {
+  uint word = WORDS > 1 && i >= 2 ? words[WORDS - 1] : words[0];
+  return float(as_type<half2>(i % 2 ? word >> 16 : word).x);
 }
 
 // Which tokens the rows of a request see, and how they are split. params: int [8].
 struct Splits {
   int seq_len;       // tokens of the request, its Q query tokens included
-  int first;         // first token that any row sees, made even
+  int first;         // first token that any row sees, rounded down to a multiple of 8
   int split_tokens;  // tokens of a split
   int num_splits;    // splits for which there is room
   int max_blocks;    // row length of the block table
@@ -717,7 +737,7 @@ struct Splits {
     seq_len = seq_lens[request];
     int window = params[2];  // 0: none
     int hidden = seq_len - num_queries + 1 - window;
-    first = window > 0 && hidden > 0 ? hidden & ~1 : 0;
+    first = window > 0 && hidden > 0 ? hidden & ~7 : 0;
   }
 
   METAL_FUNC int used() const thread {
@@ -725,23 +745,28 @@ struct Splits {
   }
 };
 
-// Attention of R rows of one KV head over one split. A lane holds chunk l % LANES of a pair of
-// tokens; SIMD_SIZE / LANES pairs are read at a time by each simdgroup.
+// Attention of R rows of one KV head over one split. A lane holds chunk l % LANES of TOKENS
+// neighbouring tokens; each simdgroup reads SIMD_SIZE / LANES such runs at a time.
 //   partials [B, splits, Q * Hq, Dv]  weighted sums of rotated values, relative to 2^max
 //   states   [B, splits, Q * Hq, 2]   max and sum
-template <typename Slots, int G, int Q, int R, int SIMDGROUPS, bool SOFTCAP>
+template <typename Slots, int G, int Q, int R, int TOKENS, int SIMDGROUPS, bool SOFTCAP>
 struct Decode {
   static constant constexpr int DK = Slots::key_head_size;
   static constant constexpr int DV = Slots::value_head_size;
-  static constant constexpr int CHUNKS = (DK > DV ? DK : DV) / CHUNK;
+  static constant constexpr int CHUNKS = Slots::longer / CHUNK;
   static constant constexpr int LANES =
       CHUNKS > 16 ? 32 : CHUNKS > 8 ? 16 : CHUNKS > 4 ? 8 : CHUNKS > 2 ? 4 : CHUNKS;
-  static constant constexpr int PAIRS = SIMD_SIZE / LANES;
+  static constant constexpr int RUNS = SIMD_SIZE / LANES;
+  static constant constexpr int STEP = RUNS * TOKENS;  // tokens of a simdgroup at a time
+  static constant constexpr int PAIRS = TOKENS / 2;
   static constant constexpr int ROWS = R > 4 ? 8 : R > 2 ? 4 : R;  // R rounded up to a power of 2
-  static constant constexpr int SCORES = 2 * ROWS;                  // (row, token) of a pair
+  static constant constexpr int SCORES = TOKENS * ROWS;             // [row][token] of a run
   static constant constexpr int OWN = SCORES > LANES ? SCORES / LANES : 1;
-  static constant constexpr int QUERY_WORDS = R * LANES * 8;        // threadgroup uint
-  static constant constexpr int SCRATCH = R * DV + 5 * R + 2 * SIMDGROUPS * R;  // ... and float
+  static constant constexpr int OWN_ROWS = OWN > TOKENS ? OWN / TOKENS : 1;
+  static constant constexpr int SHARING = LANES > SCORES ? LANES / SCORES : 1;  // lanes of a score
+  static constant constexpr int ROW_LANES = OWN < TOKENS ? SHARING * TOKENS / OWN : SHARING;
+  static constant constexpr int QUERY_WORDS = R * LANES * 8;  // threadgroup uint
+  static constant constexpr int SCRATCH = R * DV + 3 * R + 2 * SIMDGROUPS * R;  // ... and float
 
   // Rotates, scales and rounds the rows to half. What the half cannot hold goes into row_scale.
   template <typename T>
@@ -841,16 +866,18 @@ struct Decode {
         simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // The scores of a pair of tokens are spread over its lanes: this lane owns OWN of them.
-    int chunk = lane % LANES, pair = lane / LANES;
+    // The scores of a run of tokens are spread over its lanes: this lane owns OWN of them, of one
+    // row or of OWN_ROWS whole rows.
+    int chunk = lane % LANES, run = lane / LANES;
     int key_chunk = min(chunk, DK / CHUNK - 1), value_chunk = min(chunk, DV / CHUNK - 1);
     int own_first = chunk * SCORES / LANES;
-    float own_scale[OWN], own_sum[OWN], own_shift[OWN];
-    int own_begin[OWN], own_end[OWN];
-    SoftmaxState own[OWN];
+    int own_row = own_first / TOKENS, own_token = own_first % TOKENS;
+    float own_scale[OWN_ROWS], own_sum[OWN_ROWS], own_shift[OWN_ROWS];
+    int own_begin[OWN_ROWS], own_end[OWN_ROWS];
+    SoftmaxState own[OWN_ROWS];
     UNROLL
-    for (int i = 0; i < OWN; i++) {
-      int r = min((own_first + i) / 2, R - 1);
+    for (int i = 0; i < OWN_ROWS; i++) {
+      int r = min(own_row + i, R - 1);
       own_scale[i] = row_scale[r] * key_codebook.unit;
       own_sum[i] = row_sum[r];
       own_shift[i] = row_shift[r];
@@ -866,51 +893,69 @@ struct Decode {
     }
 
     const threadgroup uint* query_chunk = query_words + chunk * 8;
-    for (int first = split_first + simdgroup * 2 * PAIRS; first < split_end;
-         first += SIMDGROUPS * 2 * PAIRS) {
-      // Find the pair's page and read its codes and scales.
-      int token = first + 2 * pair;
-      int safe = min(token, (split_end - 1) & ~1);
-      int block = block_table[request * splits.max_blocks + safe / Slots::block_size];
-      int slot = safe % Slots::block_size;
-      const device ushort* page = Slots::head_page(pages, block, kv_head);
-      uint key_pairs[Slots::key_bits];
-      Chunk<Slots::key_bits>::load(
-          Slots::key_codes(page, slot, key_chunk), Slots::key_codes(page, slot + 1, key_chunk),
-          key_pairs);
-      uint value_pairs[Slots::value_bits];
-      Chunk<Slots::value_bits>::load(
-          Slots::value_codes(page, slot, value_chunk),
-          Slots::value_codes(page, slot + 1, value_chunk), value_pairs);
-      half2 key_scales = load_pair(Slots::key_scale(page, slot));
-      half2 key_biases = half2(half(0.0f), half(0.0f));
-      if (Slots::key_has_bias) {
-        key_biases = load_pair(Slots::key_bias(page, slot));
+    int table_row = request * splits.max_blocks;
+    int last_run = (split_end - 1) & ~(TOKENS - 1);
+    int first = split_first + simdgroup * STEP;
+    uint safe = min(first + run * TOKENS, last_run);
+    int block = block_table[table_row + int(safe / Slots::block_size)];
+    for (; first < split_end; first += SIMDGROUPS * STEP) {
+      // Read the codes and scales of the run; look up the page of the next.
+      int token = first + run * TOKENS;
+      uint slot = safe % Slots::block_size;
+      const device uchar* page = Slots::head_page(pages, block, kv_head);
+      const device uchar* key_codes = Slots::key_codes(page, slot, key_chunk);
+      const device uchar* value_codes = Slots::value_codes(page, slot, value_chunk);
+      safe = min(token + SIMDGROUPS * STEP, last_run);
+      block = block_table[table_row + int(safe / Slots::block_size)];
+      uint key_pairs[PAIRS][Slots::key_bits];
+      uint value_pairs[PAIRS][Slots::value_bits];
+      uint key_scales[PAIRS], key_biases[PAIRS], value_scales[PAIRS];
+      UNROLL
+      for (int p = 0; p < PAIRS; p++) {
+        Chunk<Slots::key_bits>::load(
+            key_codes + 2 * p * Slots::next_key, key_codes + (2 * p + 1) * Slots::next_key,
+            key_pairs[p]);
+        Chunk<Slots::value_bits>::load(
+            value_codes + 2 * p * Slots::next_value, value_codes + (2 * p + 1) * Slots::next_value,
+            value_pairs[p]);
+        key_scales[p] = load_pair(Slots::key_scale(page, slot) + 4 * p);
+        key_biases[p] = 0;
+        if (Slots::key_has_bias) {
+          key_biases[p] = load_pair(Slots::key_bias(page, slot) + 4 * p);
+        }
+        value_scales[p] = load_pair(Slots::value_scale(page, slot) + 4 * p);
       }
-      half2 value_scales = load_pair(Slots::value_scale(page, slot));
 
-      // Multiply this chunk of both keys with that of every row.
-      half2 dots[R];
+      // Multiply this chunk of the keys with that of every row.
+      half2 dots[R][PAIRS];
       UNROLL
       for (int r = 0; r < R; r++) {
-        dots[r] = half2(half(0.0f), half(0.0f));
+        UNROLL
+        for (int p = 0; p < PAIRS; p++) {
+          dots[r][p] = half2(half(0.0f), half(0.0f));
+        }
       }
       UNROLL
-      for (int part = 0; part < 2; part++) {
-        half2 keys[8];
+      for (int part = 0; part < 4; part++) {
+        half2 keys[PAIRS][4];
         UNROLL
-        for (int i = 0; i < 8; i++) {
-          keys[i] = key_codebook.at(grid_point<Slots::key_bits>(key_pairs, part * 8 + i));
+        for (int p = 0; p < PAIRS; p++) {
+          UNROLL
+          for (int i = 0; i < 4; i++) {
+            keys[p][i] =
+                key_codebook.at(grid_point<Slots::key_bits>(key_pairs[p], part * 4 + i));
+          }
         }
         UNROLL
         for (int r = 0; r < R; r++) {
-          uint4 words = *(const threadgroup uint4*)(query_chunk + r * LANES * 8 + part * 4);
-          uint q[4] = {words.x, words.y, words.z, words.w};
+          uint2 words = *(const threadgroup uint2*)(query_chunk + r * LANES * 8 + part * 2);
+          half2 low = as_type<half2>(words.x), high = as_type<half2>(words.y);
           UNROLL
-          for (int i = 0; i < 4; i++) {
-            half2 elements = as_type<half2>(q[i]);
-            dots[r] = fma(half2(elements.x, elements.x), keys[2 * i], dots[r]);
-            dots[r] = fma(half2(elements.y, elements.y), keys[2 * i + 1], dots[r]);
+          for (int p = 0; p < PAIRS; p++) {
+            dots[r][p] = fma(half2(low.x, low.x), keys[p][0], dots[r][p]);
+            dots[r][p] = fma(half2(low.y, low.y), keys[p][1], dots[r][p]);
+            dots[r][p] = fma(half2(high.x, high.x), keys[p][2], dots[r][p]);
+            dots[r][p] = fma(half2(high.y, high.y), keys[p][3], dots[r][p]);
           }
         }
       }
@@ -918,103 +963,112 @@ struct Decode {
       // Add up the chunks; each lane keeps its own scores, in powers of two.
       float scores[SCORES];
       UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        scores[2 * r] = r < R ? float(dots[min(r, R - 1)].x) : 0.0f;
-        scores[2 * r + 1] = r < R ? float(dots[min(r, R - 1)].y) : 0.0f;
+      for (int i = 0; i < SCORES; i++) {
+        half2 dot = dots[min(i / TOKENS, R - 1)][i % TOKENS / 2];
+        scores[i] = i / TOKENS < R ? float(i % 2 ? dot.y : dot.x) : 0.0f;
       }
       fold<SCORES, LANES>(scores, lane, 1);
       bool visible[OWN];
       bool grows = false;
       UNROLL
       for (int i = 0; i < OWN; i++) {
-        int which = (own_first + i) & 1;
-        scores[i] *= own_scale[i] * float(which ? key_scales.y : key_scales.x);
+        int row = i / TOKENS, which = own_token + i % TOKENS;
+        scores[i] *= own_scale[row] * pick<PAIRS>(key_scales, which);
         if (Slots::key_has_bias) {
-          scores[i] += own_sum[i] * float(which ? key_biases.y : key_biases.x);
+          scores[i] += own_sum[row] * pick<PAIRS>(key_biases, which);
         }
         if (SOFTCAP) {
-          scores[i] = softcap * LOG2_E * precise::tanh(scores[i] + own_shift[i]);
+          scores[i] = softcap * LOG2_E * precise::tanh(scores[i] + own_shift[row]);
         }
-        visible[i] = token + which >= own_begin[i] && token + which < own_end[i];
+        visible[i] = token + which >= own_begin[row] && token + which < own_end[row];
         scores[i] = visible[i] ? scores[i] : -INFINITY;
-        grows = grows || scores[i] > own[i].max + RESCALE_MARGIN;
+        grows = grows || scores[i] > own[row].max + RESCALE_MARGIN;
       }
 
       // Move the maximum, but only when a score leaves its margin.
       if (simd_any(grows)) {
-        float factors[SCORES];
+        float factors[ROWS];
         UNROLL
-        for (int i = 0; i < OWN; i++) {
-          float other = OWN > 1 ? scores[(i ^ 1) % OWN]
-                                : simd_shuffle_xor(scores[i], ushort(LANES / SCORES));
-          factors[i] = own[i].rescale(max(own[i].max, max(scores[i], other)));
+        for (int row = 0; row < OWN_ROWS; row++) {
+          float largest = own[row].max;
+          UNROLL
+          for (int i = 0; i < OWN; i++) {
+            largest = i / TOKENS == row ? max(largest, scores[i]) : largest;
+          }
+          UNROLL
+          for (int mask = SHARING; mask < ROW_LANES; mask *= 2) {
+            largest = max(largest, simd_shuffle_xor(largest, ushort(mask)));
+          }
+          factors[row] = own[row].rescale(largest);
         }
-        spread<SCORES, LANES>(factors, lane);
+        spread<ROWS, LANES>(factors, lane);
         UNROLL
         for (int i = 0; i < R * CHUNK; i++) {
-          out[i] *= factors[i / CHUNK * 2];
+          out[i] *= factors[i / CHUNK];
         }
       }
 
-      // Give every lane of the pair all weights, value scales included.
+      // Give every lane of the run all weights, value scales included.
       float weights[SCORES];
       UNROLL
       for (int i = 0; i < OWN; i++) {
-        int which = (own_first + i) & 1;
-        float weight = own[i].update(scores[i]);
-        weights[i] = visible[i] ? weight * float(which ? value_scales.y : value_scales.x) : 0.0f;
+        float weight = own[i / TOKENS].update(scores[i]);
+        float value_scale = pick<PAIRS>(value_scales, own_token + i % TOKENS);
+        weights[i] = visible[i] ? weight * value_scale : 0.0f;
       }
       spread<SCORES, LANES>(weights, lane);
 
-      // Add this chunk of both values to every row.
+      // Add this chunk of the values to every row.
       UNROLL
       for (int i = 0; i < CHUNK; i++) {
-        half2 values = value_codebook.at(grid_point<Slots::value_bits>(value_pairs, i));
-        float a = float(values.x), b = float(values.y);
         UNROLL
-        for (int r = 0; r < R; r++) {
-          out[r * CHUNK + i] = fma(weights[2 * r], a, out[r * CHUNK + i]);
-          out[r * CHUNK + i] = fma(weights[2 * r + 1], b, out[r * CHUNK + i]);
+        for (int p = 0; p < PAIRS; p++) {
+          half2 values = value_codebook.at(grid_point<Slots::value_bits>(value_pairs[p], i));
+          float a = float(values.x), b = float(values.y);
+          UNROLL
+          for (int r = 0; r < R; r++) {
+            out[r * CHUNK + i] = fma(weights[r * TOKENS + 2 * p], a, out[r * CHUNK + i]);
+            out[r * CHUNK + i] = fma(weights[r * TOKENS + 2 * p + 1], b, out[r * CHUNK + i]);
+          }
         }
       }
     }
 
-    // Merge the pairs of lanes of this simdgroup.
-    float factors[SCORES];
+    // Merge the runs of this simdgroup.
+    float factors[ROWS];
     UNROLL
-    for (int i = 0; i < OWN; i++) {
-      float largest = own[i].max;
+    for (int row = 0; row < OWN_ROWS; row++) {
+      float largest = own[row].max;
       UNROLL
       for (int mask = LANES; mask < SIMD_SIZE; mask *= 2) {
         largest = max(largest, simd_shuffle_xor(largest, ushort(mask)));
       }
-      factors[i] = own[i].rescale(largest);
+      factors[row] = own[row].rescale(largest);
+      float sum = own[row].sum;
+      UNROLL
+      for (int mask = SHARING; mask < ROW_LANES; mask *= 2) {
+        sum += simd_shuffle_xor(sum, ushort(mask));
+      }
       UNROLL
       for (int mask = LANES; mask < SIMD_SIZE; mask *= 2) {
-        own[i].sum += simd_shuffle_xor(own[i].sum, ushort(mask));
+        sum += simd_shuffle_xor(sum, ushort(mask));
+      }
+      if (run == 0 && own_row + row < R) {
+        group_max[simdgroup * R + own_row + row] = largest;
+        group_sum[simdgroup * R + own_row + row] = sum;
       }
     }
-    UNROLL
-    for (int i = 0; i < OWN; i++) {
-      float other = OWN > 1 ? own[(i ^ 1) % OWN].sum
-                            : simd_shuffle_xor(own[i].sum, ushort(LANES / SCORES));
-      int r = (own_first + i) / 2;
-      if (((own_first + i) & 1) == 0 && r < R && pair == 0) {
-        group_max[simdgroup * R + r] = own[i].max;
-        group_sum[simdgroup * R + r] = own[i].sum + other;
-      }
-    }
-    spread<SCORES, LANES>(factors, lane);
+    spread<ROWS, LANES>(factors, lane);
     UNROLL
     for (int i = 0; i < R * CHUNK; i++) {
-      out[i] *= factors[i / CHUNK * 2];
+      out[i] *= factors[i / CHUNK];
     }
-    fold<R * CHUNK, PAIRS>(out, lane, LANES);
+    fold<R * CHUNK, RUNS>(out, lane, LANES);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // Merge the simdgroups, one after the other.
-    constexpr int HELD = R * CHUNK > PAIRS ? R * CHUNK / PAIRS : 1;
-    int held_first = pair * (R * CHUNK) / PAIRS;
+    constexpr int HELD = R * CHUNK > RUNS ? R * CHUNK / RUNS : 1;
+    int held_first = run * (R * CHUNK) / RUNS;
     for (int turn = 0; turn < SIMDGROUPS; turn++) {
       if (turn == simdgroup && chunk * CHUNK < DV) {
         UNROLL

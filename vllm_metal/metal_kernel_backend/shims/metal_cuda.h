@@ -1,12 +1,12 @@
 // Metal's language on CUDA: what kernels/*.metal uses of MSL, in terms of CUDA C++. A simdgroup is
-// a warp, threadgroup memory is shared memory; address spaces need no names.
+// a warp, threadgroup memory is shared memory; address spaces need no names. The word `device` is
+// taken out of the text before: `__device__` expands to something that contains it.
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
 
 #define METAL_FUNC __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
-#define device
 #define constant
 #define thread
 #define threadgroup
@@ -44,6 +44,14 @@ METAL_FUNC float tanh(float x) { return ::tanhf(x); }
 
 #define ROUNDED_PRODUCT
 METAL_FUNC float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+// In one instruction; the compiler takes two when both masks are constants.
+#define BITS_OVER
+METAL_FUNC uint bits_over(uint word, uint mask, uint other) {
+  uint bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(bits) : "r"(word), "r"(mask), "r"(other));
+  return bits;
+}
 
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 METAL_FUNC void threadgroup_barrier(mem_flags) { __syncthreads(); }

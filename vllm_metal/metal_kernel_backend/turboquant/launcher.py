@@ -13,104 +13,28 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import mlx.core as mx
-import numpy as np
 
-from vllm_metal.metal_kernel_backend.kernel_library import SIMD_SIZE, Kernel, Target
-from vllm_metal.metal_kernel_backend.turboquant.formats import Format
+from vllm_metal.metal_kernel_backend.kernel_library import SIMD_SIZE, Run, Target
+from vllm_metal.metal_kernel_backend.turboquant.kernels import (
+    DECODE,
+    DEQUANTIZE,
+    MERGE,
+    STORE,
+    codebook,
+)
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.splits import (
+    RESIDENT_GROUPS,
+    RESIDENT_GROUPS_MANY_ROWS,
+    core_count,
+    rows_per_simdgroup,
+    splits,
+)
 
 DECODE_SIMDGROUPS = 4
 MERGE_SIMDGROUPS = 4
 STORE_SIMDGROUPS = 4
 MAX_QUERY_TOKENS = 8
-CODEBOOK_FACTORS = 4
-CODEBOOK_MIDPOINTS = 16
-
-SLOTS = """
-  using Slots = SlotLayout<
-      NUM_KV_HEADS, BLOCK_SIZE, KEY_HEAD_SIZE, VALUE_HEAD_SIZE, KEY_BITS, VALUE_BITS, KEY_TERMS,
-      VALUE_TERMS, KEY_HAS_BIAS, HEAD_PAGE_BYTES, VALUE_CODES_OFFSET, KEY_SCALES_OFFSET,
-      KEY_BIASES_OFFSET, VALUE_SCALES_OFFSET>;
-  constexpr int LONGER = KEY_HEAD_SIZE > VALUE_HEAD_SIZE ? KEY_HEAD_SIZE : VALUE_HEAD_SIZE;
-"""
-
-POSITION = """threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
-      thread_index_in_simdgroup"""
-
-STORE = Kernel(
-    "turboquant_store",
-    "turboquant",
-    ("pages", "keys", "values", "slot_mapping", "centre", "key_factors", "value_factors")
-    + ("key_codebook", "value_codebook", "params", "after"),
-    ("token",),
-    SLOTS
-    + f"""
-  threadgroup uchar codes[SIMDGROUPS * LONGER];
-  store_vectors<Slots, SIMDGROUPS>(
-      pages, keys, values, slot_mapping, centre, key_factors, value_factors, key_codebook,
-      value_codebook, params, token, codes, {POSITION});
-""",
-)
-
-DECODE = Kernel(
-    "turboquant_decode",
-    "turboquant",
-    ("pages", "queries", "query_factors", "centre", "block_table", "seq_lens")
-    + ("key_codebook", "value_codebook", "params", "scales", "token"),
-    ("partials", "states"),
-    SLOTS
-    + f"""
-  using Attention = Decode<Slots, G, Q, R, SIMDGROUPS, SOFTCAP>;
-  threadgroup uint4 query_words[Attention::QUERY_WORDS / 4];
-  threadgroup float scratch[Attention::SCRATCH];
-  Attention::run(
-      pages, queries, query_factors, centre, block_table, seq_lens, key_codebook, value_codebook,
-      params, scales, partials, states, (threadgroup uint*)query_words, scratch,
-      {POSITION});
-""",
-)
-
-MERGE = Kernel(
-    "turboquant_merge",
-    "turboquant",
-    ("partials", "states", "queries", "centre", "value_factors", "seq_lens", "sinks")
-    + ("params", "scales"),
-    ("output",),
-    SLOTS
-    + f"""
-  threadgroup float scratch[SIMDGROUPS * (2 * LONGER + 1)];
-  merge_splits<Slots, G, Q, SIMDGROUPS, SINKS>(
-      partials, states, queries, centre, value_factors, seq_lens, sinks, params, scales, output,
-      scratch, {POSITION});
-""",
-)
-
-DEQUANTIZE = Kernel(
-    "turboquant_dequantize",
-    "turboquant",
-    ("pages", "block_table", "centre", "query_factors", "value_factors")
-    + ("key_codebook", "value_codebook", "params", "token"),
-    ("keys", "values"),
-    SLOTS
-    + f"""
-  threadgroup float scratch[SIMDGROUPS * 2 * LONGER];
-  dequantize_tokens<Slots, SIMDGROUPS, UNROTATE>(
-      pages, block_table, centre, query_factors, value_factors, key_codebook, value_codebook,
-      params, keys, values, scratch, {POSITION});
-""",
-)
-
-
-def codebook(format: Format, head_size: int) -> mx.array:
-    """What the kernels know of a format: float32, c1 c3 c5 - , 5 scale factors, ..., midpoints."""
-    numbers = np.zeros(CODEBOOK_MIDPOINTS + format.num_codes // 2, np.float32)
-    coefficients = format.coefficients(head_size)
-    numbers[: len(coefficients)] = coefficients
-    factors = format.scale_factors(head_size)
-    numbers[CODEBOOK_FACTORS : CODEBOOK_FACTORS + len(factors)] = factors
-    positive = format.midpoints(head_size)[format.num_codes // 2 :]
-    numbers[CODEBOOK_MIDPOINTS : CODEBOOK_MIDPOINTS + len(positive)] = positive
-    return mx.array(numbers)
 
 
 @dataclass(frozen=True)
@@ -138,17 +62,22 @@ class Launcher:
     max_rows: int = 0
     """Query rows that a simdgroup serves at most, 1 to 8; 0 chooses by device. Each takes 16
     registers of 32 bits for its output: Apple GPUs before M3 have 128 in all."""
-    _kernels: dict[str, object] = field(default_factory=dict, repr=False)
+    run_tokens: int = 0
+    """Neighbouring tokens that a lane reads at a time, 2 or 4; 0 chooses by device: 4 hides more
+    latency, 2 needs fewer registers."""
+    _kernels: dict[str, Run] = field(default_factory=dict, repr=False)
+    _decode_kernels: dict[int, Run] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         layout = self.layout
         self.num_cores = self.num_cores or core_count(self.target)
         self.max_rows = self.max_rows or rows_per_simdgroup(self.target)
+        self.run_tokens = self.run_tokens or (2 if self.target.name == "metal" else 4)
         largest = max(layout.key_head_size, layout.value_head_size)
         self.max_rows = max(1, min(self.max_rows, 2048 // largest))
         self.key_codebook = codebook(layout.key_format, layout.key_head_size)
         self.value_codebook = codebook(layout.value_format, layout.value_head_size)
-        for kernel in (STORE, DECODE, MERGE, DEQUANTIZE):
+        for kernel in (STORE, MERGE, DEQUANTIZE):
             self._kernels[kernel.name] = self.target.build(kernel)
 
     def no_token(self) -> mx.array:
@@ -215,11 +144,14 @@ class Launcher:
         group = heads // self.layout.num_kv_heads
         rows = group * num_queries
         tiles = -(-rows // self.max_rows)
-        split_tokens, splits = self.splits(batch, max_seq_len, tiles, num_queries, window)
-        params = _integers((split_tokens, splits, window, block_table.shape[1], 0, 0, 0, 0))
+        visible = min(max_seq_len, window + num_queries + 8) if window else max_seq_len
+        groups = batch * self.layout.num_kv_heads * tiles
+        split_tokens, num_splits = splits(visible, groups, self.num_cores * RESIDENT_GROUPS)
+        params = _integers((split_tokens, num_splits, window, block_table.shape[1], 0, 0, 0, 0))
         scales = _floats((scale, softcap) + (0.0,) * 6)
         template = [*self.layout.template(), ("G", group), ("Q", num_queries)]
-        partials, states = self._kernels[DECODE.name](
+        rows_each = -(-rows // tiles)
+        partials, states = self._decode_kernel(rows_each)(
             inputs=[
                 pages,
                 queries,
@@ -235,19 +167,20 @@ class Launcher:
             ],
             template=[
                 *template,
-                ("R", -(-rows // tiles)),
+                ("R", rows_each),
+                ("TOKENS", self.run_tokens),
                 ("SIMDGROUPS", DECODE_SIMDGROUPS),
                 ("SOFTCAP", int(softcap > 0)),
             ],
             grid=(
                 self.layout.num_kv_heads * tiles * DECODE_SIMDGROUPS * SIMD_SIZE,
-                splits,
+                num_splits,
                 batch,
             ),
             threadgroup=(DECODE_SIMDGROUPS * SIMD_SIZE, 1, 1),
             output_shapes=[
-                (batch, splits, num_queries * heads, self.layout.value_head_size),
-                (batch, splits, num_queries * heads, 2),
+                (batch, num_splits, num_queries * heads, self.layout.value_head_size),
+                (batch, num_splits, num_queries * heads, 2),
             ],
             output_dtypes=[mx.float32, mx.float32],
         )
@@ -323,38 +256,13 @@ class Launcher:
         )
         return keys, values
 
-    def splits(
-        self, batch: int, max_seq_len: int, tiles: int, num_queries: int, window: int
-    ) -> tuple[int, int]:
-        """(tokens of a split, splits) so that every core has work.
-
-        Powers of two, so that neighbouring lengths share a launch.
-        """
-        tokens = max_seq_len
-        if window:
-            tokens = min(tokens, window + num_queries)
-        wanted = self.num_cores * GROUPS_PER_CORE
-        groups = batch * self.layout.num_kv_heads * tiles
-        size = MIN_SPLIT_TOKENS
-        while size < tokens and groups * -(-tokens // size) > wanted:
-            size *= 2
-        return size, max(1, -(-tokens // size))
-
-
-GROUPS_PER_CORE = 8
-MIN_SPLIT_TOKENS = 128
-
-
-def core_count(target: Target) -> int:
-    """Cores of the GPU that `target` runs on; a guess where the device does not say."""
-    if target.name == "cuda":
-        return 132
-    return 16 if target.name == "metal" else 1
-
-
-def rows_per_simdgroup(target: Target) -> int:
-    """Query rows that a simdgroup serves, by the registers of the GPU."""
-    return 4 if target.name == "metal" else 8
+    def _decode_kernel(self, rows: int) -> Run:
+        """The kernel for `rows` query rows per simdgroup; more rows, fewer groups on a core."""
+        resident = RESIDENT_GROUPS if rows <= 4 else RESIDENT_GROUPS_MANY_ROWS
+        if resident not in self._decode_kernels:
+            threads = DECODE_SIMDGROUPS * SIMD_SIZE
+            self._decode_kernels[resident] = self.target.build(DECODE, (threads, resident))
+        return self._decode_kernels[resident]
 
 
 @lru_cache(maxsize=256)

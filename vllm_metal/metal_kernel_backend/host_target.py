@@ -1,0 +1,191 @@
+"""Kernels on the CPU: the file that GPUs run, compiled by a C++ compiler with shims/metal_host.h.
+
+For tests and for `vllm-metal doctor` on machines without a GPU. One threadgroup runs at a time and
+each of its threads is a fibre, so that simdgroup functions and barriers mean what they mean on a
+GPU. It is never chosen by itself: plain MLX operations serve faster.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from vllm_metal.metal_kernel_backend.kernel_library import (
+    Kernel,
+    Run,
+    Target,
+    Template,
+    declare_threadgroup,
+    library_source,
+    shim_source,
+    without_includes,
+)
+
+
+class HostTarget(Target):
+    """The CPU, one threadgroup at a time. Inputs are evaluated and outputs are ready on return.
+
+    Raises RuntimeError where there is no C++ compiler, where compilation fails, or where a
+    simdgroup function or a barrier is reached by only some of its threads.
+    """
+
+    name = "host"
+
+    def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
+        def run(
+            inputs: Sequence[mx.array],
+            template: Template,
+            grid: tuple[int, int, int],
+            threadgroup: tuple[int, int, int],
+            output_shapes: Sequence[Sequence[int]],
+            output_dtypes: Sequence[mx.Dtype],
+        ) -> list[mx.array]:
+            inputs = [mx.contiguous(array) for array in inputs]
+            mx.eval(inputs)
+            outputs = [
+                np.empty(tuple(shape), _numpy_type(dtype))
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+            dtypes = tuple(array.dtype for array in inputs)
+            launch = _compiled(kernel, tuple(template), dtypes, tuple(output_dtypes))
+            views = [_numpy_view(array) for array in inputs] + outputs
+            buffers = (ctypes.c_void_p * len(views))(*(view.ctypes.data for view in views))
+            groups = (ctypes.c_uint * 3)(*(g // t for g, t in zip(grid, threadgroup, strict=True)))
+            if launch(buffers, groups, threadgroup[0]):
+                raise RuntimeError(
+                    f"kernel {kernel.name}: a simdgroup function or a barrier was reached by only "
+                    "some of its threads"
+                )
+            return [
+                mx.array(output).view(dtype) if dtype == mx.bfloat16 else mx.array(output)
+                for output, dtype in zip(outputs, output_dtypes, strict=True)
+            ]
+
+        return run
+
+
+HOST_TYPES = {
+    mx.float16: "half",
+    mx.bfloat16: "bfloat16_t",
+    mx.float32: "float",
+    mx.int32: "int",
+    mx.uint32: "uint",
+    mx.uint16: "ushort",
+    mx.uint8: "uchar",
+}
+
+HOST_ENTRY = """
+static void metal_host_body(void* arguments, uint3 group, uint thread_index) {{
+  void* const* buffers = static_cast<void* const*>(arguments);
+  const uint3 threadgroup_position_in_grid = group;
+  const uint simdgroup_index_in_threadgroup = thread_index / 32;
+  const uint thread_index_in_simdgroup = thread_index % 32;
+{declarations}
+{body}
+}}
+
+extern "C" __attribute__((visibility("default"))) int launch(
+    void* const* buffers, const uint* groups, uint threads) {{
+  return host::run_grid(groups, threads, metal_host_body, const_cast<void**>(buffers));
+}}
+"""
+
+
+def host_source(
+    kernel: Kernel,
+    template: Template,
+    input_dtypes: Sequence[mx.Dtype],
+    output_dtypes: Sequence[mx.Dtype],
+) -> str:
+    """The C++ program of one instantiation."""
+    declarations = []
+    for name, value in template:
+        if isinstance(value, mx.Dtype):
+            declarations.append(f"  using {name} = {HOST_TYPES[value]};")
+        else:
+            declarations.append(f"  constexpr int {name} = {int(value)};")
+    names = kernel.input_names + kernel.output_names
+    for i, (name, dtype) in enumerate(zip(names, (*input_dtypes, *output_dtypes), strict=True)):
+        const = "const " if i < len(kernel.input_names) else ""
+        kind = f"{const}{HOST_TYPES[dtype]}*"
+        declarations.append(f"  {kind} {name} = static_cast<{kind}>(buffers[{i}]);")
+    entry = HOST_ENTRY.format(
+        declarations="\n".join(declarations),
+        body=declare_threadgroup(kernel.body, "static thread_local"),
+    )
+    library = without_includes(library_source(kernel.library))
+    return shim_source("metal_host.h") + library + entry
+
+
+@cache
+def _compiled(
+    kernel: Kernel,
+    template: tuple[tuple[str, int | mx.Dtype], ...],
+    input_dtypes: tuple[mx.Dtype, ...],
+    output_dtypes: tuple[mx.Dtype, ...],
+) -> Callable[..., int]:
+    source = host_source(kernel, template, input_dtypes, output_dtypes)
+    command = [*host_compiler(), "-std=c++14", "-O2", "-shared", "-fPIC", "-ffp-contract=off"]
+    command += ["-march=native"] if platform.machine() == "x86_64" else []
+    command += ["-fvisibility=hidden", "-fno-strict-aliasing", "-w", "-x", "c++", "-"]
+    key = hashlib.sha256("\0".join([*command, platform.node(), source]).encode()).hexdigest()[:24]
+    path = cache_folder() / f"{kernel.name}_{key}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
+            built = Path(file.name)
+        result = subprocess.run(
+            [*command, "-o", str(built)], input=source, text=True, capture_output=True
+        )
+        if result.returncode:
+            built.unlink()
+            raise RuntimeError(f"kernel {kernel.name} does not compile:\n{result.stderr[:4000]}")
+        built.replace(path)
+    launch = ctypes.CDLL(str(path)).launch
+    launch.restype = ctypes.c_int
+    return launch
+
+
+@cache
+def host_compiler() -> list[str]:
+    """The command of a C++ compiler: $CXX, one on the path, or the one in `ziglang`.
+
+    Raises RuntimeError if there is none.
+    """
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return [path]
+    try:
+        import ziglang  # noqa: F401
+    except ImportError:
+        raise RuntimeError("the host target needs a C++ compiler; install g++ or clang") from None
+    return [sys.executable, "-m", "ziglang", "c++"]
+
+
+def cache_folder() -> Path:
+    """Where compiled host kernels are kept: $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vllm-metal" / "host-kernels"
+
+
+def _numpy_type(dtype: mx.Dtype) -> type:
+    names = {mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32}
+    return names.get(dtype) or getattr(np, str(dtype).removeprefix("mlx.core."))
+
+
+def _numpy_view(array: mx.array) -> np.ndarray:
+    """The array's own memory: what a kernel writes through it, MLX sees."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+        mx.eval(array)
+    return np.array(array, copy=False)

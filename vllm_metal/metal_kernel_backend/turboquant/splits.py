@@ -1,0 +1,60 @@
+"""How the decode kernel's work is cut to fit a GPU: splits of the tokens, rows of a simdgroup."""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from vllm_metal.metal_kernel_backend.kernel_library import Target
+
+SPLIT_STEP = 128
+"""Tokens; a split is a multiple. All simdgroups of a threadgroup read at most this many at once."""
+
+RESIDENT_GROUPS = 3
+"""Threadgroups that a core holds at a time: 128 threads with up to 168 registers on NVIDIA, with
+up to 128 on Apple GPUs before M3."""
+
+RESIDENT_GROUPS_MANY_ROWS = 2
+
+
+ASSUMED_CORES = {"metal": 16, "cuda": 132}
+"""MLX tells no number of cores; splitting for too many costs little."""
+
+
+@lru_cache(maxsize=4096)
+def splits(tokens: int, groups: int, slots: int) -> tuple[int, int]:
+    """(tokens of a split, splits) for the longest request: of 1 .. 128, those that end first.
+
+    `groups` threadgroups are needed per split, `slots` run at a time. A wave of them takes its
+    tokens and a constant of one step.
+    """
+    steps = -(-max(tokens, 1) // SPLIT_STEP)
+
+    def cost(count: int) -> int:
+        waves = -(-groups * count // slots)
+        return waves * (-(-steps // count) + 1)
+
+    split_steps = -(-steps // min(range(1, min(steps, 128) + 1), key=cost))
+    return split_steps * SPLIT_STEP, -(-steps // split_steps)
+
+
+def core_count(target: Target) -> int:
+    """Cores of the GPU that `target` runs on."""
+    if target.name == "host":
+        return 1
+    info = mx.device_info()
+    for key in ("multi_processor_count", "gpu_core_count"):
+        if key in info:
+            return int(info[key])
+    return ASSUMED_CORES[target.name]
+
+
+def rows_per_simdgroup(target: Target) -> int:
+    """Query rows that a simdgroup serves at most, by the registers of the GPU.
+
+    Apple GPUs up to M2 (architectures g13 and g14) have 128 registers a thread, later ones take
+    more from their cache.
+    """
+    if target.name != "metal":
+        return 8
+    architecture = str(mx.device_info().get("architecture", ""))
+    return 4 if any(name in architecture for name in ("g13", "g14")) else 8
