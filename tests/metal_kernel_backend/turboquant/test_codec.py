@@ -205,6 +205,9 @@ def test_scores_are_those_of_centred_keys(head_size):
         scores = rotated_queries[:, head] @ rotated_keys[:, head // 3].T
         expected = queries[:, head] @ (keys - centre)[:, head // 3].T
         np.testing.assert_allclose(scores, expected, atol=2e-4)
+        uncentred = rotated_keys[:, head // 3] + np.array(codec.rotated_centre)[head // 3]
+        scores = rotated_queries[:, head] @ uncentred.T
+        np.testing.assert_allclose(scores, queries[:, head] @ keys[:, head // 3].T, atol=1e-3)
 
 
 @pytest.mark.parametrize("k_quant", NAMES)

@@ -147,6 +147,9 @@ class KeyCodec:
         """s m: what a centred key is multiplied by, [H, D]."""
         self.query_factors = mx.array(signs(head_size) / multiplier)
         """s / m: what a query is multiplied by, [H, D]."""
+        self.rotated_centre = rotate(self.centre * self.key_factors)
+        """What the centre becomes, [H, D]. Scores of q' with k' + rotated_centre are those of
+        uncentred keys: what attention sinks, logits without a key, are compared with."""
 
     def rotate_keys(self, keys: mx.array) -> mx.array:
         """Keys [..., H, D] to k', float32."""

@@ -1,0 +1,132 @@
+"""Slots: what is stored where, byte by byte, and that a store writes in place."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests import inputs, reference
+from vllm_metal.metal_kernel_backend.turboquant.codec import Quantized, Quantizer
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
+
+PAIRS = [("q8_0", "q3_0"), ("q5_0", "q6_0"), ("q4_0", "q2_0"), ("uint4", "q5_0"), ("int2", "q8_0")]
+
+
+def tokens(layout: SlotLayout, count: int, seed: int = 0) -> tuple[Quantized, Quantized]:
+    """Quantised Gaussian keys and values, [count, H, D]."""
+    rng = np.random.default_rng(seed)
+    pair = []
+    for format, size in (
+        (layout.key_format, layout.key_head_size),
+        (layout.value_format, layout.value_head_size),
+    ):
+        x = rng.standard_normal((count, layout.num_kv_heads, size)).astype(np.float32)
+        pair.append(Quantizer(format, size, unbiased=False).quantize(mx.array(x)))
+    return pair[0], pair[1]
+
+
+def slots_of(block_ids: list[int], length: int, block_size: int) -> np.ndarray:
+    positions = np.arange(length)
+    return np.array(block_ids)[positions // block_size] * block_size + positions % block_size
+
+
+@pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
+@pytest.mark.parametrize("sizes", [(64, 64), (80, 80), (192, 128)])
+def test_bytes_of_a_page(k_quant, v_quant, sizes):
+    """Every byte of every plane, from the offsets of the layout and the oracle's packing."""
+    layout = SlotLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], *sizes, 2, 8)
+    slots = Slots(layout)
+    keys, values = tokens(layout, 24)
+    mapping = np.random.default_rng(1).permutation(24)
+    pages = slots.store(slots.allocate(3), slots.pack(keys, values), mx.array(mapping))
+    memory = np.array(pages).tobytes()
+    assert len(memory) == 3 * layout.page_size_bytes
+
+    def plane(block: int, head: int, offset: int, token: int, size: int) -> bytes:
+        start = (block * 2 + head) * layout.head_page_bytes + offset + token * size
+        return memory[start : start + size]
+
+    for i, slot in enumerate(mapping):
+        for head in range(2):
+            place = (slot // 8, head)
+            codes = reference.pack(np.array(keys.codes[i, head]), layout.key_format.bits)
+            size = layout.key_codes_bytes
+            assert plane(*place, layout.key_codes_offset, slot % 8, size) == codes.tobytes()
+            codes = reference.pack(np.array(values.codes[i, head]), layout.value_format.bits)
+            size = layout.value_codes_bytes
+            assert plane(*place, layout.value_codes_offset, slot % 8, size) == codes.tobytes()
+            scales = [(layout.key_scales_offset, keys.scales)]
+            scales.append((layout.value_scales_offset, values.scales))
+            if keys.biases is not None:
+                scales.append((layout.key_biases_offset, keys.biases))
+            for offset, numbers in scales:
+                expected = np.array(numbers[i, head]).astype(np.float16).tobytes()
+                assert plane(*place, offset, slot % 8, 2) == expected
+
+
+@pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_what_is_stored_is_loaded(k_quant, v_quant, block_size):
+    layout = SlotLayout.of(k_quant, v_quant, 64, 3, block_size)
+    slots = Slots(layout)
+    for length in inputs.lengths(block_size):
+        blocks = [7, 2, 9, 4, 1][: -(-length // block_size)]
+        keys, values = tokens(layout, length)
+        mapping = mx.array(slots_of(blocks, length, block_size))
+        pages = slots.store(slots.allocate(10), slots.pack(keys, values), mapping)
+        loaded = slots.load(pages, mx.array([blocks]))
+        for stored, found in zip((keys, values), loaded, strict=True):
+            assert found.codes.shape == (1, 3, len(blocks) * block_size, 64)
+            codes = np.array(found.codes)[0, :, :length].swapaxes(0, 1)
+            assert (codes == np.array(stored.codes)).all()
+            scales = np.array(found.scales)[0, :, :length].swapaxes(0, 1)
+            assert (scales == np.array(stored.scales)).all()
+            assert (np.array(found.scales)[0, :, length:] == 0).all()
+            assert (found.biases is None) == (stored.biases is None)
+
+
+def test_tokens_stored_one_by_one_are_as_stored_together():
+    layout = SlotLayout.of("q5_0", "q3_0", 64, 2, 8)
+    slots = Slots(layout)
+    keys, values = tokens(layout, 11)
+    packed = slots.pack(keys, values)
+    mapping = mx.array(slots_of([3, 1], 11, 8))
+    together = slots.store(slots.allocate(4), packed, mapping)
+    single = slots.allocate(4)
+    for i in range(11):
+        single = slots.store(single, packed[i : i + 1], mapping[i : i + 1])
+        mx.eval(single)
+    assert (np.array(together) == np.array(single)).all()
+
+
+def test_padding_touches_the_null_block_only():
+    layout = SlotLayout.of("q4_0", "q4_0", 64, 2, 8)
+    slots = Slots(layout)
+    packed = slots.pack(*tokens(layout, 3))
+    pages = np.array(slots.store(slots.allocate(3), packed, mx.array([-1, 9, -1])))
+    assert pages[1].any() and not pages[2].any()
+
+
+def test_a_slot_never_written_reads_as_zero():
+    layout = SlotLayout.of("uint8", "q8_0", 64, 1, 8)
+    keys, values = Slots(layout).load(Slots(layout).allocate(2), mx.array([1]))
+    key = Quantizer(layout.key_format, 64, unbiased=False).dequantize(keys)
+    value = Quantizer(layout.value_format, 64, unbiased=True).dequantize(values)
+    assert (np.array(key) == 0).all() and (np.array(value) == 0).all()
+
+
+def test_a_store_is_in_place():
+    """Hundreds of stores of 16 tokens into 50 MB take no second copy of the pages."""
+    layout = SlotLayout.of("q8_0", "q3_0", 64, 3, 16)
+    slots = Slots(layout)
+    owner = [slots.allocate(12_000)]
+    packed = slots.pack(*tokens(layout, 16))
+    mx.eval(owner, packed)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for step in range(200):
+        mapping = mx.array((np.arange(16) * 11_987 + step) % 190_000)
+        owner[0] = slots.store(owner[0], packed, mapping)
+        mx.eval(owner)
+    assert mx.get_peak_memory() - before < 0.01 * owner[0].nbytes
