@@ -60,6 +60,19 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 """Architectures with plain attention: what each adds to `_PLAIN`."""
 
+ONE_AT_A_TIME: dict[str, dict[str, Any]] = {
+    "gpt_bigcode": {
+        "n_embd": 64,
+        "n_layer": LAYERS,
+        "n_inner": 96,
+        "n_head": 4,
+        "n_positions": 512,
+        "layer_norm_epsilon": 1e-5,
+        "num_key_value_heads": 1,
+    },
+}
+"""Architectures with plain attention that take one position for all rows of a forward."""
+
 WINDOWED: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 32,
@@ -123,7 +136,7 @@ OTHER_ATTENTION: dict[str, dict[str, Any]] = {
     },
 }
 
-_ALL = SERVED | WINDOWED | RECURRENT | OTHER_ATTENTION
+_ALL = SERVED | ONE_AT_A_TIME | WINDOWED | RECURRENT | OTHER_ATTENTION
 
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:

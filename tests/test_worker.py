@@ -1,0 +1,121 @@
+"""The worker in the order in which vLLM calls it: memory asked for, promised and kept."""
+
+import mlx.core as mx
+import pytest
+
+from tests.serving import Serving
+from tests.tiny_models import save_checkpoint
+from vllm_metal.attention.model_binding import UnsupportedModelError
+from vllm_metal.errors import UserError
+from vllm_metal.worker import MetalWorker
+
+PROMPT = list(range(90))
+
+
+def loaded(config) -> MetalWorker:
+    worker = MetalWorker(config, 0, 0, "", is_driver_worker=True)
+    worker.init_device()
+    worker.load_model()
+    return worker
+
+
+def test_the_users_bytes_are_the_bytes_for_pages(make_config):
+    serving = Serving(make_config(kv_cache_memory_bytes=3 << 20))
+    kv_cache = serving.worker.kv_cache
+    bytes_per_block = kv_cache.nbytes // kv_cache.num_blocks
+    assert 0 <= (3 << 20) - kv_cache.nbytes < bytes_per_block
+    assert serving.worker.determine_available_memory() == 3 << 20
+
+
+def test_memory_follows_utilization(make_config):
+    """A tenth of the device less, a tenth of the device less for pages."""
+    answers = {}
+    for utilization in (0.2, 0.1):
+        config = make_config(kv_cache_memory_bytes=None, gpu_memory_utilization=utilization)
+        worker = loaded(config)
+        answers[utilization] = worker.determine_available_memory()
+        limit = worker.metal_device.memory_limit
+        spent = worker.plan.weights + worker.plan.workspace
+        assert answers[utilization] <= int(limit * utilization) - spent
+    assert answers[0.2] - answers[0.1] == pytest.approx(limit / 10, rel=0.01)
+
+
+def test_the_memory_question_keeps_nothing(make_config):
+    worker = loaded(make_config())
+    before = mx.get_active_memory()
+    worker.determine_available_memory()
+    assert mx.get_active_memory() - before < 100_000
+
+
+def test_the_workspace_is_enough_for_real_prefills(make_config):
+    """Without a context and with one, in one chunk and in several."""
+    for budget in (256, 32):
+        config = make_config(max_num_batched_tokens=budget, enable_prefix_caching=False)
+        serving = Serving(config)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        serving.generate([PROMPT, PROMPT[:40], PROMPT[10:]])
+        assert mx.get_peak_memory() - before < serving.worker.plan.workspace
+
+
+def test_too_little_memory_for_one_request(make_config):
+    worker = loaded(make_config(kv_cache_memory_bytes=50_000))
+    with pytest.raises(UserError, match="Too little memory for one request of 128 tokens"):
+        worker.determine_available_memory()
+
+
+def test_vllm_agrees_that_the_offered_length_fits(make_config):
+    worker = loaded(make_config(kv_cache_memory_bytes=50_000))
+    with pytest.raises(UserError) as error:
+        worker.determine_available_memory()
+    offered = int(str(error.value).split("--max-model-len ")[1].split(" ")[0])
+    serving = Serving(make_config(kv_cache_memory_bytes=50_000, max_model_len=offered))
+    prompt = PROMPT[: offered - 4]
+    assert len(serving.generate([prompt], max_tokens=4)[0]) == 4
+
+
+def test_the_length_may_be_fitted_to_the_memory(make_config):
+    config = make_config(kv_cache_memory_bytes=50_000, max_model_len=-1)
+    serving = Serving(config)
+    assert config.model_config.max_model_len == 48
+    assert len(serving.generate([PROMPT[:40]], max_tokens=8)[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"dtype": "float32"}, mx.float32),
+        ({"dtype": "bfloat16"}, mx.bfloat16),
+        ({"dtype": "float32", "kv_cache_dtype": "bfloat16"}, mx.bfloat16),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "float16"}, mx.float16),
+    ],
+    ids=str,
+)
+def test_the_type_of_pages(make_config, settings, dtype):
+    serving = Serving(make_config(**settings))
+    assert {array.dtype for array in serving.worker.kv_cache.arrays} == {dtype}
+    assert len(serving.generate([PROMPT[:20]])[0]) == 8
+
+
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_the_size_of_blocks(make_config, block_size):
+    plain = Serving(make_config()).generate([PROMPT, PROMPT[:9]])
+    assert Serving(make_config(block_size=block_size)).generate([PROMPT, PROMPT[:9]]) == plain
+
+
+def test_rows_are_decoded_together_where_the_model_allows(make_config):
+    assert Serving(make_config()).runner.batched_decode
+
+
+def test_an_unservable_model_is_refused_at_load(make_config, tmp_path):
+    folder = save_checkpoint(tmp_path / "model", "gemma2", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UnsupportedModelError, match="'gemma2' cannot be served"):
+        loaded(make_config(model=str(folder)))
+
+
+def test_what_it_offers(make_config):
+    worker = loaded(make_config())
+    assert worker.get_supported_tasks() == ("generate",)
+    assert worker.get_supported_kv_cache_layouts() == ["LBNHC"]
+    assert worker.list_loras() == set()
