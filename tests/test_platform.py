@@ -1,0 +1,141 @@
+"""What is refused before anything is loaded, and what vLLM is told about the platform."""
+
+import inspect
+
+import pytest
+import torch
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.platforms import current_platform
+from vllm.platforms.interface import Platform
+
+from vllm_metal import platform
+from vllm_metal.device import DEVICE_VARIABLE
+from vllm_metal.errors import UserError
+from vllm_metal.platform import MetalPlatform, unsupported
+
+
+def refusal(make_config, **settings) -> str:
+    with pytest.raises(UserError) as error:
+        make_config(**settings)
+    return str(error.value)
+
+
+def test_every_override_is_a_hook_of_vllm():
+    """A hook that vLLM renames would be dead without a sound."""
+    own = {name for name in vars(MetalPlatform) if not name.startswith("_")}
+    assert own <= set(dir(Platform)) | set(Platform.__annotations__)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, v in vars(MetalPlatform).items() if isinstance(v, classmethod)]
+)
+def test_hooks_take_what_vllm_passes(name):
+    expected = inspect.signature(getattr(Platform, name))
+    assert list(inspect.signature(getattr(MetalPlatform, name)).parameters) == list(
+        expected.parameters
+    )
+
+
+def test_a_plain_configuration_is_served(make_config):
+    config = make_config()
+    assert unsupported(config) == []
+    assert config.parallel_config.worker_cls == "vllm_metal.worker.MetalWorker"
+    assert config.compilation_config.mode == CompilationMode.NONE
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    assert config.parallel_config.disable_custom_all_reduce
+
+
+def test_checking_twice_changes_nothing(make_config):
+    """vLLM asks in the main process and again in the engine's."""
+    config = make_config()
+    before = repr(config)
+    MetalPlatform.check_and_update_config(config)
+    assert repr(config) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
+        ({"data_parallel_size": 2}, "--data-parallel-size 2"),
+        ({"block_size": 256}, "--block-size 256 (allowed: 8, 16, 32, 64, 128)"),
+        ({"block_size": 24}, "--block-size 24"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"additional_config": {"turbo_quant": True}}, "unknown key 'turbo_quant'"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "--speculative-config",
+        ),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            "--kv-transfer-config",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(make_config, settings, reason):
+    assert reason in refusal(make_config, **settings)
+
+
+def test_all_reasons_come_at_once(make_config):
+    text = refusal(
+        make_config,
+        block_size=256,
+        kv_cache_dtype="fp8",
+        tensor_parallel_size=2,
+        additional_config={"nonsense": 1},
+    )
+    assert text.startswith("vllm_metal: This configuration cannot be served:\n  - ")
+    for part in ("--block-size 256", "fp8", "--tensor-parallel-size 2", "'nonsense'"):
+        assert part in text
+
+
+@pytest.mark.parametrize("size", platform.BLOCK_SIZES)
+def test_block_sizes_that_are_served(make_config, size):
+    assert make_config(block_size=size).cache_config.block_size == size
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
+def test_page_types_that_are_served(make_config, dtype):
+    assert make_config(kv_cache_dtype=dtype).cache_config.cache_dtype == dtype
+
+
+def test_an_unknown_device_is_refused_at_once(make_config, monkeypatch):
+    monkeypatch.setenv(DEVICE_VARIABLE, "tpu")
+    assert "VLLM_METAL_DEVICE='tpu'" in refusal(make_config)
+
+
+def test_vllm_knows_the_environment_variable(monkeypatch):
+    """It refuses unknown ones that begin with VLLM_ when it checks hard."""
+    monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
+    MetalPlatform.validate_environ(hard_fail=True)
+    monkeypatch.setenv("VLLM_METAL_DEVCE", "cpu")
+    with pytest.raises(Exception, match="VLLM_METAL_DEVCE"):
+        MetalPlatform.validate_environ(hard_fail=True)
+
+
+def test_device_facts():
+    assert current_platform.get_device_name()
+    assert current_platform.get_device_total_memory() > 1 << 30
+    assert not current_platform.is_pin_memory_available()
+    assert torch.float32 in current_platform.supported_dtypes
+
+
+def test_a_seed_seeds_torch():
+    MetalPlatform.manual_seed_all(5)
+    first = torch.rand(3)
+    MetalPlatform.manual_seed_all(5)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_vllms_shutdown_finds_its_accelerator_hooks(make_config):
+    make_config()
+    torch.accelerator.empty_cache()
+    torch.accelerator.empty_host_cache()
