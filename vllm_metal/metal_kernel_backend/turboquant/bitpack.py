@@ -17,6 +17,8 @@ So no code crosses from one halfword to the next except in spare bits, and width
 plain little-endian packing.
 """
 
+from functools import cache
+
 import mlx.core as mx
 
 GROUP = 16
@@ -30,17 +32,17 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     """
     *lead, size = codes.shape
     _check(size, GROUP, "codes")
+    groups = size // GROUP
     fields, spare = divmod(GROUP, bits)
-    codes = codes.astype(mx.uint16).reshape(*lead, size // GROUP, GROUP)
-    whole = codes[..., : bits * fields].reshape(*lead, size // GROUP, bits, fields)
-    halfwords = _merge([whole[..., i] << (i * bits) for i in range(fields)])
+    codes = codes.astype(mx.uint32).reshape(*lead, groups, GROUP)
+    whole = codes[..., : bits * fields].reshape(*lead, groups, bits, fields)
+    halfwords = mx.sum(whole << _shifts(fields, bits), axis=-1)
     if spare:
-        rest = codes[..., bits * fields :].astype(mx.uint32)
-        rest = _merge([rest[..., i] << (i * bits) for i in range(GROUP - bits * fields)])
-        shifts = mx.arange(bits, dtype=mx.uint32) * spare
-        pieces = (rest[..., None] >> shifts) & ((1 << spare) - 1)
-        halfwords = halfwords | (pieces.astype(mx.uint16) << (GROUP - spare))
-    return halfwords.reshape(*lead, size * bits // GROUP)
+        rest = codes[..., bits * fields :] << _shifts(GROUP - bits * fields, bits)
+        stream = mx.sum(rest, axis=-1, keepdims=True)
+        pieces = (stream >> _shifts(bits, spare)) & ((1 << spare) - 1)
+        halfwords = halfwords | (pieces << (GROUP - spare))
+    return halfwords.astype(mx.uint16).reshape(*lead, groups * bits)
 
 
 def unpack(halfwords: mx.array, bits: int) -> mx.array:
@@ -54,22 +56,20 @@ def unpack(halfwords: mx.array, bits: int) -> mx.array:
     fields, spare = divmod(GROUP, bits)
     mask = (1 << bits) - 1
     halfwords = halfwords.reshape(*lead, groups, bits)
-    whole = [(halfwords >> (i * bits)) & mask for i in range(fields)]
-    codes = mx.stack(whole, axis=-1).reshape(*lead, groups, bits * fields)
+    codes = (halfwords[..., None] >> _shifts(fields, bits, mx.uint16)) & mask
     if spare:
         pieces = (halfwords >> (GROUP - spare)).astype(mx.uint32)
-        rest = _merge([pieces[..., j] << (j * spare) for j in range(bits)])
-        rest = [(rest >> (i * bits)) & mask for i in range(GROUP - bits * fields)]
-        codes = mx.concatenate([codes, mx.stack(rest, axis=-1).astype(mx.uint16)], axis=-1)
+        stream = mx.sum(pieces << _shifts(bits, spare), axis=-1, keepdims=True)
+        rest = (stream >> _shifts(GROUP - bits * fields, bits)) & mask
+        codes = codes.reshape(*lead, groups, bits * fields)
+        codes = mx.concatenate([codes, rest.astype(mx.uint16)], axis=-1)
     return codes.reshape(*lead, groups * GROUP)
 
 
-def _merge(parts: list[mx.array]) -> mx.array:
-    """The bitwise or of all parts."""
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = merged | part
-    return merged
+@cache
+def _shifts(count: int, step: int, dtype: mx.Dtype = mx.uint32) -> mx.array:
+    """0, step, 2 step, ...; [count]."""
+    return mx.array([i * step for i in range(count)], dtype)
 
 
 def _check(size: int, multiple: int, what: str) -> None:
