@@ -113,13 +113,6 @@ def test_prefill_over_context(candidate, chunk):
         assert error(out, request.expected(start, end), request) < candidate.tolerance
 
 
-def test_prefill_takes_the_chunk_exactly(candidate):
-    """Without context nothing read from the pages enters, whatever their precision."""
-    layer = layer_of(candidate)
-    request = layer.request(50, 4)
-    assert error(layer.prefill(request, 0, 50), request.expected(0, 50), request) < 2e-6
-
-
 def test_a_batch_gives_what_its_requests_give_alone(candidate):
     layer = layer_of(candidate)
     requests = [layer.request(n, 4) for n in LENGTHS]

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests import reference
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.dense import DensePages
@@ -44,6 +45,20 @@ def test_a_token_lies_in_its_block_head_and_row(dtype):
                 new[token].astype(dtype).astype(mx.float32)
             )
         np.testing.assert_array_equal(np.array(page.astype(mx.float32)), expected)
+
+
+def test_a_prefill_without_context_reads_no_pages():
+    """The chunk's own keys and values enter as they are, whatever the precision of the pages."""
+    keys, values, queries = (mx.random.normal((2, 6, size)) for size in (8, 4, 8))
+    metadata = PrefillMetadata(mx.array([[1, 2]]), mx.arange(6) + BLOCK, 0, 6)
+    outs = []
+    for dtype in (mx.float32, mx.bfloat16):
+        backend = DensePages(SHAPE, BLOCK, dtype)
+        pages = backend.allocate(3)
+        outs.append(backend.prefill(pages, queries, keys, values, metadata, 1.0, None))
+    assert mx.array_equal(*outs)
+    expected = reference.attention(*(np.array(a) for a in (queries, keys, values)), 1.0)
+    np.testing.assert_allclose(np.array(outs[0]), expected, atol=2e-6)
 
 
 def test_layers_share_index_arrays():

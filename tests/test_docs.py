@@ -1,0 +1,75 @@
+"""The documentation names what exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+FUNCTION = re.compile(r"`([\w/]+\.py) : ([\w.]+)`")
+"""How documents name a function: `file : name`, the file within the package."""
+
+
+def named_functions() -> list[tuple[str, str, str]]:
+    """(document, file, name) wherever a document names a function."""
+    return [
+        (document.name, *match)
+        for document in sorted(DOCS.rglob("*.md"))
+        for match in FUNCTION.findall(document.read_text())
+    ]
+
+
+def definitions(file: Path) -> set[str]:
+    """Functions, classes and methods of a file, methods as `Class.method`."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {
+                f"{node.name}.{member.name}"
+                for member in node.body
+                if isinstance(member, ast.FunctionDef)
+            }
+    return found
+
+
+@pytest.mark.parametrize(("document", "file", "name"), named_functions())
+def test_named_functions_exist(document, file, name):
+    path = ROOT / "vllm_metal" / file
+    assert path.exists(), f"{document} names {file}"
+    assert name in definitions(path), f"{document} names {name} in {file}"
+
+
+def test_the_decode_step_is_told_through_its_files_in_order():
+    """Each file is first met in the order in which a step passes through it."""
+    files = [file for document, file, _ in named_functions() if document == "one_decode_step.md"]
+    assert list(dict.fromkeys(files)) == [
+        "worker.py",
+        "model_runner.py",
+        "request_batch.py",
+        "input_batch.py",
+        "attention/metadata.py",
+        "attention/model_binding.py",
+        "kv_cache/cache.py",
+        "metal_kernel_backend/dense.py",
+        "attention/backend.py",
+        "sampler.py",
+    ]
+
+
+def test_every_page_is_in_the_navigation():
+    """mkdocs leaves out, without a word, what its navigation does not name."""
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    navigation = set(
+        re.findall(r"^ +- .*?([\w/-]+\.md)$", (ROOT / "mkdocs.yaml").read_text(), re.M)
+    )
+    assert navigation == pages
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=str)
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

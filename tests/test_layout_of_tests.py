@@ -1,0 +1,70 @@
+"""The tests mirror the package, file for file, and files hold one idea."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vllm_metal"
+TESTS = ROOT / "tests"
+
+MAX_LINES = 300
+
+MIRRORED_ELSEWHERE = {
+    "__init__.py": "test_register.py",  # what it holds is `register`
+}
+"""Modules whose test has another name."""
+
+WITHOUT_MODULE = {
+    "test_docs.py",
+    "test_import_ladder.py",
+    "test_layout_of_tests.py",
+}
+"""Tests about the repository rather than one module; those in `e2e` are about all of them."""
+
+
+def is_empty(file: Path) -> bool:
+    """Whether a file holds a docstring at most."""
+    body = ast.parse(file.read_text()).body
+    return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+
+
+def mirror(module: Path) -> Path:
+    """Where a module's test lies, relative to `tests`."""
+    special = MIRRORED_ELSEWHERE.get(module.as_posix())
+    return Path(special) if special else module.with_name(f"test_{module.name}")
+
+
+MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py") if not is_empty(file))
+TEST_FILES = sorted(file.relative_to(TESTS) for file in TESTS.rglob("test_*.py"))
+SOURCES = sorted(
+    file.relative_to(ROOT)
+    for folder in ("vllm_metal", "tests", "examples", "benchmarks")
+    for file in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_every_module_has_its_test(module):
+    assert (TESTS / mirror(module)).exists()
+
+
+@pytest.mark.parametrize("test", TEST_FILES, ids=str)
+def test_every_test_has_its_module(test):
+    """Of the package, or a script at the repository's root, as in `examples`."""
+    if test.as_posix() in WITHOUT_MODULE or test.parts[0] == "e2e":
+        return
+    script = test.with_name(test.name.removeprefix("test_"))
+    mirrored = test in {mirror(module) for module in MODULES}
+    assert mirrored or (len(script.parts) > 1 and (ROOT / script).exists())
+
+
+def test_exceptions_exist():
+    assert all((PACKAGE / module).exists() for module in MIRRORED_ELSEWHERE)
+    assert all((TESTS / test).exists() for test in WITHOUT_MODULE)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_a_file_is_short(source):
+    assert len((ROOT / source).read_text().splitlines()) <= MAX_LINES
