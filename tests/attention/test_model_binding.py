@@ -144,7 +144,7 @@ def test_mlx_lms_own_caches_still_work_after_binding():
     token_ids = mx.array([tokens(0, 9)])
     before = model(token_ids, cache=mlx_lm_cache.make_prompt_cache(model))
     mx.eval(before)
-    Engine(model).prefill(0, tokens(1, 5), 0)
+    Engine(model).prefill(0, tokens(1, 5), 0, all_rows=True)
     after = model(token_ids, cache=mlx_lm_cache.make_prompt_cache(model))
     assert mx.array_equal(before, after)
     assert mx.array_equal(before[0], tiny_model("llama")(token_ids)[0])
