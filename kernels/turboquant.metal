@@ -1117,10 +1117,10 @@ struct Decode {
 
 // The splits of one query row to its output [B, Q, Hq, Dv]: weigh, add, rotate back, cast.
 template <
-    typename Slots, int G, int Q, int SIMDGROUPS, bool SINKS, typename T, typename Lengths,
-    typename Params, typename Scales, typename Sinks>
+    typename Slots, int G, int Q, int SIMDGROUPS, bool SINKS, typename States, typename T,
+    typename Lengths, typename Params, typename Scales, typename Sinks>
 METAL_FUNC void merge_splits(
-    const device float* partials, const device float* states, const device T* queries,
+    const device float* partials, States states, const device T* queries,
     const device float* centre, const device float* value_factors, Lengths seq_lens, Sinks sinks,
     Params params, Scales scales, device T* output, threadgroup float* scratch, uint3 group,
     int simdgroup, int lane) {

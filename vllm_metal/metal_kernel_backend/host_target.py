@@ -135,7 +135,7 @@ def _compiled(
     output_dtypes: tuple[mx.Dtype, ...],
 ) -> Callable[..., int]:
     source = host_source(kernel, template, input_dtypes, output_dtypes)
-    command = [*host_compiler(), "-std=c++14", "-O2", "-shared", "-fPIC", "-ffp-contract=off"]
+    command = [*host_compiler(), "-std=c++14", "-O1", "-shared", "-fPIC", "-ffp-contract=off"]
     command += ["-march=native"] if platform.machine() == "x86_64" else []
     command += ["-fvisibility=hidden", "-fno-strict-aliasing", "-w", "-x", "c++", "-"]
     key = hashlib.sha256("\0".join([*command, platform.node(), source]).encode()).hexdigest()[:24]

@@ -1,0 +1,176 @@
+"""Every instantiation of `kernels/turboquant.metal` compiles, in the text that MLX generates."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import mlx.core as mx
+import pytest
+
+from tests.kernels.metal_text import PrintingTarget, compile_errors, for_clang, joined, metal_text
+from vllm_metal.metal_kernel_backend.kernel_library import library_source
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+
+pytest.importorskip("ziglang", reason="clang comes from the package ziglang (extra: test)")
+
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512)
+DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+LAYOUT = SlotLayout.of("q8_0", "q3_0", 128, 2, 16)
+
+
+def sources(
+    layout: SlotLayout,
+    group: int = 4,
+    num_queries: int = 1,
+    dtype: mx.Dtype = mx.float16,
+    batch: int = 2,
+    settings: dict | None = None,
+    **options,
+) -> list[str]:
+    """Texts of store, decode, merge and dequantize for one layer and one shape of step."""
+    launcher = Launcher(layout, PrintingTarget(), num_cores=8, **options)
+    heads, key_size, value_size = layout.num_kv_heads, layout.key_head_size, layout.value_head_size
+
+    def step(pages, keys, values, slots, queries, table, lengths, key_numbers, value_numbers):
+        constants = LayerConstants(key_numbers, key_numbers, key_numbers, value_numbers)
+        token = launcher.store(pages, keys, values, slots, constants)
+        output = launcher.decode(
+            pages, queries, table, lengths, constants, 0.1, 40, token, **(settings or {})
+        )
+        return output, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtype)
+
+    return metal_text(
+        step,
+        mx.zeros(layout.pages_shape(4), mx.uint16),
+        mx.zeros((batch, heads, key_size), dtype),
+        mx.zeros((batch, heads, value_size), dtype),
+        mx.zeros((batch,), mx.int32),
+        mx.zeros((batch, num_queries, heads * group, key_size), dtype),
+        mx.zeros((batch, 3), mx.int32),
+        mx.zeros((batch,), mx.int32),
+        mx.zeros((heads, key_size)),
+        mx.zeros((value_size,)),
+    )
+
+
+def check(texts: list[str]) -> None:
+    program = for_clang(joined(texts))
+    assert program.count("static_assert(sizeof") == program.count("[[kernel]] void")
+    assert compile_errors(program) == ""
+    for slots in re.findall(r"\[\[buffer\((\d+)\)\]\]", program):
+        assert int(slots) < 31
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_pair_of_formats(dtype):
+    texts = []
+    for k_quant, v_quant in product(KEY_FORMATS, VALUE_FORMATS):
+        texts += sources(SlotLayout.of(k_quant, v_quant, 128, 2, 16), dtype=dtype)
+    check(texts)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_every_head_size(head_size):
+    texts = []
+    for block_size, (k_quant, v_quant) in product(
+        (8, 16, 32), [("q8_0", "q3_0"), ("q5_0", "q6_0"), ("uint4", "q2_0")]
+    ):
+        layout = SlotLayout.of(k_quant, v_quant, head_size, 3, block_size)
+        for run_tokens in (2, 4):
+            texts += sources(layout, run_tokens=run_tokens)
+    check(texts)
+
+
+@pytest.mark.parametrize("num_queries", range(1, 9))
+def test_every_number_of_query_rows(num_queries):
+    texts = []
+    for group, max_rows in product((1, 2, 3, 4, 5, 6, 7, 8, 12, 16), (4, 8)):
+        texts += sources(LAYOUT, group, num_queries, max_rows=max_rows)
+    check(texts)
+
+
+def test_sinks_softcaps_and_keys_longer_than_values():
+    texts = []
+    for group, settings in product((2, 8), [{"softcap": 30.0}, {"window": 8}, {"sinks": True}]):
+        if "sinks" in settings:
+            settings = {"sinks": mx.zeros((2 * group,))}
+        texts += sources(LAYOUT, group, settings=settings)
+    texts += sources(replace(LAYOUT, value_head_size=64))
+    texts += sources(replace(LAYOUT, key_head_size=64))
+    check(texts)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 8, 9])
+def test_small_inputs_lie_in_the_constant_address_space(batch):
+    """MLX passes arrays of fewer than 8 elements as `constant`, others as `device`."""
+    tiny = SlotLayout.of("q4_0", "q4_0", 32, 1, 8)
+    texts = sources(tiny, group=1, batch=batch)
+    program = joined(texts)
+    assert ("const constant int32_t* seq_lens" in program) == (batch < 8)
+    assert ("const constant float* states" in program) == (batch < 4)
+    check(texts)
+
+
+@cache
+def program() -> str:
+    return joined(sources(LAYOUT))
+
+
+PLANTED = {
+    "a lost device": (
+        "const device uchar* page = Slots::head_page(pages, block, kv_head);",
+        "const uchar* page = Slots::head_page(pages, block, kv_head);",
+    ),
+    "a double": ("float softcap = scales[1];", "double softcap = scales[1];"),
+    "a double literal": ("float x = float(steps) + 0.5f;", "float x = float(steps) + 0.5;"),
+    "threadgroup memory taken for device memory": (
+        "const threadgroup uint* query_chunk = query_words + chunk * 8;",
+        "const device uint* query_chunk = query_words + chunk * 8;",
+    ),
+    "a helper that takes device memory only": (
+        "Lengths seq_lens, Sinks sinks,",
+        "const device int* seq_lens, Sinks sinks,",
+    ),
+    "a threadgroup array in a helper": (
+        "float largest = 0.0f, total = 0.0f;",
+        "threadgroup float buffer[32]; float largest = 0.0f, total = buffer[0];",
+    ),
+    "a write to constant memory": ("int window = params[2];", "int window = params[2]++;"),
+    "too much threadgroup memory": (
+        "threadgroup float scratch[",
+        "threadgroup float scratch[9000 + ",
+    ),
+    "an unknown function": ("simd_any(grows)", "simd_ballot_any(grows)"),
+    "a float cut to an int unasked": ("int count = 0;", "int count = 0.5f;"),
+    "the C++ library": ("return sum > 0.0f", "return std::isfinite(sum)"),
+}
+
+
+def test_the_program_that_errors_are_planted_in_is_right():
+    assert compile_errors(for_clang(program())) == ""
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_errors_are_caught(name):
+    right, wrong = PLANTED[name]
+    assert right in program()
+    assert "error" in compile_errors(for_clang(program().replace(right, wrong, 1)))
+
+
+def test_every_pointer_cast_names_an_address_space():
+    """Clang lets an explicit cast lose its address space; Metal does not."""
+    text = library_source("turboquant")
+    pointers = re.findall(r"\(([^()]*?\b(?:u?char|u?short|u?int|half|float|T)\d?\*)\)", text)
+    assert pointers
+    for pointer in pointers:
+        assert re.search(r"\b(device|threadgroup|constant|thread)\b", pointer), pointer
+
+
+def test_the_file_is_ascii_without_double_literals():
+    text = library_source("turboquant")
+    assert text.isascii()
+    code = "\n".join(line.split("//")[0] for line in text.splitlines())
+    assert not re.findall(r"\b\d+\.\d*(?:e-?\d+)?(?![\dfe.])", code)

@@ -1,0 +1,97 @@
+"""Kernels on the CPU: what a simdgroup and a threadgroup are, in place writes, failures."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from vllm_metal.metal_kernel_backend import host_target
+from vllm_metal.metal_kernel_backend.host_target import HostTarget
+from vllm_metal.metal_kernel_backend.kernel_library import Kernel
+
+
+def run(body: str, x: mx.array, threads: int = 64, groups: int = 1, template=()) -> mx.array:
+    """One kernel with input x and an output of its size and type."""
+    kernel = Kernel("probe", "turboquant", ("x",), ("y",), POSITION + body)
+    return HostTarget().build(kernel)(
+        inputs=[x],
+        template=list(template),
+        grid=(threads * groups, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )[0]
+
+
+POSITION = """
+  uint lane = thread_index_in_simdgroup;
+  uint local = simdgroup_index_in_threadgroup * 32 + lane;
+  uint i = threadgroup_position_in_grid.x * 64 + local;
+"""
+
+X = mx.arange(128).astype(mx.float32)
+
+
+def test_simdgroup_functions_see_the_32_lanes_of_their_simdgroup():
+    x = np.array(X).reshape(4, 32)
+    sums = run("y[i] = simd_sum(x[i]);", X, groups=2)
+    np.testing.assert_array_equal(np.array(sums).reshape(4, 32), x.sum(1, keepdims=True) + 0 * x)
+    largest = run("y[i] = simd_max(-x[i]);", X, groups=2)
+    np.testing.assert_array_equal(np.array(largest).reshape(4, 32)[:, 0], -x[:, 0])
+    swapped = run("y[i] = simd_shuffle_xor(x[i], 5);", X, groups=2)
+    np.testing.assert_array_equal(np.array(swapped).reshape(4, 32), x[:, np.arange(32) ^ 5])
+    any_over_40 = run("y[i] = simd_any(x[i] > 40.0f) ? 1 : 0;", X, groups=2)
+    np.testing.assert_array_equal(np.array(any_over_40).reshape(4, 32)[:, 7], [0, 1, 1, 1])
+
+
+def test_threadgroup_memory_is_shared_and_barriers_order_it():
+    body = """
+  threadgroup float shared[64];
+  shared[local] = x[i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[i] = shared[63 - local];
+"""
+    y = np.array(run(body, X, groups=2)).reshape(2, 64)
+    np.testing.assert_array_equal(y, np.array(X).reshape(2, 64)[:, ::-1])
+
+
+def test_templates_hold_types_and_numbers():
+    x = mx.array([1.5, 2.5] * 32, mx.bfloat16)
+    y = run("y[i] = T(float(x[i]) * N);", x, template=[("T", mx.bfloat16), ("N", 3)])
+    assert y.dtype == mx.bfloat16
+    np.testing.assert_array_equal(np.array(y.astype(mx.float32))[:2], [4.5, 7.5])
+
+
+def test_a_kernel_may_write_through_its_input():
+    x = mx.zeros((64,), mx.uint16)
+    mx.eval(x)
+    mx.eval(run("((ushort*)x)[i] = ushort(i); y[i] = 0;", x))
+    np.testing.assert_array_equal(np.array(x), np.arange(64))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y[i] = 0; if (lane < 16) { y[i] = simd_sum(x[i]); }",
+        "y[i] = 0; if (local < 32) { threadgroup_barrier(mem_flags::mem_threadgroup); }",
+    ],
+)
+def test_what_only_some_threads_reach_is_an_error(body):
+    with pytest.raises(RuntimeError, match="only some of its threads"):
+        run(body, X)
+
+
+def test_a_kernel_that_does_not_compile_is_an_error():
+    with pytest.raises(RuntimeError, match="does not compile"):
+        run("y[i] = undeclared;", X)
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(host_target.shutil, "which", lambda _: None)
+    monkeypatch.setitem(host_target.sys.modules, "ziglang", None)
+    host_target.host_compiler.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="install g"):
+            host_target.host_compiler()
+    finally:
+        host_target.host_compiler.cache_clear()

@@ -1,0 +1,42 @@
+"""What the kernels are told of a format. The kernels themselves: test_launcher, tests/kernels."""
+
+import numpy as np
+import pytest
+
+from vllm_metal.metal_kernel_backend.kernel_library import library_source
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.kernels import (
+    CODEBOOK_FACTORS,
+    CODEBOOK_MIDPOINTS,
+    DECODE,
+    DEQUANTIZE,
+    MERGE,
+    STORE,
+    codebook,
+)
+
+
+@pytest.mark.parametrize("format", KEY_FORMATS.values(), ids=lambda format: format.name)
+def test_a_codebook_holds_coefficients_factors_and_positive_midpoints(format):
+    numbers = np.array(codebook(format, 64))
+    assert numbers.dtype == np.float32 and numbers.size >= 8
+    np.testing.assert_array_equal(numbers[: format.num_terms], format.coefficients(64))
+    factors = numbers[CODEBOOK_FACTORS:][: len(format.scale_factors(64))]
+    np.testing.assert_array_equal(factors, format.scale_factors(64))
+    positive = format.midpoints(64)[format.num_codes // 2 :]
+    np.testing.assert_array_equal(numbers[CODEBOOK_MIDPOINTS:][: len(positive)], positive)
+
+
+def test_python_and_metal_agree_on_the_places_of_a_codebook():
+    text = library_source("turboquant")
+    assert f"int CODEBOOK_FACTORS = {CODEBOOK_FACTORS};" in text
+    assert f"int CODEBOOK_MIDPOINTS = {CODEBOOK_MIDPOINTS};" in text
+    assert f"int NUM_SCALES = {len(KEY_FORMATS['q4_0'].scale_factors(64))};" in text
+
+
+def test_names_of_buffers_are_words_of_their_own():
+    """MLX looks for `<name>_shape` and the like as substrings of a body, and adds buffers."""
+    for kernel in (STORE, DECODE, MERGE, DEQUANTIZE):
+        for name in kernel.input_names:
+            for suffix in ("_shape", "_strides", "_ndim"):
+                assert name + suffix not in kernel.body
