@@ -36,6 +36,9 @@ LIMIT = 2.0**24
 MAX_SCALE = 65504.0
 """The largest float16."""
 
+TINY = 1e-37
+"""Added where 0 / 0 must not be."""
+
 SMALL = 1 << 14
 """Up to this many coordinates all comparisons are made in one operation; beyond, one by one."""
 
@@ -72,19 +75,20 @@ class Quantizer:
         if self.format.has_bias:
             biases = _middle(y)
             y = y - biases.astype(mx.float32)[..., None]
-        magnitude = mx.abs(y)
-        candidates = mx.max(magnitude, axis=-1, keepdims=True) * self.factors  # [..., 5]
-        steps = self._steps(magnitude[..., None, :], candidates[..., None])  # [..., 5, D]
+        magnitude = mx.abs(y)[..., None, :]
+        candidates = mx.max(magnitude, axis=-1) * self.factors  # [..., 5]
+        steps = self._steps(magnitude, candidates[..., None])  # [..., 5, D]
         centroids = self._polynomial(steps + 0.5)
-        products = magnitude[..., None, :] * centroids
-        sums = tree_sum(mx.stack([products, centroids * centroids]))
-        along, energy = sums[0], sums[1]  # <y, c> and <c, c>, [..., 5]
+        terms = [magnitude * centroids, centroids * centroids, magnitude * magnitude]
+        sums = tree_sum(mx.concatenate(terms[: 2 + self.unbiased], axis=-2))
+        count = self.factors.size
+        along, energy = sums[..., :count], sums[..., count : 2 * count]  # <y, c> and <c, c>
         best = mx.argmax(along * along / energy, axis=-1, keepdims=True)
-        along = mx.take_along_axis(along, best, axis=-1)[..., 0]
         if self.unbiased:
-            scales = tree_sum(magnitude * magnitude) / mx.where(along > 0, along, 1.0)
+            scales = sums[..., 2 * count :] / mx.where(along > 0, along, 1.0)
         else:
-            scales = along / mx.take_along_axis(energy, best, axis=-1)[..., 0]
+            scales = along / energy
+        scales = mx.take_along_axis(scales, best, axis=-1)[..., 0]
         steps = mx.take_along_axis(steps, best[..., None], axis=-2)[..., 0, :]
         codes = mx.where(y >= 0, self.half + steps, self.half - 1 - steps).astype(mx.uint8)
         return Quantized(codes, mx.minimum(scales, MAX_SCALE).astype(mx.float16), biases)
@@ -126,13 +130,15 @@ class Quantizer:
         return steps
 
     def _uniform_steps(self, magnitude: mx.array, scales: mx.array) -> mx.array:
-        """`_steps` for the midpoints c1, 2 c1, ...: divide, then correct the rounding both ways."""
-        c1 = self.coefficients[0]
+        """`_steps` for the midpoints c1, 2 c1, ...: divide, then correct the rounding both ways.
+
+        c1 is a power of two, so width * i is scale * (c1 i). A width of 0 gives the last step.
+        """
+        width = scales * self.coefficients[0]
         last = float(self.half - 1)
-        steps = mx.minimum(mx.floor(magnitude / (scales * c1)), last)
-        steps = mx.where(scales > 0, steps, last)
-        steps = steps - (magnitude < scales * (steps * c1))
-        return steps + (magnitude >= scales * ((steps + 1) * c1)) * (steps < last)
+        steps = mx.minimum(mx.floor((magnitude + TINY) / width), last)
+        steps = steps - (magnitude < steps * width)
+        return mx.minimum(steps + (magnitude >= (steps + 1) * width), last)
 
 
 class KeyCodec:
