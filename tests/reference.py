@@ -103,7 +103,7 @@ def quantize(
     unbiased: bool,
     has_bias: bool = False,
 ) -> tuple[np.ndarray, np.float16, np.float16]:
-    """Codes uint8 [D], scale and bias of one vector, one coordinate at a time."""
+    """Codes uint8 [D], scale and bias of one vector, one candidate scale at a time."""
     y = np.clip(y.astype(np.float32), np.float32(-(2.0**24)), np.float32(2.0**24))
     bias = np.float16(0)
     if has_bias:
@@ -114,7 +114,7 @@ def quantize(
     chosen, best = None, np.float32(-1)
     for factor in factors:
         scale = np.abs(y).max() * factor
-        codes = np.array([_code(value, scale, midpoints[half:], half) for value in y])
+        codes = _codes(y, scale, midpoints[half:], half)
         along = tree_sum(y * centroids[codes])
         energy = tree_sum(centroids[codes] * centroids[codes])
         if along * along / energy > best:
@@ -128,10 +128,10 @@ def quantize(
     return codes.astype(np.uint8), np.minimum(scale, FLOAT16_MAX).astype(np.float16), bias
 
 
-def _code(value: np.float32, scale: np.float32, positive: np.ndarray, half: int) -> int:
-    """The code of one coordinate: it counts the positive midpoints that its magnitude reaches."""
-    steps = sum(abs(value) >= midpoint * scale for midpoint in positive)
-    return half + steps if value >= 0 else half - 1 - steps
+def _codes(y: np.ndarray, scale: np.float32, positive: np.ndarray, half: int) -> np.ndarray:
+    """A code counts the positive midpoints that its coordinate's magnitude reaches."""
+    steps = (np.abs(y)[:, None] >= positive * scale).sum(axis=1)
+    return np.where(y >= 0, half + steps, half - 1 - steps)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
