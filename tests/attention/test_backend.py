@@ -153,7 +153,7 @@ def test_padding_of_the_block_table_is_masked(candidate):
     """Unused entries may name any block, also one of another request."""
     layer = layer_of(candidate)
     short, long = layer.request(3, 4), layer.request(4 * BLOCK, 4)
-    long = replace(long, keys=10 * long.keys, values=100 + long.values)
+    long = replace(long, values=100 + long.values)
     for request in (short, long):
         fill(layer, request)
     out = layer.decode([short, long], padding=long.block_ids[0])
