@@ -24,9 +24,8 @@ from vllm_metal.metal_kernel_backend.turboquant.kernels import (
 )
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.splits import (
-    RESIDENT_GROUPS,
-    RESIDENT_GROUPS_MANY_ROWS,
     core_count,
+    resident_groups,
     rows_per_simdgroup,
     splits,
 )
@@ -144,13 +143,14 @@ class Launcher:
         group = heads // self.layout.num_kv_heads
         rows = group * num_queries
         tiles = -(-rows // self.max_rows)
+        rows_each = -(-rows // tiles)
         visible = min(max_seq_len, window + num_queries + 8) if window else max_seq_len
         groups = batch * self.layout.num_kv_heads * tiles
-        split_tokens, num_splits = splits(visible, groups, self.num_cores * RESIDENT_GROUPS)
+        slots = self.num_cores * resident_groups(rows_each)
+        split_tokens, num_splits = splits(visible, groups, slots)
         params = _integers((split_tokens, num_splits, window, block_table.shape[1], 0, 0, 0, 0))
         scales = _floats((scale, softcap) + (0.0,) * 6)
         template = [*self.layout.template(), ("G", group), ("Q", num_queries)]
-        rows_each = -(-rows // tiles)
         partials, states = self._decode_kernel(rows_each)(
             inputs=[
                 pages,
@@ -258,7 +258,7 @@ class Launcher:
 
     def _decode_kernel(self, rows: int) -> Run:
         """The kernel for `rows` query rows per simdgroup; more rows, fewer groups on a core."""
-        resident = RESIDENT_GROUPS if rows <= 4 else RESIDENT_GROUPS_MANY_ROWS
+        resident = resident_groups(rows)
         if resident not in self._decode_kernels:
             threads = DECODE_SIMDGROUPS * SIMD_SIZE
             self._decode_kernels[resident] = self.target.build(DECODE, (threads, resident))

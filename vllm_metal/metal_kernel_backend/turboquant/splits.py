@@ -9,13 +9,6 @@ from vllm_metal.metal_kernel_backend.kernel_library import Target
 SPLIT_STEP = 128
 """Tokens; a split is a multiple. All simdgroups of a threadgroup read at most this many at once."""
 
-RESIDENT_GROUPS = 3
-"""Threadgroups that a core holds at a time: 128 threads with up to 168 registers on NVIDIA, with
-up to 128 on Apple GPUs before M3."""
-
-RESIDENT_GROUPS_MANY_ROWS = 2
-
-
 ASSUMED_CORES = {"metal": 16, "cuda": 132}
 """MLX tells no number of cores; splitting for too many costs little."""
 
@@ -35,6 +28,15 @@ def splits(tokens: int, groups: int, slots: int) -> tuple[int, int]:
 
     split_steps = -(-steps // min(range(1, min(steps, 128) + 1), key=cost))
     return split_steps * SPLIT_STEP, -(-steps // split_steps)
+
+
+def resident_groups(rows: int) -> int:
+    """Threadgroups that a core is to hold at a time, for `rows` query rows per simdgroup.
+
+    A group is 128 threads. For up to 4 rows 3 groups leave 168 registers a thread on NVIDIA and
+    128, all there are, on Apple GPUs before M3.
+    """
+    return 3 if rows <= 4 else 2
 
 
 def core_count(target: Target) -> int:

@@ -1,0 +1,85 @@
+"""Runs the CUDA text of the kernels through CuPy, so that CUDA graphs and sanitizers reach it.
+
+The text, its compiler (NVRTC) and its bounds are those of `CudaTarget`; only the launch differs.
+"""
+
+import cupy as cp
+import mlx.core as mx
+import numpy as np
+
+from vllm_metal.metal_kernel_backend import kernel_library as library
+from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Run, Target
+
+TYPES = {
+    np.dtype(np.float16): "__half",
+    np.dtype(np.float32): "float",
+    np.dtype(np.int32): "int",
+    np.dtype(np.uint32): "unsigned int",
+    np.dtype(np.uint16): "unsigned short",
+}
+
+INCLUDES = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"
+
+
+def cuda_program(
+    kernel: Kernel, template, dtypes, name: str, resident: tuple[int, int] | None = None
+) -> str:
+    """The program of one instantiation, as MLX would write it."""
+    shim = library.shim_source("metal_cuda.h")
+    text = library.without_includes(library.library_source(kernel.library))
+    bounds = library.CUDA_BOUNDS.format(*resident) if resident else ""
+    names = kernel.input_names + kernel.output_names
+    parameters = ", ".join(
+        f"{'const ' if i < len(kernel.input_names) else ''}{TYPES[np.dtype(dtype)]}* {buffer}"
+        for i, (buffer, dtype) in enumerate(zip(names, dtypes, strict=True))
+    )
+    constants = "".join(f"  constexpr int {key} = {int(value)};\n" for key, value in template)
+    body = library.cuda_text(library.declare_threadgroup(kernel.body, "__shared__"))
+    return (
+        f"{INCLUDES}{shim}{library.cuda_text(text)}{bounds}"
+        f'extern "C" __global__ void {name}({parameters}) {{\n'
+        f"{constants}{library.CUDA_ATTRIBUTES}{body}}}\n"
+    )
+
+
+class CupyTarget(Target):
+    """Inputs are CuPy arrays; numbers of the launcher's own may be MLX arrays."""
+
+    name = "cuda"
+
+    def __init__(self):
+        self._constants = {}
+        self._compiled = {}
+
+    def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
+        def run(inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+            inputs = [self._on_gpu(array) for array in inputs]
+            outputs = [
+                cp.empty(shape, _numpy_type(dtype))
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+            dtypes = tuple(array.dtype for array in (*inputs, *outputs))
+            key = kernel.name, resident, tuple(template), dtypes
+            if key not in self._compiled:
+                text = cuda_program(kernel, template, dtypes, kernel.name, resident)
+                options = ("-std=c++17", "-I/usr/local/cuda/include")
+                module = cp.RawModule(code=text, options=options, backend="nvrtc")
+                self._compiled[key] = module.get_function(kernel.name)
+            blocks = tuple(g // t for g, t in zip(grid, threadgroup, strict=True))
+            self._compiled[key](blocks, threadgroup, (*inputs, *outputs))
+            return outputs
+
+        return run
+
+    def _on_gpu(self, array):
+        if not isinstance(array, mx.array):
+            return array
+        if id(array) not in self._constants:
+            self._constants[id(array)] = (array, cp.asarray(np.array(array)))
+        return self._constants[id(array)][1]
+
+
+def _numpy_type(dtype):
+    if isinstance(dtype, mx.Dtype):
+        return np.dtype(str(dtype).removeprefix("mlx.core."))
+    return dtype

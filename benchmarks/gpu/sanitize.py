@@ -1,0 +1,65 @@
+"""Runs every kernel once on small odd shapes, for a sanitizer to watch.
+
+    compute-sanitizer --tool memcheck python benchmarks/gpu/sanitize.py
+    compute-sanitizer --tool racecheck python benchmarks/gpu/sanitize.py
+
+Needs MLX and CuPy; reaches no network.
+"""
+
+import cupy as cp
+import numpy as np
+from cupy_target import CupyTarget
+
+from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+
+CASES = (
+    ("q8_0", "q3_0", 128, 2, 16, 4, 1),
+    ("q5_0", "q6_0", 80, 1, 8, 6, 2),
+    ("uint4", "q2_0", 64, 3, 16, 3, 8),
+    ("q4_0", "q5_0", 256, 1, 32, 8, 1),
+)
+
+
+def run(k_quant, v_quant, head_size, kv_heads, block_size, group, num_queries) -> float:
+    layout = SlotLayout.of(k_quant, v_quant, head_size, kv_heads, block_size)
+    launcher = Launcher(layout, CupyTarget())
+    lengths = [num_queries, 700, block_size + 9]
+    blocks = -(-max(lengths) // block_size)
+    rng = np.random.default_rng(0)
+    table = 1 + rng.permutation(3 * blocks).reshape(3, blocks).astype(np.int32)
+    pages = cp.zeros(layout.pages_shape(3 * blocks + 1), cp.uint16)
+    ones = cp.ones((kv_heads, head_size), cp.float32)
+    constants = LayerConstants(0 * ones, ones, ones, cp.ones(head_size, cp.float32))
+    token = cp.zeros(8, cp.uint32)
+    for request, length in enumerate(lengths):
+        positions = np.arange(length)
+        slots = table[request][positions // block_size] * block_size + positions % block_size
+        new = cp.random.standard_normal((length, kv_heads, head_size)).astype(cp.float16)
+        token = launcher.store(pages, new, new, cp.asarray(slots), constants, token)
+    shape = 3, num_queries, group * kv_heads, head_size
+    queries = cp.random.standard_normal(shape).astype(cp.float16)
+    arguments = cp.asarray(table), cp.asarray(np.array(lengths, np.int32)), constants
+    total = 0.0
+    for settings in ({}, {"window": 37}, {"softcap": 9.0}):
+        output = launcher.decode(
+            pages, queries, *arguments, head_size**-0.5, max(lengths), token, **settings
+        )
+        total += float(cp.abs(output).sum())
+    for rotated in (False, True):
+        keys, values = launcher.dequantize(
+            pages, cp.asarray(table[1]), constants, 2, 695, token, np.dtype(np.float16), rotated
+        )
+        total += float(cp.abs(keys).sum() + cp.abs(values).sum())
+    return total
+
+
+def main() -> None:
+    for case in CASES:
+        total = run(*case)
+        assert np.isfinite(total), case
+        print(*case, total)
+
+
+if __name__ == "__main__":
+    main()
