@@ -33,7 +33,7 @@ KV_CACHE_BYTES = 1 << 30
 START_TIMEOUT = 300.0
 """Seconds that the server may take until it answers."""
 STOP_TIMEOUT = 30.0
-"""Seconds that the server may take to end after an interrupt."""
+"""Seconds that the server may take to end when it is told to."""
 
 LOG_PREFIX = re.compile(
     r"^(\(\S+ pid=\d+\) )?(INFO|WARNING|ERROR|DEBUG) [\d-]+ [\d:.]+ \[[^\]]+\] "
@@ -51,7 +51,8 @@ def main() -> int:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("server_arguments", nargs="*", help="passed on to `vllm serve`, after --")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         model = fetch_demo_model()
         with serving(model, args.server_arguments) as (url, log):
@@ -180,9 +181,9 @@ def tail(log: Path, lines: int = 40) -> str:
 
 
 def stop(server: subprocess.Popen) -> None:
-    """Interrupts the server, waits for it, and leaves no process of its group behind."""
+    """Ends the server, waits for it, and leaves no process of its group behind."""
     if server.poll() is None:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         try:
             server.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -88,6 +88,7 @@ def test_interrupt_leaves_no_server(demo_model):
     while not servers() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert servers()
+    time.sleep(1)
     os.kill(run.pid, signal.SIGINT)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 130
