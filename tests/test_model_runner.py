@@ -200,26 +200,21 @@ def test_a_step_without_tokens(make_config):
 
 @pytest.mark.parametrize("budget", [256, 16], ids=["whole prompts", "chunks"])
 def test_no_step_copies_an_array_of_pages(make_config, async_scheduling, budget):
-    """Also where the device lags behind: a product before each step keeps its stream busy."""
     serving = Serving(
         make_config(
             async_scheduling=async_scheduling,
             max_num_batched_tokens=budget,
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=256 << 20,
+            kv_cache_memory_bytes=128 << 20,
         )
     )
     serving.generate(PROMPTS[:6], max_tokens=4)
-    busy = mx.ones((768, 768))
-    mx.eval(busy)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    for i, token_ids in enumerate(PROMPTS[:6]):
-        serving.add(str(i), token_ids, max_tokens=12)
-    serving.run(each_step=lambda: mx.async_eval(busy @ busy))
+    serving.generate(PROMPTS[:6], max_tokens=40)
     page_array = serving.worker.kv_cache.nbytes // len(serving.worker.kv_cache.arrays)
-    assert mx.get_peak_memory() - before < page_array // 2
+    assert mx.get_peak_memory() - before < page_array // 4
 
 
 def test_copied_blocks_are_copied_before_the_step(make_config):
