@@ -21,6 +21,7 @@ def register() -> str | None:
         return None
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from vllm_metal.errors import show_user_errors_without_stack
 
     show_user_errors_without_stack()

@@ -2,28 +2,159 @@
 
 `additional_config` arrives as a dict, from `--additional-config JSON` or from
 `LLM(additional_config=...)`. The platform parses it when vLLM checks its configuration and the
-worker parses the same dict with the same function.
+worker parses the same dict with the same function, so both hold an equal, frozen value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.turboquant.formats import (
+    KEY_FORMATS,
+    VALUE_FORMATS,
+    key_format,
+)
 
-KEYS: tuple[str, ...] = ()
-"""Keys of `additional_config` that are known."""
+DENSE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+"""Values of `--kv-cache-dtype` that name dense pages; `auto` is the model's type."""
+
+PRESETS = {
+    "turboquant_k8v4": ("q8_0", "q4_0"),
+    "turboquant_4bit_nc": ("q4_0", "q4_0"),
+    "turboquant_k3v4_nc": ("q3_0", "q4_0"),
+    "turboquant_3bit_nc": ("q3_0", "q3_0"),
+}
+"""Values of `--kv-cache-dtype` that vLLM knows, and the (k_quant, v_quant) they stand for here."""
+
+DEFAULT_FORMATS = ("q8_0", "q3_0")
+LOSSY_KEY_BITS = 2
+"""Keys of so few bits need `allow_lossy`."""
 
 
-def parse_additional_config(additional_config: Mapping[str, Any]) -> None:
-    """Checks `additional_config`.
+@dataclass(frozen=True)
+class TurboQuantConfig:
+    """How the KV cache is compressed."""
+
+    k_quant: str
+    v_quant: str
+    skip_layers: tuple[int, ...] = ()
+    """Indices of layers kept dense."""
+    boundary: int = 0
+    """Layers kept dense at each end of the model."""
+    reproducible: bool = False
+    """A prefill chunk reads its own keys and values compressed, so that tokens do not depend on
+    chunking, prefix-cache hits or preemption; costs quality."""
+
+    def skipped(self, num_layers: int) -> frozenset[int]:
+        """Indices of all layers kept dense, of a model with `num_layers` attention layers.
+
+        Raises:
+            UserError: an index is not a layer.
+        """
+        wrong = [layer for layer in self.skip_layers if layer >= num_layers]
+        if wrong:
+            raise UserError(
+                "additional_config is not valid",
+                [f"skip_layers names layer {wrong[0]} (allowed: 0 to {num_layers - 1})"],
+            )
+        ends = range(self.boundary), range(num_layers - self.boundary, num_layers)
+        return frozenset(self.skip_layers).union(*ends) & frozenset(range(num_layers))
+
+
+def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> TurboQuantConfig | None:
+    """The user's TurboQuant choice; None for dense pages.
+
+    Args:
+        additional_config: vLLM's setting of that name.
+        cache_dtype: `--kv-cache-dtype`.
 
     Raises:
-        UserError: it holds keys that are not known.
+        UserError: with every reason at once, each naming the key, the value and what is allowed.
     """
+    given = dict(additional_config or {})
     reasons = [
-        f"unknown key {key!r} (allowed keys: {', '.join(KEYS) or 'none'})"
-        for key in additional_config
-        if key not in KEYS
+        f"unknown key {key!r} (allowed keys: {', '.join(_CHECKS)})"
+        for key in given
+        if key not in _CHECKS
     ]
+    for key, check in _CHECKS.items():
+        if key in given and (problem := check(given[key])):
+            reasons.append(f"{key}: {problem}")
+    preset = PRESETS.get(cache_dtype)
+    if preset is None and cache_dtype not in DENSE_DTYPES:
+        allowed = ", ".join((*DENSE_DTYPES, *PRESETS))
+        reasons.append(f"--kv-cache-dtype {cache_dtype} (allowed: {allowed})")
+    enabled = given.get("turboquant", preset is not None)
+    if preset and (enabled is False or "k_quant" in given or "v_quant" in given):
+        reasons.append(
+            f"--kv-cache-dtype {cache_dtype} already means k_quant {preset[0]}, v_quant "
+            f"{preset[1]}; give the formats in one place only"
+        )
+    if not enabled and (idle := [key for key in given if key in _CHECKS and key != "turboquant"]):
+        reasons.append(f'{", ".join(idle)} without "turboquant": true has no effect')
     if reasons:
         raise UserError("additional_config is not valid", reasons)
+    if not enabled:
+        return None
+    formats = preset or DEFAULT_FORMATS
+    config = TurboQuantConfig(
+        k_quant=given.get("k_quant", formats[0]),
+        v_quant=given.get("v_quant", formats[1]),
+        reproducible=given.get("reproducible", False),
+        **_skip_settings(given.get("skip_layers", [])),
+    )
+    if key_format(config.k_quant).bits <= LOSSY_KEY_BITS and not given.get("allow_lossy"):
+        raise UserError(
+            "additional_config is not valid",
+            [
+                f"k_quant {config.k_quant!r} loses most of the model's quality; "
+                'it needs "allow_lossy": true'
+            ],
+        )
+    return config
+
+
+def dense_dtype(cache_dtype: str, model_dtype: Any) -> Any:
+    """Element type of dense pages: `--kv-cache-dtype` where it names one, else the model's."""
+    named = cache_dtype in DENSE_DTYPES and cache_dtype != "auto"
+    return cache_dtype if named else model_dtype
+
+
+def _check_bool(value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"{value!r} is not true or false"
+
+
+def _check_format(formats: Mapping[str, Any]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and value in formats:
+            return None
+        return f"{value!r} is not known (allowed: {', '.join(formats)})"
+
+    return check
+
+
+def _check_skip_layers(value: Any) -> str | None:
+    if isinstance(value, list) and all(_is_count(layer) for layer in value):
+        return None
+    if isinstance(value, dict) and set(value) == {"boundary"} and _is_count(value["boundary"]):
+        return None
+    return f'{value!r} is not a list of layer indices or {{"boundary": COUNT}}'
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _skip_settings(value: list[int] | dict[str, int]) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {"skip_layers": tuple(value)}
+
+
+_CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "turboquant": _check_bool,
+    "k_quant": _check_format(KEY_FORMATS),
+    "v_quant": _check_format(VALUE_FORMATS),
+    "skip_layers": _check_skip_layers,
+    "allow_lossy": _check_bool,
+    "reproducible": _check_bool,
+}

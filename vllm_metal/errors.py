@@ -1,14 +1,15 @@
 """Errors that a user can act on, shown without a stack.
 
 A wrong setting, an unservable model or too little memory is the user's to mend, so the message is
-the whole output. Python's hook and vLLM's start-up logger print a stack for every exception; for
-a `UserError` they print the message alone. Any other exception keeps its stack.
+the whole output. Any other exception keeps its stack.
 """
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 
@@ -35,21 +36,26 @@ class UserError(RuntimeError):
         return self.summary, self.reasons
 
 
-class _WithoutStack(logging.Filter):
-    """Drops the stack from log records whose exception is a `UserError`."""
+@contextlib.contextmanager
+def user_errors_end_child_process() -> Iterator[None]:
+    """In an engine process, a `UserError` within the block is logged and ends the process.
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], UserError):
-            record.msg, record.args = str(record.exc_info[1]), None
-            record.exc_info = record.exc_text = None
-        return True
+    Python prints the stack of every other exception that ends a child process. In the user's own
+    process the error passes through.
+    """
+    try:
+        yield
+    except UserError as error:
+        if multiprocessing.parent_process() is None:
+            raise
+        logging.getLogger("vllm.metal").error(str(error))
+        raise SystemExit(1) from None
 
 
 def show_user_errors_without_stack() -> None:
     """Installs the display above in this process. Called once, by `register()`."""
     if getattr(sys.excepthook, "shows_user_errors", False):
         return
-    logging.getLogger("vllm.v1.engine.core").addFilter(_WithoutStack())
     is_vllm_command = os.path.basename(sys.argv[0] if sys.argv else "") == "vllm"
     previous = sys.excepthook
 

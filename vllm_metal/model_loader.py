@@ -14,7 +14,8 @@ from vllm_metal.errors import UserError
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-_WEIGHT_FILES = ["*.json", "*.safetensors", "*.py"]
+_CONFIG_FILES = ["*.json", "*.py"]
+_WEIGHT_FILES = [*_CONFIG_FILES, "*.safetensors"]
 
 
 def mlx_dtype(name: object) -> mx.Dtype:
@@ -28,27 +29,56 @@ def load_model(model_config: "ModelConfig") -> nn.Module:
     Raises:
         UserError: the folder holds no model that mlx-lm can load.
     """
-    path = Path(model_config.model)
-    if not path.is_dir():
-        path = Path(
-            snapshot_download(
-                model_config.model,
-                revision=model_config.revision,
-                allow_patterns=_WEIGHT_FILES,
-            )
-        )
-    try:
-        model, _ = mlx_lm_load_model(
-            path, lazy=True, trust_remote_code=model_config.trust_remote_code
-        )
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise UserError(f"mlx-lm cannot load {model_config.model!r}", [str(error)]) from error
+    path = _local_folder(model_config.model, model_config.revision, _WEIGHT_FILES)
+    model = _load(path, model_config.trust_remote_code, strict=True)
     model.set_dtype(mlx_dtype(model_config.dtype))
     model.eval()
     mx.eval(model.parameters())
     return model
 
 
+def load_structure(model: str, trust_remote_code: bool = False) -> nn.Module:
+    """The model with its shapes and without its weights, from the config file alone.
+
+    Nothing is evaluated, so it takes no memory.
+
+    Raises:
+        UserError: there is no config file, or mlx-lm does not know the model.
+    """
+    path = _local_folder(model, None, _CONFIG_FILES)
+    if not (path / "config.json").exists():
+        raise UserError(f"{model!r} holds no config.json")
+    return _load(path, trust_remote_code, strict=False)
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters."""
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def weight_bytes_on_disk(model: str) -> int | None:
+    """Bytes of a local folder's weight files; None where there are none."""
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) or None
+
+
+def _local_folder(model: str, revision: str | None, patterns: list[str]) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Model {model!r} is neither a folder nor to be had from the Hugging Face hub",
+            [str(error).splitlines()[0]],
+        ) from error
+
+
+def _load(path: Path, trust_remote_code: bool, strict: bool) -> nn.Module:
+    try:
+        model, _ = mlx_lm_load_model(
+            path, lazy=True, strict=strict, trust_remote_code=trust_remote_code
+        )
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"mlx-lm cannot load {str(path)!r}", [str(error)]) from error
+    return model

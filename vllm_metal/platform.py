@@ -18,9 +18,6 @@ from vllm_metal.errors import UserError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-PAGE_DTYPES = ("auto", "float16", "bfloat16", "float32")
-"""Values of `--kv-cache-dtype` that name dense pages; `auto` is the model's type."""
-
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 """Values of `--block-size` that are served."""
 
@@ -110,14 +107,12 @@ class MetalPlatform(Platform):
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
     """Why this configuration cannot be served: one line each, naming the flag and the remedy."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     reasons: list[str] = []
     try:
-        config.parse_additional_config(vllm_config.additional_config or {})
+        config.parse(vllm_config.additional_config, cache.cache_dtype)
     except UserError as error:
-        reasons += [f"--additional-config: {reason}" for reason in error.reasons]
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if cache.cache_dtype not in PAGE_DTYPES:
-        reasons.append(f"--kv-cache-dtype {cache.cache_dtype} (allowed: {', '.join(PAGE_DTYPES)})")
+        reasons += [f"additional_config: {reason}" for reason in error.reasons]
     if cache.block_size not in BLOCK_SIZES:
         reasons.append(
             f"--block-size {cache.block_size} (allowed: {', '.join(map(str, BLOCK_SIZES))})"
@@ -156,12 +151,21 @@ def _unsupported_model(vllm_config: "VllmConfig") -> list[str]:
         reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
     if model.enable_sleep_mode:
         reasons.append("sleep mode (--enable-sleep-mode) is not supported")
+    if model.skip_tokenizer_init and _compresses(vllm_config):
+        reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
     if model.quantization is not None:
         reasons.append(
             f"weights quantised with {model.quantization} are not supported "
             "(MLX-quantised and unquantised checkpoints are)"
         )
     return reasons
+
+
+def _compresses(vllm_config: "VllmConfig") -> bool:
+    try:
+        return config.parse(vllm_config.additional_config, vllm_config.cache_config.cache_dtype)
+    except UserError:
+        return False
 
 
 def _tolerate_missing_accelerator() -> None:

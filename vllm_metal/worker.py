@@ -1,9 +1,11 @@
 """vLLM's worker: device, model, memory question, pages; the steps are the model runner's."""
 
+import time
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_metal.blas import load_fast_blas
@@ -16,12 +18,19 @@ import mlx.core as mx  # noqa: E402
 from vllm_metal import model_loader, warm_up  # noqa: E402
 from vllm_metal.attention.backend import AttentionBackend  # noqa: E402
 from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
-from vllm_metal.config import parse_additional_config  # noqa: E402
+from vllm_metal.config import dense_dtype, parse  # noqa: E402
 from vllm_metal.device import Device, select_device  # noqa: E402
+from vllm_metal.errors import user_errors_end_child_process  # noqa: E402
+from vllm_metal.key_samples import collect_key_samples  # noqa: E402
 from vllm_metal.kv_cache import planner  # noqa: E402
 from vllm_metal.kv_cache.cache import KVCache  # noqa: E402
+from vllm_metal.kv_cache.capacity import CacheSummary, Capacity  # noqa: E402
 from vllm_metal.kv_cache.spec import kv_cache_specs  # noqa: E402
-from vllm_metal.metal_kernel_backend.dense import DensePages  # noqa: E402
+from vllm_metal.metal_kernel_backend.selection import make_backends  # noqa: E402
+from vllm_metal.metal_kernel_backend.turboquant.calibration import (  # noqa: E402
+    KeyConstants,
+    calibrate,
+)
 from vllm_metal.model_runner import ModelRunner  # noqa: E402
 
 if TYPE_CHECKING:
@@ -38,6 +47,7 @@ KV_CACHE_LAYOUT = "LBNHC"
 class MetalWorker(WorkerBase):
     """One process, one MLX device. vLLM calls the methods in the order they stand here."""
 
+    @user_errors_end_child_process()
     def init_device(self) -> None:
         self.device = torch.device("cpu")
         self.metal_device: Device = select_device()
@@ -45,12 +55,12 @@ class MetalWorker(WorkerBase):
         if self.metal_device.kind == "cpu":
             logger.info("BLAS for MLX: %s", BLAS)
 
+    @user_errors_end_child_process()
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         model = model_loader.load_model(self.model_config)
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
         self.backends = self._make_backends()
-        self.block_bytes = sum(backend.page_size_bytes for backend in self.backends)
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -60,6 +70,7 @@ class MetalWorker(WorkerBase):
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
         return kv_cache_specs(self.backends, self.model_config.dtype)
 
+    @user_errors_end_child_process()
     def determine_available_memory(self) -> int:
         """Bytes for pages; nothing is kept."""
         cache = self.cache_config
@@ -71,7 +82,7 @@ class MetalWorker(WorkerBase):
             requested_bytes=cache.kv_cache_memory_bytes,
         )
         if self.model_config.original_max_model_len != -1:
-            self.plan.require(self.model_config.max_model_len, cache.block_size, self.block_bytes)
+            self.plan.require(self.model_config.max_model_len, self._capacity(self.plan.page_bytes))
         return self.plan.page_bytes
 
     def update_max_model_len(self, max_model_len: int) -> None:
@@ -87,10 +98,9 @@ class MetalWorker(WorkerBase):
         logger.info(
             planner.report(
                 self.plan,
-                self.backends[0].name,
-                num_blocks,
-                self.cache_config.block_size,
-                self.block_bytes,
+                [backend.name for backend in self.backends],
+                CacheSummary.of(self.backends),
+                self._capacity(self.kv_cache.nbytes),
                 self.model_config.max_model_len,
             )
         )
@@ -132,11 +142,31 @@ class MetalWorker(WorkerBase):
         self.model_runner = None
 
     def _make_backends(self) -> list[AttentionBackend]:
-        parse_additional_config(self.vllm_config.additional_config or {})
         cache = self.cache_config
-        name = self.model_config.dtype if cache.cache_dtype == "auto" else cache.cache_dtype
-        dtype = model_loader.mlx_dtype(name)
-        return [DensePages(shape, cache.block_size, dtype) for shape in self.binding.layers]
+        turboquant = parse(self.vllm_config.additional_config, cache.cache_dtype)
+        dense = dense_dtype(cache.cache_dtype, self.model_config.dtype)
+        return make_backends(
+            self.binding.layers,
+            cache.block_size,
+            model_loader.mlx_dtype(dense),
+            turboquant,
+            self._calibrate,
+        )
+
+    def _calibrate(self) -> list[KeyConstants]:
+        """Constants of the keys, from a short text that the model reads now."""
+        started = time.perf_counter()
+        constants = calibrate(
+            lambda token_ids, offset: collect_key_samples(self.binding, token_ids, offset),
+            cached_tokenizer_from_config(self.model_config).encode,
+            self.model_config.max_model_len,
+        )
+        logger.info("TurboQuant keys calibrated in %.1f s", time.perf_counter() - started)
+        return constants
+
+    def _capacity(self, page_bytes: int) -> Capacity:
+        bytes_per_block = sum(backend.page_size_bytes for backend in self.backends)
+        return Capacity(page_bytes, bytes_per_block, self.cache_config.block_size)
 
     def _measure_workspace(self) -> int:
         """Activations of the largest prefill, plus what attention over a full context adds."""

@@ -36,6 +36,8 @@ class AttentionBackend(ABC):
 
     name: str
     """Shown to the user, e.g. `dense bfloat16`."""
+    compressed: bool = False
+    """Whether pages hold fewer bytes than the keys and values themselves; for reports."""
 
     def __init__(self, shape: LayerShape, block_size: int):
         self.shape = shape

@@ -7,10 +7,13 @@ memory limit x utilization          what vllm_metal may use
   = bytes for pages
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_metal.device import Device
 from vllm_metal.errors import UserError
+from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
 
 GIB = 1 << 30
 
@@ -47,27 +50,24 @@ class MemoryPlan:
             return self.requested_bytes
         return self.budget - self.weights - self.workspace
 
-    def require(self, max_model_len: int, block_size: int, bytes_per_block: int) -> None:
+    def require(self, max_model_len: int, capacity: Capacity) -> None:
         """Checks that one request of `max_model_len` tokens fits beside vLLM's null block.
 
         Raises:
             UserError: it does not; names the sum and the largest `max_model_len` that fits.
         """
-        blocks = self.page_bytes // bytes_per_block
-        needed = -(-max_model_len // block_size) + 1
-        if blocks >= needed:
+        if capacity.requests(max_model_len) >= 1:
             return
-        fits = max(0, blocks - 1) * block_size
-        remedy = (
-            f"set --max-model-len {fits} or less (or -1 to fit it), or " if fits > 0 else ""
-        ) + "give more memory with --gpu-memory-utilization or --kv-cache-memory-bytes"
+        needed = (capacity.blocks_for(max_model_len) + 1) * capacity.bytes_per_block
+        remedy = "give more memory with --gpu-memory-utilization or --kv-cache-memory-bytes"
+        if capacity.tokens:
+            remedy = f"set --max-model-len {capacity.tokens} or less (or -1 to fit it), or {remedy}"
         raise UserError(
             f"Too little memory for one request of {max_model_len} tokens",
             [
                 *self.lines(),
-                f"one request of {max_model_len} tokens needs "
-                f"{format_bytes(needed * bytes_per_block)} "
-                f"({format_bytes(bytes_per_block / block_size)} per token)",
+                f"one request of {max_model_len} tokens needs {format_bytes(needed)} "
+                f"({format_bytes(capacity.bytes_per_token)} per token)",
                 f"remedy: {remedy}",
             ],
         )
@@ -105,23 +105,42 @@ def extrapolate_workspace(peaks: dict[int, int], query_len: int) -> int:
 
 def report(
     plan: MemoryPlan,
-    backend_name: str,
-    num_blocks: int,
-    block_size: int,
-    bytes_per_block: int,
+    backend_names: Sequence[str],
+    summary: CacheSummary,
+    capacity: Capacity,
     max_model_len: int,
 ) -> str:
     """The block of text printed at start."""
-    tokens = (num_blocks - 1) * block_size
+    names = " + ".join(f"{n} layers {name}" for name, n in Counter(backend_names).items())
     rows = [
         ("device", f"{plan.device.name} ({plan.device.kind})"),
         ("memory limit", format_bytes(plan.device.memory_limit)),
         ("weights", format_bytes(plan.weights)),
         ("workspace", format_bytes(plan.workspace)),
-        ("KV cache", f"{format_bytes(num_blocks * bytes_per_block)}, {backend_name}"),
-        ("per token", format_bytes(bytes_per_block / block_size)),
-        ("blocks", f"{num_blocks:,} of {block_size} tokens"),
-        ("tokens", f"{tokens:,}"),
-        ("requests", f"{tokens / max_model_len:.1f} of {max_model_len:,} tokens (max_model_len)"),
+        ("KV cache", format_bytes(capacity.num_blocks * capacity.bytes_per_block)),
+        ("pages", names),
+        ("per token", format_bytes(summary.bytes_per_token)),
+        ("blocks", f"{capacity.num_blocks:,} of {capacity.block_size} tokens"),
+        ("tokens", f"{capacity.tokens:,}"),
+        (
+            "requests",
+            f"{capacity.requests(max_model_len):.1f} of {max_model_len:,} tokens (max_model_len)",
+        ),
     ]
+    if summary.num_compressed:
+        rows += _compression_rows(summary, capacity)
     return "\n".join(["KV cache plan", *(f"    {name:<13}{value}" for name, value in rows)])
+
+
+def _compression_rows(summary: CacheSummary, capacity: Capacity) -> list[tuple[str, str]]:
+    dense = Capacity(
+        capacity.num_blocks * capacity.bytes_per_block,
+        round(summary.dense_bytes_per_token * capacity.block_size),
+        capacity.block_size,
+    )
+    return [
+        ("compressed", f"{summary.num_compressed} of {summary.num_layers} layers"),
+        ("bits", f"{summary.bits_per_element:.2f} per key or value element, metadata included"),
+        ("ratio", f"{summary.ratio:.2f}x over the whole cache, against 16-bit pages"),
+        ("dense tokens", f"{dense.tokens:,} in the same bytes"),
+    ]

@@ -9,9 +9,12 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
-
-SCORE_TILE_BYTES = 64 << 20
-"""Bound on one tile of prefill scores where MLX has no fused attention (its CPU backend)."""
+from vllm_metal.metal_kernel_backend.causal_attention import (
+    causal_attention,
+    head_blocks,
+    score_workspace_bytes,
+    valid_tokens,
+)
 
 
 class DensePages(AttentionBackend):
@@ -61,7 +64,7 @@ class DensePages(AttentionBackend):
         sinks: mx.array | None,
     ) -> mx.array:
         keys, values = (self._gather(page, metadata, queries.dtype) for page in pages)
-        mask = metadata.derived.once("valid_tokens", lambda: _valid_tokens(metadata, self))
+        mask = valid_tokens(metadata, self.block_size)
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
         )[:, :, 0, :]
@@ -83,12 +86,11 @@ class DensePages(AttentionBackend):
                 mx.concatenate([past[:, :, :context_len], new], axis=2)
                 for past, new in zip(context, (keys, values), strict=True)
             )
-        return _causal_attention(queries[None], keys, values, scale, sinks)[0]
+        return causal_attention(queries[None], keys, values, scale, sinks)[0]
 
     def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         gathered = 2 * (context_len + query_len) * self.shape.num_kv_heads * self.slot_size
-        scores = 4 * num_heads * query_len * (context_len + query_len)
-        return gathered + min(2 * scores, 2 * SCORE_TILE_BYTES)
+        return gathered + score_workspace_bytes(context_len + query_len, query_len, num_heads)
 
     def _rows(self, metadata: DecodeMetadata | PrefillMetadata):
         """Row of `[num_blocks * H * block_size]` for each token and head, [T, H]."""
@@ -105,11 +107,7 @@ class DensePages(AttentionBackend):
         self, page: mx.array, metadata: DecodeMetadata | PrefillMetadata, dtype: mx.Dtype
     ) -> mx.array:  # [B, H, N * block_size, D]
         heads = self.shape.num_kv_heads
-
-        def head_blocks() -> mx.array:  # [B, H, N]
-            return metadata.block_table[:, None, :] * heads + mx.arange(heads)[None, :, None]
-
-        index = metadata.derived.once(("head_blocks", heads), head_blocks)
+        index = head_blocks(metadata, heads)
         gathered = page.reshape(-1, self.block_size, page.shape[-1])[index]
         batch, _, blocks = index.shape
         return gathered.reshape(batch, heads, blocks * self.block_size, -1).astype(dtype)
@@ -121,38 +119,3 @@ def _scatter_rows(page: mx.array, rows: mx.array, new: mx.array) -> mx.array:
     page = page.reshape(-1, shape[-1])
     page[rows] = new
     return page.reshape(shape)
-
-
-def _valid_tokens(metadata: DecodeMetadata, backend: AttentionBackend) -> mx.array:
-    """[B, 1, 1, N * block_size] bool, true where a gathered token belongs to the request."""
-    positions = mx.arange(metadata.block_table.shape[1] * backend.block_size)
-    return (positions[None, :] < metadata.seq_lens[:, None])[:, None, None, :]
-
-
-def _causal_attention(
-    queries: mx.array,  # [1, Hq, L, Dk]
-    keys: mx.array,  # [1, H, S, Dk], the last L tokens being the queries' own
-    values: mx.array,  # [1, H, S, Dv]
-    scale: float,
-    sinks: mx.array | None,
-) -> mx.array:  # [1, Hq, L, Dv]
-    """Causal attention, in row tiles where MLX would hold all scores at once."""
-    heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
-    rows = query_len
-    if mx.default_device() == mx.Device(mx.cpu):
-        rows = max(16, SCORE_TILE_BYTES // (4 * heads * seq_len))
-    tiles = []
-    for start in range(0, query_len, rows):
-        end = min(start + rows, query_len)
-        visible = seq_len - query_len + end
-        tiles.append(
-            mx.fast.scaled_dot_product_attention(
-                queries[:, :, start:end],
-                keys[:, :, :visible],
-                values[:, :, :visible],
-                scale=scale,
-                mask="causal",
-                sinks=sinks,
-            )
-        )
-    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)

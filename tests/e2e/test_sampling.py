@@ -1,0 +1,151 @@
+"""Every sampling parameter reaches vLLM's sampler, and a seed means the same under any chunking."""
+
+import json
+import math
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.e2e import engine as e2e
+
+
+@pytest.fixture(scope="module")
+def prompt(demo_model):
+    return e2e.prompts(demo_model)[5]
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model):
+    with e2e.engine(demo_model) as llm:
+        yield llm
+
+
+def run(llm, prompt, **params):
+    params = SamplingParams(**{"max_tokens": 12, "ignore_eos": True} | params)
+    return llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+
+
+def tokens(llm, prompt, **params):
+    return list(run(llm, prompt, **params).outputs[0].token_ids)
+
+
+@pytest.fixture(scope="module")
+def greedy(llm, prompt):
+    return tokens(llm, prompt, temperature=0)
+
+
+def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_in_chunks(demo_model, llm, prompt):
+    seeded = [
+        SamplingParams(temperature=1.0, seed=seed, top_p=0.95, max_tokens=16, ignore_eos=True)
+        for seed in (3, 4, 5)
+    ]
+    alone = [e2e.generate(llm, [prompt], params)[0] for params in seeded]
+    assert alone[0] != alone[1]
+    llm.reset_prefix_cache()
+    assert e2e.generate(llm, [prompt] * 3, seeded) == alone
+    with e2e.engine(demo_model, max_num_batched_tokens=32) as chunked:
+        assert e2e.generate(chunked, [prompt] * 3, seeded) == alone
+
+
+def test_temperature_without_a_seed_differs_between_requests(llm, prompt):
+    outputs = {tuple(tokens(llm, prompt, temperature=1.5)) for _ in range(4)}
+    assert len(outputs) > 1
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
+def test_limits_that_leave_one_token_are_greedy(llm, prompt, greedy, limit):
+    assert tokens(llm, prompt, temperature=1.0, **limit) == greedy
+
+
+def test_greedy_requests_beside_sampled_ones_keep_their_tokens(llm, prompt, greedy):
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2),
+    ]
+    first, _, third = e2e.generate(llm, [prompt] * 3, params)
+    assert first == greedy
+    assert third == greedy
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.8}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}]
+)
+def test_penalties_reduce_repetition(llm, prompt, penalty):
+    plain = tokens(llm, prompt, temperature=0, max_tokens=40)
+    penalised = tokens(llm, prompt, temperature=0, max_tokens=40, **penalty)
+    assert len(set(penalised)) > len(set(plain))
+
+
+def test_logit_bias_forces_and_bad_words_forbid(llm, prompt, greedy):
+    assert tokens(llm, prompt, temperature=0, logit_bias={42: 100.0}) == [42] * 12
+    word = llm.get_tokenizer().decode(greedy[:1])
+    assert greedy[0] not in tokens(llm, prompt, temperature=0, bad_words=[word])[:1]
+
+
+def test_allowed_token_ids(llm, prompt):
+    assert set(tokens(llm, prompt, temperature=0, allowed_token_ids=[50, 60])) <= {50, 60}
+
+
+def test_min_tokens_and_stop_token_ids(llm, prompt, greedy):
+    stopping = {"temperature": 0, "stop_token_ids": [greedy[2]], "ignore_eos": False}
+    assert len(tokens(llm, prompt, **stopping)) == greedy.index(greedy[2]) + 1
+    assert len(tokens(llm, prompt, **stopping, min_tokens=9)) >= 9
+
+
+def test_stop_strings(llm, prompt, greedy):
+    text = llm.get_tokenizer().decode(greedy)
+    stop = text[len(text) // 2 :][:4]
+    output = run(llm, prompt, temperature=0, stop=[stop]).outputs[0]
+    assert stop not in output.text
+    assert output.finish_reason == "stop"
+
+
+def test_n_gives_n_outputs(llm, prompt):
+    outputs = run(llm, prompt, n=3, seed=1, temperature=1.0).outputs
+    assert len({tuple(output.token_ids) for output in outputs}) == 3
+
+
+def test_logprobs_name_the_sampled_token_and_its_rank(llm, prompt, greedy):
+    output = run(llm, prompt, temperature=0, logprobs=4).outputs[0]
+    assert list(output.token_ids) == greedy
+    for token, scores in zip(output.token_ids, output.logprobs, strict=True):
+        assert scores[token].rank == 1
+        assert sum(math.exp(score.logprob) for score in scores.values()) <= 1.0001
+
+
+def test_prompt_logprobs_are_the_same_in_chunks(demo_model, llm, prompt):
+    def scores(engine):
+        given = run(engine, prompt, temperature=0, max_tokens=2, prompt_logprobs=2)
+        assert given.prompt_logprobs[0] is None
+        return [
+            at[token].logprob
+            for at, token in zip(given.prompt_logprobs[1:], prompt[1:], strict=True)
+        ]
+
+    whole = scores(llm)
+    with e2e.engine(demo_model, max_num_batched_tokens=48) as chunked:
+        assert scores(chunked) == pytest.approx(whole, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "holds"),
+    [
+        ({"choice": ["yes", "no"]}, lambda text: text in ("yes", "no")),
+        ({"regex": r"\d{3}-\d{2}"}, lambda text: len(text) == 6 and text[3] == "-"),
+        (
+            {"json": {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}},
+            lambda text: json.loads(text)["a"] in (1, 2),
+        ),
+        ({"grammar": 'root ::= "cat" | "dog"'}, lambda text: text in ("cat", "dog")),
+    ],
+)
+def test_structured_outputs_beside_a_plain_request(llm, prompt, greedy, constraint, holds):
+    constrained = SamplingParams(
+        temperature=0, max_tokens=40, structured_outputs=StructuredOutputsParams(**constraint)
+    )
+    plain = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt}] * 2, [constrained, plain], use_tqdm=False)
+    assert holds(outputs[0].outputs[0].text), outputs[0].outputs[0].text
+    assert list(outputs[1].outputs[0].token_ids) == greedy

@@ -1,0 +1,204 @@
+"""`vllm serve` as a user runs it, through the official `openai` client."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+
+MODEL = "smollm2"
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "strict": True,
+        "description": "Weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def server(demo_model, tmp_path_factory):
+    """Address of a running server with the demo model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("serve", str(demo_model), "--served-model-name", MODEL),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(400 << 20)),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    ]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            if process.poll() is not None or _answers(address):
+                break
+            time.sleep(0.5)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert "Traceback" not in log.read_text()
+    assert "KV cache plan" in log.read_text()
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+
+
+def test_chat_and_stream_give_the_same_answer(client):
+    question = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    answer = client.chat.completions.create(**question).choices[0].message.content
+    assert answer == "The capital of France is Paris."
+    chunks = list(client.chat.completions.create(**question, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer
+    assert len(chunks) > 5
+
+
+def test_logprobs_rank_the_greedy_token_first(client):
+    choice = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Count to five."}],
+        temperature=0,
+        max_tokens=8,
+        logprobs=True,
+        top_logprobs=3,
+    ).choices[0]
+    for token in choice.logprobs.content:
+        assert token.token == token.top_logprobs[0].token
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
+        assert len(token.top_logprobs) == 3
+
+
+def test_prompt_logprobs(client):
+    completion = client.completions.create(
+        model=MODEL, prompt="The sky is blue", max_tokens=1, extra_body={"prompt_logprobs": 1}
+    )
+    prompt_logprobs = completion.choices[0].prompt_logprobs
+    assert prompt_logprobs[0] is None
+    assert len(prompt_logprobs) > 3
+    for scores in prompt_logprobs[1:]:
+        assert all(score["logprob"] <= 0 for score in scores.values())
+
+
+def test_json_schema_is_obeyed(client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Ada", "Alan"]}, "age": {"enum": [36, 41]}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    content = (
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Describe Ada Lovelace as JSON."}],
+            max_tokens=64,
+            temperature=1.0,
+            seed=3,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "person", "schema": schema},
+            },
+        )
+        .choices[0]
+        .message.content
+    )
+    person = json.loads(content)
+    assert person["name"] in ("Ada", "Alan") and person["age"] in (36, 41)
+
+
+def test_tool_call_with_a_named_tool(client):
+    message = (
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "How is the weather in Rome?"}],
+            tools=[WEATHER],
+            tool_choice={"type": "function", "function": {"name": "get_weather"}},
+            temperature=0,
+            max_tokens=96,
+        )
+        .choices[0]
+        .message
+    )
+    call = message.tool_calls[0].function
+    assert call.name == "get_weather"
+    assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
+
+
+def test_a_client_that_goes_away_frees_its_blocks(server, client):
+    stream = client.completions.create(
+        model=MODEL,
+        prompt="Once upon a time",
+        max_tokens=1500,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    assert _metric(server, "vllm:num_requests_running") == 1
+    stream.close()
+    for _ in range(60):
+        if _metric(server, "vllm:num_requests_running") == 0:
+            break
+        time.sleep(0.25)
+    assert _metric(server, "vllm:num_requests_running") == 0
+    assert _metric(server, "vllm:kv_cache_usage_perc") == 0
+
+
+def test_bad_request_is_a_client_error_and_the_server_lives_on(client):
+    with pytest.raises(openai.BadRequestError, match="maximum"):
+        client.completions.create(model=MODEL, prompt="word " * 3000, max_tokens=5)
+    assert client.models.list().data[0].id == MODEL
+
+
+def test_bench_serve_completes_without_failures(server, demo_model, tmp_path):
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("bench", "serve", "--base-url", server, "--model", MODEL),
+        *("--tokenizer", str(demo_model), "--dataset-name", "random"),
+        *("--num-prompts", "64", "--max-concurrency", "8", "--ignore-eos"),
+        *("--random-input-len", "24", "--random-output-len", "6"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"Successful requests:\s+64", done.stdout), done.stdout
+    assert re.search(r"Failed requests:\s+0", done.stdout), done.stdout
+
+
+def _answers(address: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{address}/health", timeout=2).status == 200
+    except OSError:
+        return False
+
+
+def _metric(address: str, name: str) -> float:
+    text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
+    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? ([0-9.e+-]+)$", text, re.MULTILINE)
+    assert values, f"{name} is not at /metrics"
+    return float(values[0])

@@ -1,0 +1,93 @@
+"""Runs one token sequence through a bound model and its pages, without a scheduler."""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from vllm_metal.attention.backend import AttentionBackend
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.kv_cache.cache import KVCache
+
+PREFILL_CHUNK = 512
+
+
+class PagedSequence:
+    """One request that owns blocks 1, 2, 3, ... of a cache of its own.
+
+    Args:
+        binding: the model.
+        backends: one for each layer.
+        max_tokens: length the pages have room for.
+    """
+
+    def __init__(
+        self, binding: ModelBinding, backends: Sequence[AttentionBackend], max_tokens: int
+    ):
+        self.binding = binding
+        self.block_size = backends[0].block_size
+        self.num_blocks = -(-max_tokens // self.block_size)
+        self.kv_cache = KVCache(backends, self.num_blocks + 1)
+        self.length = 0
+
+    def prefill(self, token_ids: Sequence[int]) -> Iterator[mx.array]:
+        """Appends tokens in chunks; yields the float32 logits [L, vocabulary] of each chunk."""
+        for start in range(0, len(token_ids), PREFILL_CHUNK):
+            chunk = token_ids[start : start + PREFILL_CHUNK]
+            end = self.length + len(chunk)
+            metadata = PrefillMetadata(
+                block_table=self._blocks(end)[None],
+                slot_mapping=mx.arange(self.length, end) + self.block_size,
+                context_len=self.length,
+                query_len=len(chunk),
+            )
+            yield self._forward([list(chunk)], metadata, all_rows=True)[0]
+            self.length = end
+
+    def decode_at(self, token_ids: Sequence[int], positions: Sequence[int]) -> mx.array:
+        """Logits [B, vocabulary] of a decode step at each of several positions already stored.
+
+        Each row is the request as it was when its newest token stood at that position.
+        """
+        last = mx.array(list(positions), mx.int32)
+        blocks = self._blocks(max(positions) + 1)
+        metadata = DecodeMetadata(
+            block_table=mx.broadcast_to(blocks, (len(positions), blocks.size)),
+            seq_lens=last + 1,
+            slot_mapping=last + self.block_size,
+            offset=last if len(positions) > 1 else positions[0],
+            max_seq_len=max(positions) + 1,
+        )
+        return self._forward([[token_ids[p]] for p in positions], metadata)[:, -1]
+
+    def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Appends `token_ids` and generates; the sequence keeps what it had before."""
+        before = self.length
+        *_, logits = self.prefill(token_ids)
+        tokens = list(token_ids)
+        generated: list[int] = []
+        while True:
+            token = int(mx.argmax(logits[-1]).item())
+            generated.append(token)
+            if len(generated) == new_tokens:
+                break
+            tokens.append(token)
+            position = before + len(tokens) - 1
+            row = [0] * before + tokens
+            logits = self.decode_at(row, [position])
+        self.length = before
+        return generated
+
+    def _blocks(self, num_tokens: int) -> mx.array:
+        return mx.arange(1, -(-num_tokens // self.block_size) + 1)
+
+    def _forward(
+        self,
+        token_ids: list[list[int]],
+        metadata: DecodeMetadata | PrefillMetadata,
+        all_rows: bool = False,
+    ) -> mx.array:
+        self.binding.bind(self.kv_cache)
+        logits = self.binding.forward(mx.array(token_ids), metadata, all_rows).astype(mx.float32)
+        mx.eval(logits, self.kv_cache.arrays)
+        return logits

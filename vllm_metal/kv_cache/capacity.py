@@ -1,0 +1,85 @@
+"""How many tokens and requests a number of bytes holds: arithmetic on page sizes only.
+
+The start-up report, the check for too little memory and `vllm-metal plan` ask here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_metal.attention.backend import AttentionBackend, LayerShape
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Blocks that fit in `page_bytes`.
+
+    Block 0 is vLLM's null block: it takes its bytes and holds no token.
+    """
+
+    page_bytes: int
+    bytes_per_block: int
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        return max(0, self.page_bytes // self.bytes_per_block)
+
+    @property
+    def tokens(self) -> int:
+        return max(0, self.num_blocks - 1) * self.block_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes_per_block / self.block_size
+
+    def requests(self, max_model_len: int) -> float:
+        """How many requests of `max_model_len` tokens fit."""
+        return max(0, self.num_blocks - 1) / self.blocks_for(max_model_len)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks of one request of `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+
+DENSE_BYTES = 2
+"""Bytes of a dense element that ratios compare with: 16-bit pages, whatever the model's type."""
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What the cache of a whole model is made of, for reports."""
+
+    num_layers: int
+    num_compressed: int
+    bytes_per_token: float
+    dense_bytes_per_token: float
+    """Of the same layers, dense in 16 bits."""
+    num_elements: int
+    """Key and value coordinates of one token, all layers."""
+
+    @classmethod
+    def of(cls, backends: Sequence[AttentionBackend]) -> "CacheSummary":
+        """Sums over the layers."""
+        elements = sum(elements_per_token(backend.shape) for backend in backends)
+        return cls(
+            num_layers=len(backends),
+            num_compressed=sum(backend.compressed for backend in backends),
+            bytes_per_token=sum(b.page_size_bytes / b.block_size for b in backends),
+            dense_bytes_per_token=elements * DENSE_BYTES,
+            num_elements=elements,
+        )
+
+    @property
+    def ratio(self) -> float:
+        """How many times more tokens fit than dense, over the whole cache."""
+        return self.dense_bytes_per_token / self.bytes_per_token
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits of a key or value coordinate, metadata and dense layers included."""
+        return 8 * self.bytes_per_token / self.num_elements
+
+
+def elements_per_token(shape: LayerShape) -> int:
+    """Key and value coordinates of one token in one layer."""
+    return shape.num_kv_heads * (shape.head_size + shape.head_size_v)

@@ -1,0 +1,75 @@
+"""Causal attention over gathered keys and values on MLX operations, and its mask for decode."""
+
+import mlx.core as mx
+
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
+
+SCORE_TILE_BYTES = 64 << 20
+"""Bound on one tile of prefill scores where MLX has no fused attention (its CPU backend)."""
+
+
+def head_blocks(metadata: AttentionMetadata, num_kv_heads: int) -> mx.array:
+    """[B, H, N] int32: rows of pages `[num_blocks * H, ...]` that hold each request's heads."""
+
+    def rows() -> mx.array:
+        return metadata.block_table[:, None, :] * num_kv_heads + mx.arange(num_kv_heads)[:, None]
+
+    return metadata.derived.once(("head_blocks", num_kv_heads), rows)
+
+
+def valid_tokens(metadata: DecodeMetadata, block_size: int) -> mx.array:
+    """[B, 1, 1, N * block_size] bool, true where a gathered token belongs to the request."""
+
+    def mask() -> mx.array:
+        positions = mx.arange(metadata.block_table.shape[1] * block_size)
+        return (positions[None, :] < metadata.seq_lens[:, None])[:, None, None, :]
+
+    return metadata.derived.once(("valid_tokens", block_size), mask)
+
+
+def causal_attention(
+    queries: mx.array,  # [1, Hq, L, Dk]
+    keys: mx.array,  # [1, H, S, Dk], the last L tokens being the queries' own
+    values: mx.array,  # [1, H, S, Dv]
+    scale: float,
+    sinks: mx.array | None,
+) -> mx.array:  # [1, Hq, L, Dv]
+    """Causal attention, in row tiles where MLX would hold all scores at once."""
+    heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
+    rows = query_len
+    if mx.default_device() == mx.Device(mx.cpu):
+        rows = max(16, SCORE_TILE_BYTES // (4 * heads * seq_len))
+    tiles = []
+    for start in range(0, query_len, rows):
+        end = min(start + rows, query_len)
+        visible = seq_len - query_len + end
+        tiles.append(
+            mx.fast.scaled_dot_product_attention(
+                queries[:, :, start:end],
+                keys[:, :, :visible],
+                values[:, :, :visible],
+                scale=scale,
+                mask="causal",
+                sinks=sinks,
+            )
+        )
+    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+
+
+def score_workspace_bytes(seq_len: int, query_len: int, num_heads: int) -> int:
+    """Temporary bytes of `causal_attention`: scores and probabilities of one tile."""
+    return 2 * min(4 * num_heads * query_len * seq_len, SCORE_TILE_BYTES)
+
+
+def softmax_with_sinks(
+    scores: mx.array,  # [B, H, G, S]
+    sinks: mx.array | None,  # [H * G]
+) -> mx.array:
+    """Softmax over S; a sink is one more logit of its head, without a value."""
+    if sinks is None:
+        return mx.softmax(scores, axis=-1)
+    batch, heads, group, _ = scores.shape
+    column = mx.broadcast_to(
+        sinks.astype(scores.dtype).reshape(1, heads, group, 1), (batch, heads, group, 1)
+    )
+    return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]

@@ -1,0 +1,63 @@
+"""The one place where dense or TurboQuant is chosen."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.config import TurboQuantConfig
+from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.layout import check_head_size
+
+Calibrate = Callable[[], Sequence[KeyConstants]]
+"""Gives the constants of every layer; called only where a layer is compressed."""
+
+
+def make_backends(
+    shapes: Sequence[LayerShape],
+    block_size: int,
+    dense_dtype: mx.Dtype,
+    turboquant: TurboQuantConfig | None,
+    calibrate: Calibrate,
+) -> list[AttentionBackend]:
+    """One backend for each layer.
+
+    Raises:
+        UserError: a layer that is to be compressed cannot be; gives every reason.
+    """
+    if turboquant is None:
+        return [DensePages(shape, block_size, dense_dtype) for shape in shapes]
+    skipped = turboquant.skipped(len(shapes))
+    _require_rotations(shapes, skipped)
+    formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
+    constants = calibrate()
+    return [
+        DensePages(shape, block_size, dense_dtype)
+        if layer in skipped
+        else TurboQuantReference(
+            shape, block_size, formats, constants[layer], turboquant.reproducible
+        )
+        for layer, shape in enumerate(shapes)
+    ]
+
+
+def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:
+    """Constants that change nothing, for whoever only asks for sizes."""
+    return lambda: [KeyConstants.neutral(s.num_kv_heads, s.head_size) for s in shapes]
+
+
+def _require_rotations(shapes: Sequence[LayerShape], skipped: frozenset[int]) -> None:
+    reasons = []
+    for layer, shape in enumerate(shapes):
+        for size in sorted({shape.head_size, shape.head_size_v}):
+            try:
+                check_head_size(size)
+            except ValueError as error:
+                if layer not in skipped:
+                    reasons.append(f"layer {layer}: {error}")
+    if reasons:
+        raise UserError("TurboQuant cannot compress this model", reasons[:4])

@@ -1,0 +1,215 @@
+"""TurboQuant pages behind the attention boundary.
+
+`TurboQuantAttention` holds what every path shares: the layout, the codecs with the layer's
+calibrated constants, the pages. `TurboQuantReference` stores and attends on MLX operations; it is
+the path wherever no kernel target exists, and the kernels' meaning in readable form.
+
+A prefill chunk attends over its own exact keys and values and over its compressed context; a
+decode step reads everything compressed. That keeps a prompt that fits in one chunk free of loss,
+but makes the low bits of a result depend on how the prompt was cut into chunks, on prefix-cache
+hits and on preemption. With `reproducible`, a chunk reads its own keys and values through the
+quantiser too, and the result depends on nothing but the tokens.
+"""
+
+import mlx.core as mx
+
+from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
+from vllm_metal.metal_kernel_backend.causal_attention import (
+    causal_attention,
+    head_blocks,
+    score_workspace_bytes,
+    softmax_with_sinks,
+    valid_tokens,
+)
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.formats import Format
+from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.products import (
+    PackedVectors,
+    output_matrix,
+    query_matrices,
+)
+from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
+
+
+class TurboQuantAttention(AttentionBackend):
+    """Compressed paged attention of one layer.
+
+    Args:
+        shape: heads and head sizes of the layer.
+        block_size: tokens of a block, a multiple of 8.
+        formats: key and value format.
+        constants: the layer's calibrated centre and multiplier.
+        reproducible: read a chunk's own keys and values compressed, too.
+
+    Raises:
+        ValueError: the head size has no rotation, or the block size is not a multiple of 8.
+    """
+
+    compressed = True
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        block_size: int,
+        formats: tuple[Format, Format],
+        constants: KeyConstants,
+        reproducible: bool = False,
+    ):
+        super().__init__(shape, block_size)
+        self.formats = formats
+        self.reproducible = reproducible
+        self.layout = SlotLayout(
+            *formats, shape.head_size, shape.head_size_v, shape.num_kv_heads, block_size
+        )
+        self.slots = Slots(self.layout)
+        self.key_codec = KeyCodec(formats[0], constants.centre, constants.multiplier)
+        self.value_codec = ValueCodec(formats[1], shape.head_size_v)
+        self.name = f"turboquant {formats[0].name}/{formats[1].name}"
+
+    @property
+    def slot_size(self) -> int:
+        return self.layout.slot_size
+
+    def allocate(self, num_blocks: int) -> Pages:
+        return (self.slots.allocate(num_blocks),)
+
+
+class TurboQuantReference(TurboQuantAttention):
+    """The plain MLX path."""
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        block_size: int,
+        formats: tuple[Format, Format],
+        constants: KeyConstants,
+        reproducible: bool = False,
+    ):
+        super().__init__(shape, block_size, formats, constants, reproducible)
+        self._keys = PackedVectors(formats[0], shape.head_size)
+        self._values = PackedVectors(formats[1], shape.head_size_v)
+        self._query_matrices = query_matrices(constants.multiplier, self._keys.order)
+        self._output_matrix = output_matrix(self._values.order)
+
+    def store(
+        self,
+        pages: Pages,
+        keys: mx.array,
+        values: mx.array,
+        metadata: DecodeMetadata | PrefillMetadata,
+    ) -> Pages:
+        packed = self.slots.pack(self.key_codec.quantize(keys), self.value_codec.quantize(values))
+        return (self.slots.store(pages[0], packed, metadata.slot_mapping),)
+
+    def decode(
+        self,
+        pages: Pages,
+        queries: mx.array,
+        metadata: DecodeMetadata,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        key_scales, *biases, value_scales = self._scales(pages, metadata)  # [B, H, 1, S] each
+        rotated = self._rotate_queries(queries, scale)  # [B, H, G, Dk]
+        scores = self._keys.products(rotated, self._key_halfwords(pages, metadata)) * key_scales
+        if biases:
+            scores = scores + mx.sum(rotated, axis=-1, keepdims=True) * biases[0]
+        scores = mx.where(valid_tokens(metadata, self.block_size), scores, -mx.inf)
+        weights = softmax_with_sinks(scores, sinks) * value_scales
+        out = self._values.weighted_sum(weights, self._value_halfwords(pages, metadata))
+        return self._unrotate(out).reshape(*queries.shape[:2], -1).astype(queries.dtype)
+
+    def prefill(
+        self,
+        pages: Pages,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        metadata: PrefillMetadata,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        if not (self.reproducible or metadata.context_len):
+            return causal_attention(queries[None], keys[None], values[None], scale, sinks)[0]
+        rotated = self._rotate_queries(queries.swapaxes(0, 1), scale)  # [L, H, G, Dk]
+        rotated = rotated.reshape(rotated.shape[0], -1, rotated.shape[-1]).swapaxes(0, 1)
+        stored_keys, stored_values = self._stored(pages, metadata)  # [1, H, S, D] each
+        if not self.reproducible:
+            context = metadata.context_len
+            exact = self.key_codec.rotate_keys(keys.swapaxes(0, 1)).swapaxes(0, 1)
+            exact = exact[None][..., self._keys.order]
+            stored_keys = mx.concatenate([stored_keys[:, :, :context], exact], axis=2)
+            exact = self.value_codec.rotate_values(values)[None][..., self._values.order]
+            stored_values = mx.concatenate([stored_values[:, :, :context], exact], axis=2)
+        out = causal_attention(rotated[None], stored_keys, stored_values, 1.0, sinks)[0]
+        return self._unrotate(out).astype(queries.dtype)
+
+    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+        seq_len = context_len + query_len
+        sizes = self.shape.head_size + self.shape.head_size_v
+        dequantized = 3 * 4 * seq_len * self.shape.num_kv_heads * sizes
+        quantizing = 2 * 4 * 5 * query_len * self.shape.num_kv_heads * sizes
+        return dequantized + quantizing + score_workspace_bytes(seq_len, query_len, num_heads)
+
+    def _stored(
+        self, pages: Pages, metadata: PrefillMetadata
+    ) -> tuple[mx.array, mx.array]:  # [1, H, S, D] each
+        """Rotated keys and values of context and chunk as the pages have them."""
+        key_scales, *biases, value_scales = self._scales(pages, metadata)  # [1, H, 1, S] each
+        keys = self._keys.centroids(self._key_halfwords(pages, metadata)) * _column(key_scales)
+        if biases:
+            keys = keys + _column(biases[0])
+        values = self._values.centroids(self._value_halfwords(pages, metadata))
+        values = values * _column(value_scales)
+        return keys[:, :, : metadata.seq_len], values[:, :, : metadata.seq_len]
+
+    def _rotate_queries(self, queries: mx.array, scale: float) -> mx.array:
+        """[B, Hq, Dk] to float32 [B, H, G, Dk], rotated, times `scale`, in the keys' order."""
+        grouped = queries.astype(mx.float32) * scale
+        grouped = grouped.reshape(queries.shape[0], self.shape.num_kv_heads, -1, queries.shape[-1])
+        return grouped @ self._query_matrices
+
+    def _unrotate(self, out: mx.array) -> mx.array:
+        """Sums of rotated values, [..., Dv] in the values' order, to outputs."""
+        return out @ self._output_matrix
+
+    def _key_halfwords(self, pages: Pages, metadata: AttentionMetadata) -> mx.array:
+        layout = self.layout
+        return self._plane(pages, metadata, layout.key_codes_offset, layout.key_codes_bytes)
+
+    def _value_halfwords(self, pages: Pages, metadata: AttentionMetadata) -> mx.array:
+        layout = self.layout
+        return self._plane(pages, metadata, layout.value_codes_offset, layout.value_codes_bytes)
+
+    def _scales(self, pages: Pages, metadata: AttentionMetadata) -> mx.array:
+        """Key scales, key biases where there are any, value scales: float32 [P, B, H, 1, S]."""
+        layout = self.layout
+        planes = (layout.head_page_bytes - layout.key_scales_offset) // (2 * self.block_size)
+        numbers = self._gather(pages, metadata, layout.key_scales_offset, layout.head_page_bytes)
+        batch, heads, blocks, _ = numbers.shape
+        numbers = numbers.view(mx.float16).reshape(batch, heads, blocks, planes, -1)
+        numbers = mx.moveaxis(numbers, 3, 0).astype(mx.float32)
+        return numbers.reshape(planes, batch, heads, 1, -1)
+
+    def _plane(
+        self, pages: Pages, metadata: AttentionMetadata, offset: int, vector_bytes: int
+    ) -> mx.array:
+        """Packed codes of every token, uint16 [B, H, S, vector_bytes / 2]."""
+        end = offset + self.block_size * vector_bytes
+        plane = self._gather(pages, metadata, offset, end)
+        return plane.reshape(*plane.shape[:2], -1, vector_bytes // 2)
+
+    def _gather(
+        self, pages: Pages, metadata: AttentionMetadata, begin: int, end: int
+    ) -> mx.array:  # uint16 [B, H, N, (end - begin) / 2]
+        """Bytes begin .. end of the head pages of each request."""
+        rows = pages[0].reshape(-1, self.layout.head_page_bytes // 2)
+        return rows[:, begin // 2 : end // 2][head_blocks(metadata, self.shape.num_kv_heads)]
+
+
+def _column(scales: mx.array) -> mx.array:
+    """[1, H, 1, S] to [1, H, S, 1]."""
+    return scales.swapaxes(-1, -2)

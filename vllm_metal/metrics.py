@@ -1,0 +1,71 @@
+"""What the KV cache is made of, at `/metrics`.
+
+vLLM loads this class through the entry point group `vllm.stat_logger_plugins` in the API server.
+The figures are the start-up report's: computed from the model's config file and the page layouts,
+never from a second formula.
+"""
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import Gauge
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_metal import model_loader
+from vllm_metal.config import dense_dtype, parse
+from vllm_metal.kv_cache.capacity import CacheSummary
+from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+GAUGES = {
+    "num_layers": "attention layers of the model",
+    "num_compressed": "layers whose pages are compressed",
+    "bytes_per_token": "bytes of one token in the KV cache, all layers",
+    "dense_bytes_per_token": "bytes of one token if all layers were dense in 16 bits",
+    "bits_per_element": "stored bits of a key or value element, metadata included",
+    "ratio": "tokens that fit, over those that fit dense",
+}
+
+
+def summarise(vllm_config: "VllmConfig") -> CacheSummary:
+    """The cache that a worker builds for `vllm_config`."""
+    from vllm_metal.attention.model_binding import ModelBinding
+
+    model = vllm_config.model_config
+    cache = vllm_config.cache_config
+    shapes = ModelBinding(model_loader.load_structure(model.model, model.trust_remote_code)).layers
+    backends = make_backends(
+        shapes,
+        cache.block_size,
+        model_loader.mlx_dtype(dense_dtype(cache.cache_dtype, model.dtype)),
+        parse(vllm_config.additional_config, cache.cache_dtype),
+        neutral_constants(shapes),
+    )
+    return CacheSummary.of(backends)
+
+
+class KVCacheMetrics(StatLoggerBase):
+    """Gauges `vllm_metal:kv_cache_*`, set once."""
+
+    _gauges: dict[str, Gauge] = {}
+
+    def __init__(self, vllm_config: "VllmConfig", engine_index: int = 0):
+        self._vllm_config = vllm_config
+
+    def log_engine_initialized(self) -> None:
+        """Publishes the figures."""
+        summary = summarise(self._vllm_config)
+        for name, meaning in GAUGES.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(
+                    f"vllm_metal:kv_cache_{name}",
+                    meaning,
+                    ["model_name"],
+                    multiprocess_mode="mostrecent",
+                )
+            gauge = self._gauges[name].labels(self._vllm_config.model_config.served_model_name)
+            gauge.set(getattr(summary, name))
+
+    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0) -> None:
+        """Nothing changes from step to step."""
