@@ -11,8 +11,9 @@
 //   merge       a threadgroup per (query row, request): splits -> output
 //   dequantize  a simdgroup per stored vector: a run of tokens of one request to plain K and V
 //
-// Launchers are in turboquant/launcher.py. Bodies of kernels are functions here; threadgroup
-// memory is declared by the launcher, where Metal wants it. MSL, C++14, ASCII.
+// Launchers are in turboquant/launcher.py, the short bodies that declare threadgroup memory and
+// call a function of this file in turboquant/kernels.py; they also name the sections (ruled
+// headings) that a kernel needs. MSL, C++14, ASCII.
 
 #include <metal_stdlib>
 using namespace metal;
@@ -30,7 +31,7 @@ constant constexpr float LOG2_E = 1.44269504088896341f;
 constant constexpr float LOWEST_SCORE = -1e30f;  // running maximum before the first token
 constant constexpr float RESCALE_MARGIN = 8.0f;  // in powers of two
 
-// ------------------------------------------------------------------------------ slot access
+// ----------------------------------------------------------------------------------- slot access
 // The only pointer arithmetic on pages.
 
 template <
@@ -90,7 +91,7 @@ struct SlotLayout {
 // The scales (or biases) of an even slot and the next.
 METAL_FUNC uint load_pair(const device uchar* scales) { return *(const device uint*)scales; }
 
-// -------------------------------------------------------------------------------- unpacking
+// ------------------------------------------------------------------------------------- unpacking
 // Two neighbouring tokens ride in the two halves of each word: pairs[j] holds halfword j of a
 // chunk of token A below halfword j of the same chunk of token B.
 
@@ -210,7 +211,7 @@ METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
              half2(offset, offset));
 }
 
-// --------------------------------------------------------------------------------- codebook
+// -------------------------------------------------------------------------------------- codebook
 // centroid(code) = c1 x + c3 x^3 + c5 x^5, x = code - (n - 1) / 2 = g n / 2 with g a grid point.
 // unit * (g + third g^3 + fifth g^5) is the same; the unit is left to the caller.
 
@@ -240,7 +241,7 @@ struct Codebook {
   }
 };
 
-// --------------------------------------------------------------------------------- rotation
+// -------------------------------------------------------------------------------------- rotation
 
 #ifndef ROUNDED_PRODUCT
 // A product that no later addition may be fused with.
@@ -341,7 +342,7 @@ struct Vector {
   }
 };
 
-// ----------------------------------------------------------------- sums spread over the lanes
+// ------------------------------------------------------------------------------- sums over lanes
 // Lane l of LANES neighbours, `stride` apart, ends with elements first .. first + N / LANES - 1 of
 // the sum of their arrays v, first = l N / LANES; `spread` is the way back, without the sum. With
 // fewer elements than lanes, neighbours share an element.
@@ -387,7 +388,7 @@ METAL_FUNC void spread(thread float (&v)[N], int lane) {
   }
 }
 
-// --------------------------------------------------------------------------- online softmax
+// -------------------------------------------------------------------------------- online softmax
 
 // Softmax weights relative to 2^max. Empty: max = LOWEST_SCORE, sum = 0.
 struct SoftmaxState {
@@ -415,7 +416,7 @@ struct SoftmaxState {
   METAL_FUNC float normaliser() const thread { return sum > 0.0f ? 1.0f / sum : 0.0f; }
 };
 
-// ------------------------------------------------------------------------------ quantisation
+// ---------------------------------------------------------------------------------- quantisation
 
 // A rotated vector to codes and a scale, as codec.py has it: same operations, same rounding.
 template <int D, int BITS, int TERMS, bool HAS_BIAS, bool UNBIASED>
@@ -553,7 +554,7 @@ struct Quantizer {
   }
 };
 
-// ------------------------------------------------------------------------------ the kernels
+// ----------------------------------------------------------------------------------------- store
 
 // Stores one new key or value. Writes through `pages`, an input of the kernel: readers must bind
 // the kernel's output to be ordered after it.
@@ -627,6 +628,8 @@ METAL_FUNC void store_vectors(
   }
 }
 
+// ------------------------------------------------------------------------------------ dequantize
+
 // Two neighbouring stored vectors back to numbers, [n, D]: still rotated, or as the model had them.
 template <int D, int BITS, int TERMS, bool UNROTATE, typename T>
 METAL_FUNC void dequantize_pair(
@@ -679,7 +682,8 @@ METAL_FUNC void dequantize_pair(
 }
 
 // Tokens first .. first + n - 1 (first even) of one request: keys [H, n, Dk], values [H, n, Dv].
-template <typename Slots, int SIMDGROUPS, bool UNROTATE, typename T, typename Table, typename Params>
+template <
+    typename Slots, int SIMDGROUPS, bool UNROTATE, typename T, typename Table, typename Params>
 METAL_FUNC void dequantize_tokens(
     const device ushort* pages, Table block_table, const device float* centre,
     const device float* query_factors, const device float* value_factors,
@@ -714,12 +718,7 @@ METAL_FUNC void dequantize_tokens(
   }
 }
 
-// Half `i` of one or two words.
-template <int WORDS>
-METAL_FUNC float pick(const thread uint (&words)[WORDS], int i) {
-  uint word = WORDS > 1 && i >= 2 ? words[WORDS - 1] : words[0];
-  return float(as_type<half2>(i % 2 ? word >> 16 : word).x);
-}
+// ---------------------------------------------------------------------------------------- splits
 
 // Which tokens the rows of a request see, and how they are split. params: int [8].
 struct Splits {
@@ -744,6 +743,15 @@ struct Splits {
     return (seq_len - first + split_tokens - 1) / split_tokens;
   }
 };
+
+// ---------------------------------------------------------------------------------------- decode
+
+// Half `i` of one or two words.
+template <int WORDS>
+METAL_FUNC float pick(const thread uint (&words)[WORDS], int i) {
+  uint word = WORDS > 1 && i >= 2 ? words[WORDS - 1] : words[0];
+  return float(as_type<half2>(i % 2 ? word >> 16 : word).x);
+}
 
 // Attention of R rows of one KV head over one split. A lane holds chunk l % LANES of TOKENS
 // neighbouring tokens; each simdgroup reads SIMD_SIZE / LANES such runs at a time.
@@ -1114,6 +1122,8 @@ struct Decode {
     }
   }
 };
+
+// ----------------------------------------------------------------------------------------- merge
 
 // The splits of one query row to its output [B, Q, Hq, Dv]: weigh, add, rotate back, cast.
 template <

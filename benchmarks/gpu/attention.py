@@ -142,7 +142,7 @@ class Decode:
             scales = cp.full((num_blocks, KV_HEADS, BLOCK_SIZE), 0.03, cp.float16)
             pages[:, :, offset : offset + 2 * BLOCK_SIZE] = scales.view(cp.uint8)
         self.pages = pages.view(cp.uint16)
-        order = 1 + cp.random.permutation(num_blocks - 1).astype(cp.int32)
+        order = cp.random.permutation(num_blocks - 1).astype(cp.int32) + cp.int32(1)
         self.tables = list(order.reshape(sets, batch, blocks))
         self.lengths = cp.full((batch,), length, cp.int32)
         shape = batch, 1, HEADS, HEAD_SIZE

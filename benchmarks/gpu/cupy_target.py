@@ -25,20 +25,16 @@ def cuda_program(
     kernel: Kernel, template, dtypes, name: str, resident: tuple[int, int] | None = None
 ) -> str:
     """The program of one instantiation, as MLX would write it."""
-    shim = library.shim_source("metal_cuda.h")
-    text = library.without_includes(library.library_source(kernel.library))
-    bounds = library.CUDA_BOUNDS.format(*resident) if resident else ""
     names = kernel.input_names + kernel.output_names
     parameters = ", ".join(
         f"{'const ' if i < len(kernel.input_names) else ''}{TYPES[np.dtype(dtype)]}* {buffer}"
         for i, (buffer, dtype) in enumerate(zip(names, dtypes, strict=True))
     )
     constants = "".join(f"  constexpr int {key} = {int(value)};\n" for key, value in template)
-    body = library.cuda_text(library.declare_threadgroup(kernel.body, "__shared__"))
     return (
-        f"{INCLUDES}{shim}{library.cuda_text(text)}{bounds}"
+        f"{INCLUDES}{library.cuda_library(kernel, resident)}"
         f'extern "C" __global__ void {name}({parameters}) {{\n'
-        f"{constants}{library.CUDA_ATTRIBUTES}{body}}}\n"
+        f"{constants}{library.cuda_body(kernel)}}}\n"
     )
 
 

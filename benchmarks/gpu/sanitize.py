@@ -35,6 +35,7 @@ def run(k_quant, v_quant, head_size, kv_heads, block_size, group, num_queries) -
     for request, length in enumerate(lengths):
         positions = np.arange(length)
         slots = table[request][positions // block_size] * block_size + positions % block_size
+        slots = slots.astype(np.int32)
         new = cp.random.standard_normal((length, kv_heads, head_size)).astype(cp.float16)
         token = launcher.store(pages, new, new, cp.asarray(slots), constants, token)
     shape = 3, num_queries, group * kv_heads, head_size

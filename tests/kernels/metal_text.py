@@ -19,8 +19,8 @@ SHIM = Path(__file__).parent / "metal_strict.h"
 
 FLAGS = (
     "-std=c++14 -x c++ -fsyntax-only -nostdinc -nostdinc++ -Wall -Wextra -Wno-unused-parameter "
-    "-Wno-unknown-attributes -Wno-ignored-attributes -Werror -Wconversion -Wno-sign-conversion "
-    "-Wdouble-promotion"
+    "-Wno-unused-const-variable -Wno-unknown-attributes -Wno-ignored-attributes -Werror "
+    "-Wconversion -Wno-sign-conversion -Wdouble-promotion"
 ).split()
 
 THREADGROUP_BYTES = 32 << 10
@@ -52,15 +52,13 @@ def metal_text(launch: Callable[..., object], *arrays: mx.array) -> list[str]:
         return re.findall(r"```\n(.*?)\n```", file.read().decode("ascii"), re.DOTALL)
 
 
-def joined(sources: list[str]) -> str:
-    """One program of several kernels: the library, which they share, once; each kernel once."""
-    heads, kernels = set(), {}
+def joined(sources: list[str]) -> list[str]:
+    """A program for each kind of kernel: its part of the library once, each kernel once."""
+    programs: dict[str, dict[str, None]] = {}
     for source in sources:
         head, kernel = _split(source)
-        heads.add(head)
-        kernels[kernel] = None
-    assert len(heads) == 1, "kernels of one file share its text"
-    return heads.pop() + "\n".join(kernels)
+        programs.setdefault(head, {})[kernel] = None
+    return [head + "\n".join(kernels) for head, kernels in programs.items()]
 
 
 def _split(source: str) -> tuple[str, str]:

@@ -57,11 +57,13 @@ def sources(
 
 
 def check(texts: list[str]) -> None:
-    program = for_clang(joined(texts))
-    assert program.count("static_assert(sizeof") == program.count("[[kernel]] void")
-    assert compile_errors(program) == ""
-    for slots in re.findall(r"\[\[buffer\((\d+)\)\]\]", program):
-        assert int(slots) < 31
+    programs = joined(texts)
+    assert len(programs) == 4
+    for program in map(for_clang, programs):
+        assert program.count("static_assert(sizeof") == program.count("[[kernel]] void")
+        assert compile_errors(program) == ""
+        for slots in re.findall(r"\[\[buffer\((\d+)\)\]\]", program):
+            assert int(slots) < 31
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,14 +110,14 @@ def test_small_inputs_lie_in_the_constant_address_space(batch):
     """MLX passes arrays of fewer than 8 elements as `constant`, others as `device`."""
     tiny = SlotLayout.of("q4_0", "q4_0", 32, 1, 8)
     texts = sources(tiny, group=1, batch=batch)
-    program = joined(texts)
+    program = "".join(joined(texts))
     assert ("const constant int32_t* seq_lens" in program) == (batch < 8)
     assert ("const constant float* states" in program) == (batch < 4)
     check(texts)
 
 
 @cache
-def program() -> str:
+def programs() -> list[str]:
     return joined(sources(LAYOUT))
 
 
@@ -150,14 +152,14 @@ PLANTED = {
 
 
 def test_the_program_that_errors_are_planted_in_is_right():
-    assert compile_errors(for_clang(program())) == ""
+    assert [compile_errors(for_clang(program)) for program in programs()] == [""] * 4
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_errors_are_caught(name):
     right, wrong = PLANTED[name]
-    assert right in program()
-    assert "error" in compile_errors(for_clang(program().replace(right, wrong, 1)))
+    program = next(program for program in programs() if right in program)
+    assert "error" in compile_errors(for_clang(program.replace(right, wrong, 1)))
 
 
 def test_every_pointer_cast_names_an_address_space():

@@ -11,7 +11,7 @@ from vllm_metal.metal_kernel_backend.kernel_library import Kernel
 
 def run(body: str, x: mx.array, threads: int = 64, groups: int = 1, template=()) -> mx.array:
     """One kernel with input x and an output of its size and type."""
-    kernel = Kernel("probe", "turboquant", ("x",), ("y",), POSITION + body)
+    kernel = Kernel("probe", "turboquant", (), ("x",), ("y",), POSITION + body)
     return HostTarget().build(kernel)(
         inputs=[x],
         template=list(template),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import mlx.core as mx
+import pytest
 
 from vllm_metal.metal_kernel_backend import kernel_library
 from vllm_metal.metal_kernel_backend.kernel_library import (
@@ -10,12 +11,13 @@ from vllm_metal.metal_kernel_backend.kernel_library import (
     Kernel,
     available_target,
     compact,
-    cuda_text,
     declare_threadgroup,
     library_source,
+    library_text,
+    without_device,
 )
 
-KERNEL = Kernel("scale", "turboquant", ("x",), ("y",), "  y[0] = x[0];\n")
+KERNEL = Kernel("scale", "turboquant", ("rotation",), ("x",), ("y",), "  y[0] = x[0];\n")
 
 
 def test_no_target_is_chosen_on_a_cpu():
@@ -27,6 +29,13 @@ def test_the_kernel_library_is_found():
     assert "store_vectors" in library_source("turboquant")
 
 
+def test_a_kernel_takes_the_start_of_the_file_and_its_sections():
+    text = library_text(KERNEL)
+    assert "SIMD_SIZE = 32" in text and "struct Vector" in text and "store_vectors" not in text
+    with pytest.raises(KeyError, match="no such"):
+        library_text(replace(KERNEL, sections=("no such",)))
+
+
 def test_compact_text_keeps_the_program_and_loses_the_comments():
     text = compact(library_source("turboquant"))
     assert "//" not in text and "\n\n" not in text and "\n " not in text
@@ -34,7 +43,7 @@ def test_compact_text_keeps_the_program_and_loses_the_comments():
 
 
 def test_cuda_text_keeps_words_that_contain_device():
-    assert cuda_text("const device int* x; __device__ f(); on_device (y)") == (
+    assert without_device("const device int* x; __device__ f(); on_device (y)") == (
         "const int* x; __device__ f(); on_device (y)"
     )
 

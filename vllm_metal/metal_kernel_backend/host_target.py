@@ -26,7 +26,7 @@ from vllm_metal.metal_kernel_backend.kernel_library import (
     Target,
     Template,
     declare_threadgroup,
-    library_source,
+    library_text,
     shim_source,
     without_includes,
 )
@@ -123,8 +123,7 @@ def host_source(
         declarations="\n".join(declarations),
         body=declare_threadgroup(kernel.body, "static thread_local"),
     )
-    library = without_includes(library_source(kernel.library))
-    return shim_source("metal_host.h") + library + entry
+    return shim_source("metal_host.h") + without_includes(library_text(kernel)) + entry
 
 
 @cache

@@ -34,6 +34,8 @@ class Kernel:
     name: str
     library: str
     """File name in `kernels/`, without `.metal`."""
+    sections: tuple[str, ...]
+    """The parts of the file that it needs, by their ruled headings, in the file's order."""
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     body: str
@@ -61,10 +63,10 @@ class MetalTarget(Target):
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
         return mx.fast.metal_kernel(
-            name=_unique_name(kernel, ""),
+            name=_unique_name(kernel, library_text(kernel)),
             input_names=list(kernel.input_names),
             output_names=list(kernel.output_names),
-            header=compact(library_source(kernel.library)),
+            header=library_text(kernel),
             source=kernel.body,
         )
 
@@ -75,18 +77,28 @@ class CudaTarget(Target):
     name = "cuda"
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
-        shim = shim_source("metal_cuda.h")
-        library = shim + cuda_text(without_includes(library_source(kernel.library)))
-        if resident:
-            library += CUDA_BOUNDS.format(*resident)
+        library = cuda_library(kernel, resident)
         return mx.fast.cuda_kernel(
             # MLX keeps compiled CUDA kernels by their names alone, on disk too.
             name=_unique_name(kernel, library),
             input_names=list(kernel.input_names),
             output_names=list(kernel.output_names),
             header=library,
-            source=CUDA_ATTRIBUTES + cuda_text(declare_threadgroup(kernel.body, "__shared__")),
+            source=cuda_body(kernel),
         )
+
+
+def cuda_library(kernel: Kernel, resident: tuple[int, int] | None) -> str:
+    """What stands before the kernel."""
+    text = compact(shim_source("metal_cuda.h")) + without_device(
+        without_includes(library_text(kernel))
+    )
+    return text + CUDA_BOUNDS.format(*resident) if resident else text
+
+
+def cuda_body(kernel: Kernel) -> str:
+    """What stands inside it."""
+    return CUDA_ATTRIBUTES + without_device(declare_threadgroup(kernel.body, "__shared__"))
 
 
 CUDA_BOUNDS = """
@@ -128,13 +140,25 @@ def shim_source(name: str) -> str:
     return (Path(__file__).parent / "shims" / name).read_text(encoding="ascii")
 
 
-def cuda_text(source: str) -> str:
-    """Metal's text for CUDA: `device` cannot be a macro there, since `__device__` expands to it."""
+def library_text(kernel: Kernel) -> str:
+    """The sections of its file that a kernel needs, compact.
+
+    Raises KeyError for a section that the file does not have.
+    """
+    start, *rest = re.split(
+        r"^// -{10,} (.*)\n", library_source(kernel.library), flags=re.MULTILINE
+    )
+    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    return compact(start + "".join(sections[name] for name in kernel.sections))
+
+
+def without_device(source: str) -> str:
+    """For CUDA, where `device` cannot be a macro: `__device__` expands to a text that has it."""
     return re.sub(r"\bdevice ", "", source)
 
 
-def _unique_name(kernel: Kernel, shim: str) -> str:
-    text = shim + library_source(kernel.library) + kernel.body
+def _unique_name(kernel: Kernel, library: str) -> str:
+    text = library + kernel.body
     return f"{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

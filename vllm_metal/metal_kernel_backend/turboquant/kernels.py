@@ -25,6 +25,7 @@ POSITION = """threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
 STORE = Kernel(
     "turboquant_store",
     "turboquant",
+    ("slot access", "rotation", "quantisation", "store"),
     ("pages", "keys", "values", "slot_mapping", "centre", "key_factors", "value_factors")
     + ("key_codebook", "value_codebook", "params", "after"),
     ("token",),
@@ -40,6 +41,8 @@ STORE = Kernel(
 DECODE = Kernel(
     "turboquant_decode",
     "turboquant",
+    ("slot access", "unpacking", "codebook", "rotation", "sums over lanes", "online softmax")
+    + ("splits", "decode"),
     ("pages", "queries", "query_factors", "centre", "block_table", "seq_lens")
     + ("key_codebook", "value_codebook", "params", "scales", "token"),
     ("partials", "states"),
@@ -58,6 +61,7 @@ DECODE = Kernel(
 MERGE = Kernel(
     "turboquant_merge",
     "turboquant",
+    ("slot access", "rotation", "online softmax", "splits", "merge"),
     ("partials", "states", "queries", "centre", "value_factors", "seq_lens", "sinks")
     + ("params", "scales"),
     ("output",),
@@ -73,6 +77,7 @@ MERGE = Kernel(
 DEQUANTIZE = Kernel(
     "turboquant_dequantize",
     "turboquant",
+    ("slot access", "unpacking", "codebook", "rotation", "dequantize"),
     ("pages", "block_table", "centre", "query_factors", "value_factors")
     + ("key_codebook", "value_codebook", "params", "token"),
     ("keys", "values"),

@@ -74,6 +74,7 @@ class Launcher:
         self.run_tokens = self.run_tokens or (2 if self.target.name == "metal" else 4)
         largest = max(layout.key_head_size, layout.value_head_size)
         self.max_rows = max(1, min(self.max_rows, 2048 // largest))
+        self._template = layout.template()
         self.key_codebook = codebook(layout.key_format, layout.key_head_size)
         self.value_codebook = codebook(layout.value_format, layout.value_head_size)
         for kernel in (STORE, MERGE, DEQUANTIZE):
@@ -112,7 +113,7 @@ class Launcher:
                 _integers((tokens,) + (0,) * 7),
                 self.no_token() if token is None else token,
             ],
-            template=[*self.layout.template(), ("SIMDGROUPS", STORE_SIMDGROUPS)],
+            template=[*self._template, ("SIMDGROUPS", STORE_SIMDGROUPS)],
             grid=(groups * STORE_SIMDGROUPS * SIMD_SIZE, 1, 1),
             threadgroup=(STORE_SIMDGROUPS * SIMD_SIZE, 1, 1),
             output_shapes=[(8,)],
@@ -150,7 +151,7 @@ class Launcher:
         split_tokens, num_splits = splits(visible, groups, slots)
         params = _integers((split_tokens, num_splits, window, block_table.shape[1], 0, 0, 0, 0))
         scales = _floats((scale, softcap) + (0.0,) * 6)
-        template = [*self.layout.template(), ("G", group), ("Q", num_queries)]
+        template = [*self._template, ("G", group), ("Q", num_queries)]
         partials, states = self._decode_kernel(rows_each)(
             inputs=[
                 pages,
@@ -242,7 +243,7 @@ class Launcher:
                 token,
             ],
             template=[
-                *layout.template(),
+                *self._template,
                 ("SIMDGROUPS", STORE_SIMDGROUPS),
                 ("UNROTATE", int(not rotated)),
             ],

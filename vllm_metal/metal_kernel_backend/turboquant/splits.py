@@ -15,18 +15,17 @@ ASSUMED_CORES = {"metal": 16, "cuda": 132}
 
 @lru_cache(maxsize=4096)
 def splits(tokens: int, groups: int, slots: int) -> tuple[int, int]:
-    """(tokens of a split, splits) for the longest request: of 1 .. 128, those that end first.
+    """(tokens of a split, splits) for the longest request, at most 128 splits.
 
-    `groups` threadgroups are needed per split, `slots` run at a time. A wave of them takes its
-    tokens and a constant of one step.
+    `groups` threadgroups are needed per split, `slots` run at a time. One wave that fills them is
+    best; where no number of splits gives one, about two and a half waves keep the ends even
+    (measured on an H200, see docs/kernels.md).
     """
     steps = -(-max(tokens, 1) // SPLIT_STEP)
-
-    def cost(count: int) -> int:
-        waves = -(-groups * count // slots)
-        return waves * (-(-steps // count) + 1)
-
-    split_steps = -(-steps // min(range(1, min(steps, 128) + 1), key=cost))
+    count = slots // groups
+    if count * groups < 0.9 * slots:
+        count = round(2.6 * slots / groups)
+    split_steps = -(-steps // max(1, min(count, steps, 128)))
     return split_steps * SPLIT_STEP, -(-steps // split_steps)
 
 
