@@ -1,12 +1,16 @@
 """Errors that a user can mend are shown as their message and nothing else."""
 
-import logging
+import multiprocessing
 import pickle
 import sys
 
 import pytest
 
-from vllm_metal.errors import UserError, show_user_errors_without_stack
+from vllm_metal.errors import (
+    UserError,
+    show_user_errors_without_stack,
+    user_errors_end_child_process,
+)
 
 
 def test_the_message_lists_every_reason():
@@ -33,8 +37,6 @@ def test_it_survives_the_way_between_processes():
 def hook(monkeypatch):
     """The exception hook as `register` installs it, over one that only takes notes."""
     others = []
-    logger = logging.getLogger("vllm.v1.engine.core")
-    monkeypatch.setattr(logger, "filters", [])
     monkeypatch.setattr(sys, "excepthook", lambda *arguments: others.append(arguments))
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
     show_user_errors_without_stack()
@@ -65,7 +67,6 @@ def test_the_parent_of_a_failed_engine_says_so_in_one_line(hook, capsys):
 
 def test_another_programs_engine_failure_keeps_its_stack(monkeypatch, capsys):
     others = []
-    monkeypatch.setattr(logging.getLogger("vllm.v1.engine.core"), "filters", [])
     monkeypatch.setattr(sys, "excepthook", lambda *arguments: others.append(arguments))
     monkeypatch.setattr(sys, "argv", ["my_program.py"])
     show_user_errors_without_stack()
@@ -73,26 +74,23 @@ def test_another_programs_engine_failure_keeps_its_stack(monkeypatch, capsys):
     assert len(others) == 1
 
 
+def fail(error: Exception) -> None:
+    """What an engine process does when its start fails."""
+    with user_errors_end_child_process():
+        raise error
+
+
 @pytest.mark.parametrize("error", [UserError("Too little memory"), ValueError("bug")], ids=repr)
-def test_vllms_start_up_log(hook, error):
-    """The engine logs why it fails with a stack; a user error loses it there."""
-    lines = []
+def test_the_end_of_an_engine_process(error, capfd):
+    process = multiprocessing.get_context("spawn").Process(target=fail, args=(error,))
+    process.start()
+    process.join()
+    shown = capfd.readouterr().err
+    assert process.exitcode == 1
+    assert str(error) in shown
+    assert ("Traceback" in shown) == isinstance(error, ValueError)
 
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(self.format(record))
 
-    logger, handler = logging.getLogger("vllm.v1.engine.core"), Lines()
-    logger.addHandler(handler)
-    try:
-        try:
-            raise error
-        except Exception:
-            logger.exception("EngineCore failed to start.")
-    finally:
-        logger.removeHandler(handler)
-    [line] = lines
-    assert ("Traceback" in line) == isinstance(error, ValueError)
-    assert str(error) in line
-    if isinstance(error, UserError):
-        assert line == str(error)
+def test_in_the_users_own_process_the_error_passes_through():
+    with pytest.raises(UserError):
+        fail(UserError("Too little memory"))

@@ -16,7 +16,7 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
     key_format,
 )
 
-DENSE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+DENSE_DTYPES = ("auto", "float16", "bfloat16")
 """Values of `--kv-cache-dtype` that name dense pages; `auto` is the model's type."""
 
 PRESETS = {

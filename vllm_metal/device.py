@@ -16,6 +16,9 @@ from vllm_metal.errors import UserError
 DEVICE_VARIABLE = "VLLM_METAL_DEVICE"
 DEVICE_CHOICES = ("auto", "metal", "cuda", "cpu")
 
+HOST_RESERVE = 2 << 30
+"""Bytes left to Python, torch and the rest of the machine where MLX shares the RAM as a CPU."""
+
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -60,7 +63,7 @@ class Device:
     """Bytes that may be planned with: Metal's recommended working set, a CUDA card's memory, or
     on the CPU what the machine or its cgroup allows."""
     memory_in_use: int
-    """Bytes of that limit that other processes hold at start."""
+    """Bytes of that limit that are not for MLX: what others hold at start, and a reserve."""
 
 
 def select_device() -> Device:
@@ -82,7 +85,7 @@ def select_device() -> Device:
     if kind == "cpu":
         mx.set_default_device(mx.cpu)
         limit = machine_memory()
-        in_use = max(0, limit - psutil.virtual_memory().available)
+        in_use = max(0, limit - psutil.virtual_memory().available) + HOST_RESERVE
         return Device(kind, f"{platform.machine()} CPU", limit, in_use)
     mx.set_default_device(mx.gpu)
     info = mx.device_info()

@@ -43,7 +43,11 @@ class UnsupportedModelError(UserError):
     """The model cannot be served; the message gives all reasons."""
 
     def __init__(self, model_type: str, reasons: list[str]):
+        self._model_type = model_type
         super().__init__(f"Model type {model_type!r} cannot be served", reasons)
+
+    def _arguments(self) -> tuple:
+        return self._model_type, self.reasons
 
 
 @dataclass
@@ -214,7 +218,11 @@ class ModelBinding:
             self.model(mx.zeros((1, 3), mx.int32), cache=dry)
         except Exception as error:
             raise UnsupportedModelError(
-                self.model_type, [f"its forward pass failed on our cache: {error!r}"]
+                self.model_type,
+                [
+                    "its forward pass failed on a paged cache, so its attention is computed in "
+                    f"another way than by mlx-lm's scaled_dot_product_attention ({error})"
+                ],
             ) from error
         for layer, cache in enumerate(dry):
             reasons += [f"layer {layer} {problem}" for problem in cache.problems()]

@@ -1,0 +1,162 @@
+"""Arithmetic of the memory plan; no device is asked."""
+
+import pytest
+
+from vllm_metal.device import Device
+from vllm_metal.errors import UserError
+from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
+from vllm_metal.kv_cache.planner import (
+    GIB,
+    MemoryPlan,
+    extrapolate_workspace,
+    format_bytes,
+    report,
+)
+
+MIB = 1 << 20
+
+
+def plan(in_use: int = 0, utilization: float = 0.75, requested: int | None = None) -> MemoryPlan:
+    device = Device("metal", "Apple M4", memory_limit=16 * GIB, memory_in_use=in_use)
+    return MemoryPlan(device, utilization, 3 * GIB, GIB, requested)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (92, "92 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (24 * MIB, "24.00 MiB"),
+        (1.5 * GIB, "1.50 GiB"),
+        (-2 * GIB, "-2.00 GiB"),
+        (0, "0 B"),
+    ],
+)
+def test_bytes_as_people_read_them(size, text):
+    assert format_bytes(size) == text
+
+
+def test_what_is_left_for_pages():
+    assert plan().budget == 12 * GIB
+    assert plan().page_bytes == 8 * GIB
+
+
+def test_other_processes_take_what_utilization_leaves_first():
+    """What others hold counts only once it exceeds the share that is left to them anyway."""
+    assert plan(in_use=2 * GIB).page_bytes == 8 * GIB
+    assert plan(in_use=6 * GIB).page_bytes == 6 * GIB
+
+
+def capacity(memory: MemoryPlan) -> Capacity:
+    """Blocks of 16 tokens that take 1 MiB each."""
+    return Capacity(memory.page_bytes, bytes_per_block=MIB, block_size=16)
+
+
+def refusal(memory: MemoryPlan, max_model_len: int) -> str:
+    with pytest.raises(UserError) as error:
+        memory.require(max_model_len, capacity(memory))
+    return str(error.value)
+
+
+def test_pages_may_not_fit_at_all():
+    memory = plan(in_use=13 * GIB)
+    assert memory.page_bytes == -GIB
+    assert "Too little memory for one request of 16 tokens" in refusal(memory, 16)
+
+
+def test_the_user_may_name_the_bytes_for_pages():
+    assert plan(in_use=13 * GIB, requested=5 * MIB).page_bytes == 5 * MIB
+
+
+@pytest.mark.parametrize("max_model_len", [1, 49, 64])
+def test_one_request_fits_beside_the_null_block(max_model_len):
+    memory = plan(requested=5 * MIB)
+    memory.require(max_model_len, capacity(memory))
+
+
+@pytest.mark.parametrize(("requested", "max_model_len"), [(5 * MIB, 65), (5 * MIB - 1, 64)])
+def test_one_token_or_one_byte_short(requested, max_model_len):
+    assert "remedy" in refusal(plan(requested=requested), max_model_len)
+
+
+def test_too_little_memory_names_numbers_and_remedy():
+    text = refusal(plan(), 1 << 20)
+    for part in (
+        "Too little memory for one request of 1048576 tokens",
+        "one request of 1048576 tokens needs 64.00 GiB (64.00 KiB per token)",
+        "memory limit 16.00 GiB x 0.75 (--gpu-memory-utilization)",
+        "weights 3.00 GiB",
+        "workspace 1.00 GiB",
+        "left for the KV cache 8.00 GiB",
+        "--max-model-len 131056 or less (or -1 to fit it)",
+        "--kv-cache-memory-bytes",
+    ):
+        assert part in text
+    assert "held by other processes" not in text
+
+
+def test_the_length_that_is_offered_fits_and_is_the_largest():
+    memory = plan()
+    offered = int(refusal(memory, 1 << 20).split("--max-model-len ")[1].split(" ")[0])
+    memory.require(offered, capacity(memory))
+    refusal(memory, offered + 1)
+
+
+def test_no_length_is_offered_where_none_fits():
+    text = refusal(plan(requested=MIB), 64)
+    assert "--max-model-len" not in text
+    assert "KV cache 1.00 MiB (--kv-cache-memory-bytes)" in text
+
+
+def test_memory_of_other_processes_is_shown():
+    assert "held by other processes 6.00 GiB" in plan(in_use=6 * GIB).lines()
+
+
+def test_workspace_grows_linearly_with_the_query():
+    assert extrapolate_workspace({32: 10 * MIB, 96: 26 * MIB}, 2048) == (2 + 512) * MIB
+    assert extrapolate_workspace({96: 26 * MIB, 32: 10 * MIB}, 2048) == (2 + 512) * MIB
+
+
+def test_workspace_is_at_least_what_was_measured():
+    """Short queries, and peaks that fall for whatever reason."""
+    assert extrapolate_workspace({32: 10 * MIB, 96: 26 * MIB}, 16) == 26 * MIB
+    assert extrapolate_workspace({32: 30 * MIB, 96: 26 * MIB}, 2048) == 30 * MIB
+
+
+def rows_of(text: str) -> dict[str, str]:
+    return {line[4:17].strip(): line[17:] for line in text.splitlines()[1:]}
+
+
+def test_the_report_counts_without_the_null_block():
+    per_block = 384 * 1024
+    summary = CacheSummary(30, 0, per_block / 16, per_block / 16, 12288)
+    blocks = Capacity(1025 * per_block + 5, per_block, 16)
+    text = report(plan(), ["dense bfloat16"] * 30, summary, blocks, 4096)
+    assert rows_of(text) == {
+        "device": "Apple M4 (metal)",
+        "memory limit": "16.00 GiB",
+        "weights": "3.00 GiB",
+        "workspace": "1.00 GiB",
+        "KV cache": "384.38 MiB",
+        "pages": "30 layers dense bfloat16",
+        "per token": "24.00 KiB",
+        "blocks": "1,025 of 16 tokens",
+        "tokens": "16,384",
+        "requests": "4.0 of 4,096 tokens (max_model_len)",
+    }
+
+
+def test_the_report_of_a_compressed_cache_compares_with_a_dense_one():
+    """28 layers of 92 bytes a head slot between two dense ones of 256, 3 heads."""
+    per_token = 3 * (28 * 92 + 2 * 256)
+    summary = CacheSummary(30, 28, per_token, 3 * 30 * 256, 3 * 30 * 128)
+    blocks = Capacity(11 * 16 * per_token, 16 * per_token, 16)
+    names = ["dense float16", *["turboquant q8_0/q3_0"] * 28, "dense float16"]
+    rows = rows_of(report(plan(), names, summary, blocks, 32))
+    assert rows["pages"] == "2 layers dense float16 + 28 layers turboquant q8_0/q3_0"
+    assert rows["compressed"] == "28 of 30 layers"
+    assert rows["ratio"].startswith("2.49x ")
+    assert rows["bits"].startswith("6.43 per key or value element")
+    assert rows["tokens"] == "160"
+    assert rows["dense tokens"] == "48 in the same bytes"

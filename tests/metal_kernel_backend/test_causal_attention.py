@@ -1,0 +1,51 @@
+"""Attention over gathered K/V: tiles make no difference but in memory; the mask of decode."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests import reference
+from vllm_metal.attention.metadata import DecodeMetadata
+from vllm_metal.metal_kernel_backend import causal_attention as module
+
+
+def qkv(query_len: int, seq_len: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = (4, query_len, 32), (2, seq_len, 32), (2, seq_len, 16)
+    return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("query_len", "seq_len"), [(50, 50), (50, 83), (33, 70), (1, 40)])
+def test_row_tiles_give_the_whole(monkeypatch, query_len, seq_len, with_sinks):
+    """With tiles of 16 rows, the smallest there are."""
+    monkeypatch.setattr(module, "SCORE_TILE_BYTES", 1)
+    queries, keys, values = qkv(query_len, seq_len)
+    sinks = np.array([0.5, -1, 2, 0], np.float32) if with_sinks else None
+    out = module.causal_attention(
+        *(mx.array(array)[None] for array in (queries, keys, values)),
+        0.2,
+        None if sinks is None else mx.array(sinks),
+    )
+    expected = reference.attention(queries, keys, values, 0.2, sinks)
+    np.testing.assert_allclose(np.array(out[0]), expected, atol=2e-6)
+
+
+def test_workspace_is_scores_and_probabilities_of_one_tile():
+    assert module.score_workspace_bytes(seq_len=1000, query_len=50, num_heads=4) == 2 * 800_000
+    assert module.score_workspace_bytes(1 << 17, 1 << 11, 32) == 2 * module.SCORE_TILE_BYTES
+
+
+def test_valid_tokens_end_with_the_request():
+    metadata = DecodeMetadata(
+        block_table=mx.array([[1, 2], [3, 0], [4, 0]]),
+        seq_lens=mx.array([6, 1, 4]),
+        slot_mapping=mx.array([0, 0, 0]),
+        offset=mx.array([5, 0, 3]),
+        max_seq_len=6,
+    )
+    mask = module.valid_tokens(metadata, block_size=4)
+    assert mask.shape == (3, 1, 1, 8)
+    assert mask.sum(axis=-1).flatten().tolist() == [6, 1, 4]
+    assert mask[0, 0, 0].tolist() == [True] * 6 + [False] * 2
+    assert module.valid_tokens(metadata, block_size=4) is mask

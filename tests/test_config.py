@@ -1,0 +1,150 @@
+"""`additional_config` and `--kv-cache-dtype`: what is chosen, and every way to get it wrong."""
+
+import dataclasses
+
+import pytest
+from vllm.config.cache import CacheDType
+
+from vllm_metal.config import (
+    DEFAULT_FORMATS,
+    PRESETS,
+    TurboQuantConfig,
+    dense_dtype,
+    parse,
+)
+from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+
+
+def refusal(additional_config, cache_dtype: str = "auto") -> str:
+    with pytest.raises(UserError) as error:
+        parse(additional_config, cache_dtype)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"turboquant": False}], ids=str)
+@pytest.mark.parametrize("cache_dtype", ["auto", "float16", "bfloat16"])
+def test_dense_pages_by_default(given, cache_dtype):
+    assert parse(given, cache_dtype) is None
+
+
+def test_turboquant_with_its_default_formats():
+    config = parse({"turboquant": True}, "auto")
+    assert config == TurboQuantConfig(*DEFAULT_FORMATS)
+    assert (config.k_quant, config.v_quant) == ("q8_0", "q3_0")
+    assert config.skipped(30) == frozenset()
+
+
+def test_formats_by_name():
+    config = parse({"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"}, "auto")
+    assert (config.k_quant, config.v_quant) == ("q4_0", "q4_0")
+    assert parse({"turboquant": True, "k_quant": "q4_0"}, "auto").v_quant == DEFAULT_FORMATS[1]
+
+
+@pytest.mark.parametrize("key", KEY_FORMATS)
+@pytest.mark.parametrize("value", VALUE_FORMATS)
+def test_every_pair_of_formats(key, value):
+    given = {"turboquant": True, "k_quant": key, "v_quant": value, "allow_lossy": True}
+    config = parse(given, "auto")
+    assert (config.k_quant, config.v_quant) == (key, value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_vllms_presets(preset):
+    assert preset in CacheDType.__args__
+    config = parse(None, preset)
+    assert (config.k_quant, config.v_quant) == PRESETS[preset]
+    assert parse({"turboquant": True}, preset) == config
+    assert parse({"skip_layers": [1]}, preset).skip_layers == (1,)
+
+
+def test_the_value_is_frozen_and_equal_in_every_process():
+    given = {"turboquant": True, "skip_layers": [2, 1]}
+    first, second = parse(given, "auto"), parse(given, "auto")
+    assert first == second and hash(first) == hash(second)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.k_quant = "q4_0"
+
+
+def test_layers_kept_dense():
+    config = parse({"turboquant": True, "skip_layers": [0, 5]}, "auto")
+    assert config.skipped(6) == {0, 5}
+    with pytest.raises(UserError, match=r"skip_layers names layer 5 \(allowed: 0 to 4\)"):
+        config.skipped(5)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "num_layers", "dense"),
+    [
+        (0, 4, set()),
+        (1, 4, {0, 3}),
+        (2, 6, {0, 1, 4, 5}),
+        (3, 4, {0, 1, 2, 3}),
+        (9, 4, {0, 1, 2, 3}),
+    ],
+)
+def test_layers_at_both_ends_kept_dense(boundary, num_layers, dense):
+    config = parse({"turboquant": True, "skip_layers": {"boundary": boundary}}, "auto")
+    assert config.skipped(num_layers) == dense
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"turbo_quant": True}, "unknown key 'turbo_quant' (allowed keys: turboquant, k_quant"),
+        ({"turboquant": "yes"}, "turboquant: 'yes' is not true or false"),
+        ({"turboquant": 1}, "turboquant: 1 is not true or false"),
+        ({"turboquant": True, "k_quant": "q7_0"}, "k_quant: 'q7_0' is not known (allowed: "),
+        ({"turboquant": True, "v_quant": 3}, "v_quant: 3 is not known"),
+        ({"turboquant": True, "v_quant": ["q3_0"]}, "v_quant: ['q3_0'] is not known"),
+        ({"turboquant": True, "skip_layers": 3}, "skip_layers: 3 is not a list"),
+        ({"turboquant": True, "skip_layers": [-1]}, "skip_layers: [-1] is not a list"),
+        ({"turboquant": True, "skip_layers": [True]}, "skip_layers: [True] is not a list"),
+        ({"turboquant": True, "skip_layers": {"boundary": -1}}, "skip_layers: {'boundary'"),
+        ({"turboquant": True, "skip_layers": {"ends": 1}}, "skip_layers: {'ends': 1}"),
+        ({"turboquant": True, "allow_lossy": None}, "allow_lossy: None is not true or false"),
+        ({"k_quant": "q8_0"}, 'k_quant without "turboquant": true has no effect'),
+        ({"turboquant": False, "skip_layers": [1]}, "skip_layers without"),
+    ],
+    ids=str,
+)
+def test_wrong_settings(given, reason):
+    assert reason in refusal(given)
+
+
+@pytest.mark.parametrize("k_quant", ["q2_0", "int2", "uint2"])
+def test_keys_of_two_bits_need_a_yes(k_quant):
+    given = {"turboquant": True, "k_quant": k_quant}
+    assert '"allow_lossy": true' in refusal(given)
+    assert '"allow_lossy": true' in refusal(given | {"allow_lossy": False})
+    assert parse(given | {"allow_lossy": True}, "auto").k_quant == k_quant
+
+
+@pytest.mark.parametrize(
+    "given", [{"turboquant": False}, {"k_quant": "q8_0"}, {"turboquant": True, "v_quant": "q4_0"}]
+)
+def test_a_preset_and_other_formats_contradict(given):
+    text = refusal(given, "turboquant_k8v4")
+    assert "--kv-cache-dtype turboquant_k8v4 already means k_quant q8_0, v_quant q4_0" in text
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8", "int8_per_token_head", "nvfp4"])
+def test_other_cache_types_of_vllm(cache_dtype):
+    assert f"--kv-cache-dtype {cache_dtype} (allowed: auto, " in refusal({}, cache_dtype)
+
+
+def test_every_cache_type_that_is_offered_is_vllms():
+    offered = refusal({}, "fp8").split("--kv-cache-dtype fp8 (allowed: ")[1].split(")")[0]
+    assert set(offered.split(", ")) <= set(CacheDType.__args__)
+
+
+def test_all_reasons_come_at_once():
+    text = refusal({"nonsense": 1, "turboquant": "x", "v_quant": "y"}, "fp8")
+    for part in ("'nonsense'", "turboquant: 'x'", "v_quant: 'y'", "--kv-cache-dtype fp8"):
+        assert part in text
+
+
+def test_type_of_dense_pages():
+    assert dense_dtype("auto", "bfloat16") == "bfloat16"
+    assert dense_dtype("float16", "bfloat16") == "float16"
+    assert dense_dtype("turboquant_k8v4", "bfloat16") == "bfloat16"
