@@ -52,12 +52,13 @@ def test_every_module_has_its_test(module):
 
 @pytest.mark.parametrize("test", TEST_FILES, ids=str)
 def test_every_test_has_its_module(test):
-    """Of the package, or a script at the repository's root, as in `examples`."""
+    """Of the package, or a file at the repository's root: `examples/a.py`, `kernels/a.metal`."""
     if test.as_posix() in WITHOUT_MODULE or test.parts[0] == "e2e":
         return
-    script = test.with_name(test.name.removeprefix("test_"))
+    name = test.stem.removeprefix("test_")
+    files = [test.with_name(f"{name}.py"), test.with_name(name.replace("_metal", ".metal"))]
     mirrored = test in {mirror(module) for module in MODULES}
-    assert mirrored or (len(script.parts) > 1 and (ROOT / script).exists())
+    assert mirrored or (len(test.parts) > 1 and any((ROOT / file).is_file() for file in files))
 
 
 def test_exceptions_exist():

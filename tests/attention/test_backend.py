@@ -14,6 +14,9 @@ from tests import inputs
 from tests.attention.paged_requests import PagedLayer, Request
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
 
 BLOCK = 16
 LENGTHS = tuple(inputs.lengths(BLOCK))
@@ -35,10 +38,22 @@ class Candidate:
         return self.name
 
 
+def turboquant(k_quant: str, v_quant: str) -> Callable[[LayerShape, int], AttentionBackend]:
+    def make(shape: LayerShape, block_size: int) -> AttentionBackend:
+        constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
+        formats = key_format(k_quant), value_format(v_quant)
+        return TurboQuantReference(shape, block_size, formats, constants)
+
+    return make
+
+
 CANDIDATES = [
     Candidate("dense-float32", lambda s, b: DensePages(s, b, mx.float32), 2e-6),
     Candidate("dense-float16", lambda s, b: DensePages(s, b, mx.float16), 1e-3),
     Candidate("dense-bfloat16", lambda s, b: DensePages(s, b, mx.bfloat16), 8e-3),
+    Candidate("turboquant-q8_0-q8_0", turboquant("q8_0", "q8_0"), 1e-2),
+    Candidate("turboquant-q8_0-q3_0", turboquant("q8_0", "q3_0"), 0.3),
+    Candidate("turboquant-uint4-q4_0", turboquant("uint4", "q4_0"), 0.2),
 ]
 
 
@@ -161,7 +176,7 @@ def test_padding_of_the_block_table_is_masked(candidate):
     assert error(out[1:], layer.expected_decode([long]), long) < candidate.tolerance
 
 
-@pytest.mark.xfail(strict=True, reason="dense pages: 0 * NaN of a masked slot is NaN")
+@pytest.mark.xfail(strict=True, reason="0 times the NaN of a masked slot is NaN")
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
 def test_values_that_are_no_numbers_stay_with_their_request(candidate, poison):
     """An earlier owner of a block that overflowed does not spoil the next one."""

@@ -12,6 +12,14 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.spec import kv_cache_specs, layer_name
 from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.formats import (
+    KEY_FORMATS,
+    VALUE_FORMATS,
+    key_format,
+    value_format,
+)
 from vllm_metal.worker import KV_CACHE_LAYOUT
 
 BLOCK = 16
@@ -21,6 +29,12 @@ AVAILABLE = (1 << 20) + 12345
 
 def dense(dtype: mx.Dtype, shape: LayerShape = SHAPE) -> DensePages:
     return DensePages(shape, BLOCK, dtype)
+
+
+def turboquant(k_quant: str, v_quant: str, shape: LayerShape = SHAPE) -> TurboQuantReference:
+    constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
+    formats = key_format(k_quant), value_format(v_quant)
+    return TurboQuantReference(shape, BLOCK, formats, constants)
 
 
 MIXES: dict[str, list[AttentionBackend]] = {
@@ -33,6 +47,19 @@ MIXES: dict[str, list[AttentionBackend]] = {
         dense(mx.float16),
         dense(mx.float16, LayerShape(1, 128, 128)),
         dense(mx.float16, LayerShape(3, 64, 48)),
+    ],
+    "turboquant": [turboquant("q8_0", "q3_0")] * 4,
+    "affine keys": [turboquant("uint4", "q4_0")] * 4,
+    "dense at both ends": [
+        dense(mx.float16),
+        *[turboquant("q8_0", "q3_0")] * 4,
+        dense(mx.float16),
+    ],
+    "two formats": [*[turboquant("q8_0", "q4_0")] * 2, *[turboquant("q4_0", "q3_0")] * 3],
+    "formats and shapes that differ": [
+        dense(mx.float32),
+        turboquant("q5_0", "q3_0", LayerShape(1, 128, 128)),
+        turboquant("int8", "q6_0", LayerShape(2, 96, 64)),
     ],
 }
 
@@ -78,6 +105,16 @@ def test_vllm_plans_the_bytes_that_are_allocated(mix, make_config):
     assert len(regions) == len(backends)
     assert all(end <= start for (_, end), (start, _) in zip(regions, regions[1:], strict=False))
     assert regions[-1][1] <= AVAILABLE
+
+
+@pytest.mark.parametrize("k_quant", KEY_FORMATS)
+@pytest.mark.parametrize("v_quant", VALUE_FORMATS)
+def test_every_format_is_planned_with_its_own_bytes(k_quant, v_quant, make_config):
+    backends = [turboquant(k_quant, v_quant)] * 2
+    specs = kv_cache_specs(backends, torch.float32)
+    planned = plan(make_config(), specs)
+    nbytes = KVCache(backends, planned.num_blocks).nbytes
+    assert AVAILABLE - 2 * backends[0].page_size_bytes < nbytes <= AVAILABLE
 
 
 def test_names_are_in_model_order():
