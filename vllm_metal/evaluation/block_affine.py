@@ -1,0 +1,67 @@
+"""The formats that other TurboQuant caches use, to measure ours beside.
+
+Keys: blocks of 32, affine, not rotated, float16 scale and rounded float16 zero point. Values:
+rotated, Lloyd-Max codes of a Gaussian, one float16 RMS for each 32. What is stored is what the
+model reads back; the pages hold the read-back numbers, so only the loss is measured, not the size.
+"""
+
+import mlx.core as mx
+
+from vllm_metal.attention.backend import LayerShape, Pages
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.turboquant.formats import value_format
+from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
+
+GROUP = 32
+GAUSSIAN = 1 << 12
+"""A head size so large that the codebook is a Gaussian's."""
+
+
+class BlockAffine(DensePages):
+    """Reads every key and value as the block formats would give it back."""
+
+    def __init__(self, shape: LayerShape, block_size: int, key_bits: int, value_bits: int):
+        super().__init__(shape, block_size, mx.float32)
+        self.name = f"block-affine {key_bits} bit / Lloyd-Max {value_bits} bit"
+        self.key_bits = key_bits
+        self.bits_per_element = (key_bits + 1 + value_bits + 0.5) / 2
+        format = value_format(f"q{value_bits}_0")
+        self._centroids = mx.array(format.centroids(GAUSSIAN))
+        self._midpoints = mx.array(format.midpoints(GAUSSIAN))
+        self._signs = mx.array(signs(shape.head_size_v))
+
+    def store(
+        self,
+        pages: Pages,
+        keys: mx.array,
+        values: mx.array,
+        metadata: DecodeMetadata | PrefillMetadata,
+    ) -> Pages:
+        return super().store(pages, self.read_keys(keys), self.read_values(values), metadata)
+
+    def prefill(self, pages, queries, keys, values, metadata, scale, sinks) -> mx.array:
+        keys, values = self.read_keys(keys), self.read_values(values)
+        return super().prefill(pages, queries, keys, values, metadata, scale, sinks)
+
+    def read_keys(self, keys: mx.array) -> mx.array:
+        """Keys [..., D] as stored and read back."""
+        blocks = keys.reshape(*keys.shape[:-1], -1, GROUP)
+        low, high = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
+        last = (1 << self.key_bits) - 1
+        scale = mx.maximum(_half((high - low) / last), 1e-7)
+        zero = _half(mx.round(low / scale))
+        codes = mx.clip(mx.round(blocks / scale) - zero, 0, last)
+        return ((codes + zero) * scale).reshape(keys.shape)
+
+    def read_values(self, values: mx.array) -> mx.array:
+        """Values [..., D] as stored and read back."""
+        rotated = rotate(values.astype(mx.float32) * self._signs)
+        blocks = rotated.reshape(*values.shape[:-1], -1, GROUP)
+        scale = mx.maximum(_half(mx.sqrt(mx.mean(blocks * blocks, axis=-1, keepdims=True))), 1e-7)
+        codes = mx.sum((blocks / scale)[..., None] >= self._midpoints, axis=-1)
+        return rotate((self._centroids[codes] * scale).reshape(values.shape)) * self._signs
+
+
+def _half(x: mx.array) -> mx.array:
+    return x.astype(mx.float16).astype(mx.float32)
