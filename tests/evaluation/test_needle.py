@@ -1,0 +1,35 @@
+"""Haystacks hold every needle at its depth and have the length asked for."""
+
+from vllm_metal.evaluation import needle
+
+
+def encode(text):
+    return [ord(c) for c in text]
+
+
+def test_haystack_holds_the_needles_in_order():
+    hay = [ord("x")] * 5000
+    tokens = needle._haystack(hay, 1000, encode)
+    text = "".join(map(chr, tokens))
+    assert len(tokens) == 1000
+    places = [text.index(f"The secret number of the {c} box is {n}.") for c, n in needle.NEEDLES]
+    assert places == sorted(places)
+    assert places[0] < 250 < places[-1]
+
+
+def test_an_answer_with_the_number_is_found(monkeypatch):
+    class Sequence:
+        def __init__(self, binding, backends, max_tokens):
+            pass
+
+        def prefill(self, tokens):
+            return iter(())
+
+        def greedy(self, question, new_tokens):
+            return encode(" 93 25, I think" if "blue" in "".join(map(chr, question)) else " none")
+
+    monkeypatch.setattr(needle, "PagedSequence", Sequence)
+    found = needle.find_needles(
+        None, None, [1] * 1000, encode, lambda t: "".join(map(chr, t)), [500]
+    )
+    assert [n.found for n in found] == [False, True, False, False]

@@ -1,0 +1,34 @@
+"""Blocks, tokens and requests from bytes."""
+
+import mlx.core as mx
+import pytest
+
+from vllm_metal.attention.backend import LayerShape
+from vllm_metal.kv_cache.capacity import CacheSummary, Capacity, elements_per_token
+from vllm_metal.metal_kernel_backend.dense import DensePages
+
+SHAPE = LayerShape(num_kv_heads=2, head_size=64, head_size_v=32)
+
+
+def test_the_null_block_takes_bytes_and_holds_no_token():
+    capacity = Capacity(page_bytes=1050, bytes_per_block=100, block_size=16)
+    assert capacity.num_blocks == 10
+    assert capacity.tokens == 9 * 16
+    assert capacity.requests(33) == 9 / 3
+
+
+@pytest.mark.parametrize("page_bytes", [-5, 0, 99])
+def test_no_room_is_no_token(page_bytes):
+    capacity = Capacity(page_bytes, 100, 16)
+    assert (capacity.num_blocks, capacity.tokens, capacity.requests(1)) == (0, 0, 0)
+
+
+def test_dense_16_bit_pages_have_ratio_one():
+    summary = CacheSummary.of([DensePages(SHAPE, 16, mx.float16)] * 3)
+    assert elements_per_token(SHAPE) == 192
+    assert (summary.ratio, summary.bits_per_element, summary.num_compressed) == (1, 16, 0)
+    assert summary.bytes_per_token == 3 * 192 * 2
+
+
+def test_float32_pages_count_as_they_are():
+    assert CacheSummary.of([DensePages(SHAPE, 16, mx.float32)]).ratio == 0.5

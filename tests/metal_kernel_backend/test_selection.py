@@ -1,0 +1,50 @@
+"""Dense or TurboQuant, decided in one place."""
+
+import mlx.core as mx
+import pytest
+
+from vllm_metal.attention.backend import LayerShape
+from vllm_metal.config import TurboQuantConfig
+from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
+
+SHAPES = [LayerShape(2, 64, 64)] * 6
+
+
+def kinds(config, shapes=SHAPES):
+    return [
+        type(b) for b in make_backends(shapes, 16, mx.float32, config, neutral_constants(shapes))
+    ]
+
+
+def test_dense_without_turboquant_never_calibrates():
+    def fail():
+        raise AssertionError("calibrated")
+
+    assert len(make_backends(SHAPES, 16, mx.float16, None, fail)) == 6
+    assert kinds(None) == [DensePages] * 6
+
+
+def test_every_layer_is_compressed():
+    assert kinds(TurboQuantConfig("q8_0", "q3_0")) == [TurboQuantReference] * 6
+
+
+def test_skipped_and_boundary_layers_stay_dense():
+    config = TurboQuantConfig("q8_0", "q3_0", skip_layers=(2,), boundary=1)
+    dense = [layer for layer, kind in enumerate(kinds(config)) if kind is DensePages]
+    assert dense == [0, 2, 5]
+
+
+def test_a_layer_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="layer 6 .allowed: 0 to 5"):
+        kinds(TurboQuantConfig("q8_0", "q3_0", skip_layers=(6,)))
+
+
+def test_a_head_size_without_rotation_is_refused_with_its_layer():
+    shapes = [LayerShape(2, 64, 64), LayerShape(2, 72, 64)]
+    with pytest.raises(UserError, match="layer 1: head size 72"):
+        kinds(TurboQuantConfig("q8_0", "q3_0"), shapes)
+    skipping = TurboQuantConfig("q8_0", "q3_0", skip_layers=(1,))
+    assert kinds(skipping, shapes) == [TurboQuantReference, DensePages]
