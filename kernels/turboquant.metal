@@ -95,65 +95,69 @@ METAL_FUNC uint load_pair(const device uchar* scales) { return *(const device ui
 // Two neighbouring tokens ride in the two halves of each word: pairs[j] holds halfword j of a
 // chunk of token A below halfword j of the same chunk of token B.
 
-METAL_FUNC void interleave(uint a, uint b, thread uint& low, thread uint& high) {
-  low = as_type<uint>(ushort2(as_type<ushort2>(a).x, as_type<ushort2>(b).x));
-  high = as_type<uint>(ushort2(as_type<ushort2>(a).y, as_type<ushort2>(b).y));
+METAL_FUNC void load_words(const device uchar* codes, thread uint (&words)[1]) {
+  words[0] = *(const device uint*)codes;
 }
 
-// Odd widths: chunks begin on any halfword.
-template <int BITS>
+METAL_FUNC void load_words(const device uchar* codes, thread uint (&words)[2]) {
+  uint2 loaded = *(const device uint2*)codes;
+  words[0] = loaded.x;
+  words[1] = loaded.y;
+}
+
+METAL_FUNC void load_words(const device uchar* codes, thread uint (&words)[3]) {
+  UNROLL
+  for (int i = 0; i < 3; i++) {
+    words[i] = ((const device uint*)codes)[i];
+  }
+}
+
+METAL_FUNC void load_words(const device uchar* codes, thread uint (&words)[4]) {
+  uint4 loaded = *(const device uint4*)codes;
+  words[0] = loaded.x;
+  words[1] = loaded.y;
+  words[2] = loaded.z;
+  words[3] = loaded.w;
+}
+
+// A chunk of both tokens as it lies in memory. Loading does not wait; taking the pairs does.
+template <int BITS, bool EVEN = BITS % 2 == 0>
 struct Chunk {
-  static METAL_FUNC void load(
-      const device uchar* a, const device uchar* b, thread uint (&pairs)[BITS]) {
+  uint a[BITS / 2], b[BITS / 2];
+
+  METAL_FUNC void load(const device uchar* codes_a, const device uchar* codes_b) thread {
+    load_words(codes_a, a);
+    load_words(codes_b, b);
+  }
+
+  METAL_FUNC void pairs(thread uint (&pairs)[BITS]) const thread {
+    UNROLL
+    for (int i = 0; i < BITS / 2; i++) {
+      ushort2 from_a = as_type<ushort2>(a[i]), from_b = as_type<ushort2>(b[i]);
+      pairs[2 * i] = as_type<uint>(ushort2(from_a.x, from_b.x));
+      pairs[2 * i + 1] = as_type<uint>(ushort2(from_a.y, from_b.y));
+    }
+  }
+};
+
+// Odd widths: a chunk begins on any halfword.
+template <int BITS>
+struct Chunk<BITS, false> {
+  ushort a[BITS], b[BITS];
+
+  METAL_FUNC void load(const device uchar* codes_a, const device uchar* codes_b) thread {
     UNROLL
     for (int j = 0; j < BITS; j++) {
-      pairs[j] = as_type<uint>(
-          ushort2(((const device ushort*)a)[j], ((const device ushort*)b)[j]));
+      a[j] = ((const device ushort*)codes_a)[j];
+      b[j] = ((const device ushort*)codes_b)[j];
     }
   }
-};
 
-template <>
-struct Chunk<2> {
-  static METAL_FUNC void load(
-      const device uchar* a, const device uchar* b, thread uint (&pairs)[2]) {
-    interleave(*(const device uint*)a, *(const device uint*)b, pairs[0], pairs[1]);
-  }
-};
-
-template <>
-struct Chunk<4> {
-  static METAL_FUNC void load(
-      const device uchar* a, const device uchar* b, thread uint (&pairs)[4]) {
-    uint2 from_a = *(const device uint2*)a;
-    uint2 from_b = *(const device uint2*)b;
-    interleave(from_a.x, from_b.x, pairs[0], pairs[1]);
-    interleave(from_a.y, from_b.y, pairs[2], pairs[3]);
-  }
-};
-
-template <>
-struct Chunk<6> {
-  static METAL_FUNC void load(
-      const device uchar* a, const device uchar* b, thread uint (&pairs)[6]) {
+  METAL_FUNC void pairs(thread uint (&pairs)[BITS]) const thread {
     UNROLL
-    for (int j = 0; j < 3; j++) {
-      interleave(
-          ((const device uint*)a)[j], ((const device uint*)b)[j], pairs[2 * j], pairs[2 * j + 1]);
+    for (int j = 0; j < BITS; j++) {
+      pairs[j] = as_type<uint>(ushort2(a[j], b[j]));
     }
-  }
-};
-
-template <>
-struct Chunk<8> {
-  static METAL_FUNC void load(
-      const device uchar* a, const device uchar* b, thread uint (&pairs)[8]) {
-    uint4 from_a = *(const device uint4*)a;
-    uint4 from_b = *(const device uint4*)b;
-    interleave(from_a.x, from_b.x, pairs[0], pairs[1]);
-    interleave(from_a.y, from_b.y, pairs[2], pairs[3]);
-    interleave(from_a.z, from_b.z, pairs[4], pairs[5]);
-    interleave(from_a.w, from_b.w, pairs[6], pairs[7]);
   }
 };
 
@@ -639,8 +643,10 @@ METAL_FUNC void dequantize_pair(
   const Codebook<BITS, TERMS> points(codebook);
   half2 scale = as_type<half2>(scales), bias = as_type<half2>(biases);
   if (lane < D / CHUNK) {
+    Chunk<BITS> chunk;
     uint pairs[BITS];
-    Chunk<BITS>::load(a + lane * 2 * BITS, b + lane * 2 * BITS, pairs);
+    chunk.load(a + lane * 2 * BITS, b + lane * 2 * BITS);
+    chunk.pairs(pairs);
     UNROLL
     for (int i = 0; i < CHUNK; i++) {
       half2 point = points.at(grid_point<BITS>(pairs, i));
@@ -751,6 +757,15 @@ template <int WORDS>
 METAL_FUNC float pick(const thread uint (&words)[WORDS], int i) {
   uint word = WORDS > 1 && i >= 2 ? words[WORDS - 1] : words[0];
   return float(as_type<half2>(i % 2 ? word >> 16 : word).x);
+}
+
+// Chunks of a run of neighbouring tokens, STRIDE bytes apart.
+template <int STRIDE, int BITS, int PAIRS>
+METAL_FUNC void load_run(thread Chunk<BITS> (&run)[PAIRS], const device uchar* codes) {
+  UNROLL
+  for (int p = 0; p < PAIRS; p++) {
+    run[p].load(codes + 2 * p * STRIDE, codes + (2 * p + 1) * STRIDE);
+  }
 }
 
 // Attention of R rows of one KV head over one split. A lane holds chunk l % LANES of TOKENS
@@ -900,39 +915,33 @@ struct Decode {
       out[i] = 0.0f;
     }
 
+    // The keys of a run are read while the values of the run before are added up.
     const threadgroup uint* query_chunk = query_words + chunk * 8;
     int table_row = request * splits.max_blocks;
     int last_run = (split_end - 1) & ~(TOKENS - 1);
     int first = split_first + simdgroup * STEP;
     uint safe = min(first + run * TOKENS, last_run);
-    int block = block_table[table_row + int(safe / Slots::block_size)];
+    const device uchar* page = Slots::head_page(
+        pages, block_table[table_row + int(safe / Slots::block_size)], kv_head);
+    Chunk<Slots::key_bits> key_codes[PAIRS];
+    load_run<Slots::next_key>(
+        key_codes, Slots::key_codes(page, safe % Slots::block_size, key_chunk));
     for (; first < split_end; first += SIMDGROUPS * STEP) {
-      // Read the codes and scales of the run; look up the page of the next.
+      // Read the values and scales of the run; look up the page of the next.
       int token = first + run * TOKENS;
       uint slot = safe % Slots::block_size;
-      const device uchar* page = Slots::head_page(pages, block, kv_head);
-      const device uchar* key_codes = Slots::key_codes(page, slot, key_chunk);
-      const device uchar* value_codes = Slots::value_codes(page, slot, value_chunk);
-      safe = min(token + SIMDGROUPS * STEP, last_run);
-      block = block_table[table_row + int(safe / Slots::block_size)];
-      uint key_pairs[PAIRS][Slots::key_bits];
-      uint value_pairs[PAIRS][Slots::value_bits];
+      Chunk<Slots::value_bits> value_codes[PAIRS];
+      load_run<Slots::next_value>(value_codes, Slots::value_codes(page, slot, value_chunk));
       uint key_scales[PAIRS], key_biases[PAIRS], value_scales[PAIRS];
       UNROLL
       for (int p = 0; p < PAIRS; p++) {
-        Chunk<Slots::key_bits>::load(
-            key_codes + 2 * p * Slots::next_key, key_codes + (2 * p + 1) * Slots::next_key,
-            key_pairs[p]);
-        Chunk<Slots::value_bits>::load(
-            value_codes + 2 * p * Slots::next_value, value_codes + (2 * p + 1) * Slots::next_value,
-            value_pairs[p]);
         key_scales[p] = load_pair(Slots::key_scale(page, slot) + 4 * p);
-        key_biases[p] = 0;
-        if (Slots::key_has_bias) {
-          key_biases[p] = load_pair(Slots::key_bias(page, slot) + 4 * p);
-        }
+        key_biases[p] =
+            Slots::key_has_bias ? load_pair(Slots::key_bias(page, slot) + 4 * p) : 0u;
         value_scales[p] = load_pair(Slots::value_scale(page, slot) + 4 * p);
       }
+      safe = min(token + SIMDGROUPS * STEP, last_run);
+      int next_block = block_table[table_row + int(safe / Slots::block_size)];
 
       // Multiply this chunk of the keys with that of every row.
       half2 dots[R][PAIRS];
@@ -942,6 +951,11 @@ struct Decode {
         for (int p = 0; p < PAIRS; p++) {
           dots[r][p] = half2(half(0.0f), half(0.0f));
         }
+      }
+      uint key_pairs[PAIRS][Slots::key_bits];
+      UNROLL
+      for (int p = 0; p < PAIRS; p++) {
+        key_codes[p].pairs(key_pairs[p]);
       }
       UNROLL
       for (int part = 0; part < 4; part++) {
@@ -967,6 +981,11 @@ struct Decode {
           }
         }
       }
+
+      // Read the next keys.
+      page = Slots::head_page(pages, next_block, kv_head);
+      load_run<Slots::next_key>(
+          key_codes, Slots::key_codes(page, safe % Slots::block_size, key_chunk));
 
       // Add up the chunks; each lane keeps its own scores, in powers of two.
       float scores[SCORES];
@@ -1027,6 +1046,11 @@ struct Decode {
       spread<SCORES, LANES>(weights, lane);
 
       // Add this chunk of the values to every row.
+      uint value_pairs[PAIRS][Slots::value_bits];
+      UNROLL
+      for (int p = 0; p < PAIRS; p++) {
+        value_codes[p].pairs(value_pairs[p]);
+      }
       UNROLL
       for (int i = 0; i < CHUNK; i++) {
         UNROLL

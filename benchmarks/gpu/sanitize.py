@@ -46,13 +46,17 @@ def run(k_quant, v_quant, head_size, kv_heads, block_size, group, num_queries) -
         output = launcher.decode(
             pages, queries, *arguments, head_size**-0.5, max(lengths), token, **settings
         )
-        total += float(cp.abs(output).sum())
+        total += _sum(output)
     for rotated in (False, True):
         keys, values = launcher.dequantize(
             pages, cp.asarray(table[1]), constants, 2, 695, token, np.dtype(np.float16), rotated
         )
-        total += float(cp.abs(keys).sum() + cp.abs(values).sum())
+        total += _sum(keys) + _sum(values)
     return total
+
+
+def _sum(array: cp.ndarray) -> float:
+    return float(cp.abs(array.astype(cp.float32)).sum())
 
 
 def main() -> None:
