@@ -52,8 +52,8 @@ def chunk(start, end):
     return PrefillMetadata(TABLE, SLOTS[start:end], start, end - start)
 
 
-def attend(queries, keys, values):
-    return causal_attention(queries[None], keys[None], values[None], SCALE, None)[0]
+def attend(queries, keys, values, sinks=None):
+    return causal_attention(queries[None], keys[None], values[None], SCALE, sinks)[0]
 
 
 def close(actual, expected):
@@ -96,6 +96,21 @@ def test_reproducible_reads_everything_compressed_however_it_is_cut(start):
     own = KEYS[start:].swapaxes(0, 1), VALUES[start:].swapaxes(0, 1)
     actual = layer.prefill(pages, QUERIES[:, start:], *own, chunk(start, T), SCALE, None)
     close(actual, attend(QUERIES[:, start:], keys, values))
+
+
+def test_sinks_see_logits_with_the_centre():
+    sinks = normal(H * G, seed=6) * 3
+    layer = backend("q8_0", "q8_0")
+    pages, keys, values = stored(layer)
+    own = KEYS[CONTEXT:].swapaxes(0, 1), VALUES[CONTEXT:].swapaxes(0, 1)
+    metadata = DecodeMetadata(TABLE, mx.array([T]), SLOTS[-1:], T - 1, T)
+    decoded = layer.decode(pages, QUERIES[None, :, -1], metadata, SCALE, sinks)
+    close(decoded[0], attend(QUERIES[:, -1:], keys, values, sinks)[:, 0])
+    later = chunk(CONTEXT, T)
+    prefilled = layer.prefill(pages, QUERIES[:, CONTEXT:], *own, later, SCALE, sinks)
+    keys = mx.concatenate([keys[:, :CONTEXT], own[0]], axis=1)
+    values = mx.concatenate([values[:, :CONTEXT], own[1]], axis=1)
+    close(prefilled, attend(QUERIES[:, CONTEXT:], keys, values, sinks))
 
 
 def test_tokens_stored_singly_give_the_same_bytes():

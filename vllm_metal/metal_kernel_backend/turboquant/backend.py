@@ -91,6 +91,8 @@ class TurboQuantReference(TurboQuantAttention):
         super().__init__(shape, block_size, formats, constants, reproducible)
         self._keys = PackedVectors(formats[0], shape.head_size)
         self._values = PackedVectors(formats[1], shape.head_size_v)
+        self._centre = self.key_codec.rotated_centre[..., self._keys.order]
+        """What sinks are compared with must have it back: [H, Dk], in the keys' order."""
         self._query_matrices = query_matrices(constants.multiplier, self._keys.order)
         self._output_matrix = output_matrix(self._values.order)
 
@@ -117,6 +119,8 @@ class TurboQuantReference(TurboQuantAttention):
         scores = self._keys.products(rotated, self._key_halfwords(pages, metadata)) * key_scales
         if biases:
             scores = scores + mx.sum(rotated, axis=-1, keepdims=True) * biases[0]
+        if sinks is not None:
+            scores = scores + mx.sum(rotated * self._centre[:, None], axis=-1, keepdims=True)
         scores = mx.where(valid_tokens(metadata, self.block_size), scores, -mx.inf)
         weights = softmax_with_sinks(scores, sinks) * value_scales
         out = self._values.weighted_sum(weights, self._value_halfwords(pages, metadata))
@@ -144,6 +148,8 @@ class TurboQuantReference(TurboQuantAttention):
             stored_keys = mx.concatenate([stored_keys[:, :, :context], exact], axis=2)
             exact = self.value_codec.rotate_values(values)[None][..., self._values.order]
             stored_values = mx.concatenate([stored_values[:, :, :context], exact], axis=2)
+        if sinks is not None:
+            stored_keys = stored_keys + self._centre[:, None]
         out = causal_attention(rotated[None], stored_keys, stored_values, 1.0, sinks)[0]
         return self._unrotate(out).astype(queries.dtype)
 
