@@ -1,0 +1,107 @@
+"""The backend on the kernels: what the reference path computes, from the same bytes."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.metal_kernel_backend.host_target import HostTarget
+from vllm_metal.metal_kernel_backend.turboquant import fused
+from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+
+BLOCK, HEADS, GROUP, SIZE = 16, 2, 3, 64
+SHAPE = LayerShape(num_kv_heads=HEADS, head_size=SIZE, head_size_v=SIZE)
+FORMATS = key_format("uint4"), value_format("q3_0")
+TARGET = HostTarget()
+TOLERANCE = 4e-3
+
+
+def constants() -> KeyConstants:
+    rng = np.random.default_rng(5)
+    centre = rng.standard_normal((HEADS, SIZE)).astype(np.float32)
+    return KeyConstants(centre, np.exp(0.1 * rng.standard_normal((HEADS, SIZE))).astype(np.float32))
+
+
+def pair(reproducible: bool = False):
+    reference = TurboQuantReference(SHAPE, BLOCK, FORMATS, constants(), reproducible)
+    return reference, TurboQuantFused(SHAPE, BLOCK, FORMATS, constants(), TARGET, reproducible)
+
+
+def normal(seed: int, *shape: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def prefill_metadata(start: int, end: int) -> PrefillMetadata:
+    table = mx.array([[3, 1, 4, 2, 6, 5]])
+    positions = mx.arange(start, end)
+    slots = table[0][positions // BLOCK] * BLOCK + positions % BLOCK
+    return PrefillMetadata(table, slots.astype(mx.int32), start, end - start)
+
+
+def prefill(backend, pages, start: int, end: int, sinks):
+    """One chunk of a prompt: stores it, and attends."""
+    metadata = prefill_metadata(start, end)
+    keys, values = normal(1, 96, HEADS, SIZE)[start:end], normal(2, 96, HEADS, SIZE)[start:end]
+    pages = backend.store(pages, keys, values, metadata)
+    queries = normal(3, HEADS * GROUP, 96, SIZE)[:, start:end]
+    heads_first = keys.swapaxes(0, 1), values.swapaxes(0, 1)
+    out = backend.prefill(pages, queries, *heads_first, metadata, SIZE**-0.5, sinks)
+    mx.eval(pages, out)
+    return pages, np.array(out)
+
+
+def close(out: np.ndarray, expected: np.ndarray) -> None:
+    assert np.linalg.norm(out - expected) < TOLERANCE * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("sinks", [None, mx.linspace(-1, 2, HEADS * GROUP)], ids=["", "sinks"])
+def test_chunks_and_decode_match_the_reference_path(reproducible, sinks):
+    results = []
+    for backend in pair(reproducible):
+        pages, outputs = backend.allocate(7), []
+        for start, end in ((0, 21), (21, 22), (22, 70)):
+            pages, out = prefill(backend, pages, start, end, sinks)
+            outputs.append(out)
+        metadata = DecodeMetadata(
+            mx.array([[3, 1, 4, 2, 6], [3, 1, 0, 0, 0]]),
+            mx.array([71, 20]),
+            mx.array([6 * BLOCK + 6, 1 * BLOCK + 3]),
+            mx.array([70, 19]),
+            71,
+        )
+        pages = backend.store(pages, normal(7, 2, HEADS, SIZE), normal(8, 2, HEADS, SIZE), metadata)
+        out = backend.decode(pages, normal(9, 2, HEADS * GROUP, SIZE), metadata, 0.125, sinks)
+        outputs.append(np.array(out))
+        results.append((outputs, np.array(pages[0])))
+    (expected, expected_pages), (outputs, stored) = results
+    np.testing.assert_array_equal(stored, expected_pages)
+    for out, wanted in zip(outputs, expected, strict=True):
+        close(out, wanted)
+
+
+def test_a_context_of_many_tiles_gives_what_one_tile_gives(monkeypatch):
+    _, backend = pair()
+    pages, _ = prefill(backend, backend.allocate(7), 0, 70, None)
+    _, expected = prefill(backend, pages, 70, 96, None)
+    monkeypatch.setattr(fused, "TILE_BYTES", 1)
+    monkeypatch.setattr(fused, "MIN_TILE_TOKENS", 6)
+    assert len(backend._tiles(70, HEADS * GROUP, 26)) == 12
+    _, tiled = prefill(backend, pages, 70, 96, None)
+    np.testing.assert_allclose(tiled, expected, atol=1e-5)
+
+
+def test_workspace_does_not_grow_with_the_context():
+    _, backend = pair()
+    assert backend.prefill_workspace_bytes(10**6, 64, 6) == backend.prefill_workspace_bytes(
+        0, 64, 6
+    )
+
+
+def test_pages_hold_what_the_layout_says():
+    _, backend = pair()
+    assert sum(page.nbytes for page in backend.allocate(7)) == 7 * backend.page_size_bytes
