@@ -1,0 +1,131 @@
+"""Counts the instructions of the decode kernel's inner loop, from compiled machine code.
+
+    python benchmarks/gpu/instructions.py [--output counts.json]
+
+Needs nvcc and cuobjdump (CUDA 12 or later) and no GPU: code for sm_90 is compiled and disassembled.
+A pair is one element of a key and the same of its value; a lane handles 16 of them per token and
+serves all query heads of the KV head. Instructions of the branch that moves the softmax maximum,
+taken a few times in thousands of tokens, are left out.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from cuda_program import cuda_program
+
+from vllm_metal.metal_kernel_backend.turboquant.kernels import DECODE
+from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.splits import resident_groups
+
+CASES = [
+    *((k, v, 4) for k in ("q8_0", "q6_0", "q5_0", "q4_0", "q3_0", "int8", "uint4")
+      for v in ("q3_0", "q4_0")),
+    ("q8_0", "q8_0", 4),
+    *(("q8_0", "q3_0", group) for group in (1, 2, 8)),
+]  # fmt: skip
+TOKENS = 4
+TYPES = [np.uint16, np.float16, *[np.float32] * 2, *[np.int32] * 2, *[np.float32] * 2]
+TYPES += [np.int32, np.float32, np.uint32, np.float32, np.float32]
+
+KINDS = {
+    "multiply-add": ("FFMA", "HFMA2", "FMUL", "HMUL2", "FADD", "HADD2"),
+    "bits and integers": ("LOP3", "SHF", "PRMT", "IADD3", "IMAD", "LEA", "VIADD", "ISETP", "SEL"),
+    "lanes": ("SHFL", "VOTE", "FSEL"),
+    "memory": ("LDG", "LDS", "LDC"),
+}
+
+
+def machine_code(k_quant: str, v_quant: str, group: int) -> tuple[list[tuple[int, str]], int]:
+    """(address, instruction) of the decode kernel, and its registers."""
+    layout = SlotLayout.of(k_quant, v_quant, 128, 8, 16)
+    numbers = {"G": group, "Q": 1, "R": group, "TOKENS": TOKENS, "SIMDGROUPS": 4, "SOFTCAP": 0}
+    template = [*layout.template(), *numbers.items()]
+    bounds = (128, resident_groups(group))
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "decode.cu", Path(folder) / "decode.cubin"
+        source.write_text(cuda_program(DECODE, template, TYPES, "decode", bounds))
+        command = ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", binary, source]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        dump = subprocess.run([cuobjdump(), "--dump-sass", binary], capture_output=True, text=True)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", dump.stdout, re.MULTILINE)
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    return [(int(address, 16), text) for address, text in lines], registers
+
+
+def inner_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The smallest backward branch around the half multiply-adds, without the rare branch in it."""
+    loops = []
+    for address, text in code:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < address:
+            begin = int(target.group(1), 16)
+            loops.append([line for line in code if begin <= line[0] <= address])
+    body = min((x for x in loops if sum("HFMA2" in text for _, text in x) >= 30), key=len)
+    vote = next(i for i, (_, text) in enumerate(body) if text.startswith("VOTE"))
+    for address, text in body[vote : vote + 6]:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target.group(1), 16) > address:
+            end = int(target.group(1), 16)
+            return [text for at, text in body if not address < at < end]
+    raise ValueError("no branch after the vote")
+
+
+def count(k_quant: str, v_quant: str, group: int) -> dict:
+    """Instructions of one lane for one pair of elements, by kind."""
+    code, registers = machine_code(k_quant, v_quant, group)
+    names = Counter()
+    for text in inner_loop(code):
+        names[re.sub(r"^@!?U?P\d+ ", "", text).split()[0].split(".")[0]] += 1
+    pairs = 16 * TOKENS
+    kinds = {kind: sum(names[name] for name in group) / pairs for kind, group in KINDS.items()}
+    total = sum(names.values()) / pairs
+    kinds["other"] = total - sum(kinds.values())
+    return {
+        "k_quant": k_quant,
+        "v_quant": v_quant,
+        "query_heads_per_kv_head": group,
+        "registers": registers,
+        "instructions_per_pair": total,
+        "kinds": kinds,
+    }
+
+
+def cuobjdump() -> str:
+    """On the path, or the one that Triton carries."""
+    if path := shutil.which("cuobjdump"):
+        return path
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="where to write the numbers as JSON")
+    arguments = parser.parse_args()
+    rows = []
+    print(f"{'formats':12} {'G':>2} {'regs':>4} {'total':>6} {'/head':>6}  by kind")
+    for case in CASES:
+        row = count(*case)
+        rows.append(row)
+        total, group = row["instructions_per_pair"], row["query_heads_per_kv_head"]
+        kinds = ", ".join(f"{kind} {number:.1f}" for kind, number in row["kinds"].items())
+        name = f"{row['k_quant']}/{row['v_quant']}"
+        print(
+            f"{name:12} {group:2} {row['registers']:4} {total:6.1f} {total / group:6.2f}  {kinds}"
+        )
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump(rows, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
