@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what `register` sets for the engine
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm_metal.blas import load_fast_blas

@@ -74,13 +74,13 @@ def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> Turb
     """
     given = dict(additional_config or {})
     reasons = [
-        f"unknown key {key!r} (allowed keys: {', '.join(_CHECKS)})"
+        f"additional_config: unknown key {key!r} (allowed keys: {', '.join(_CHECKS)})"
         for key in given
         if key not in _CHECKS
     ]
     for key, check in _CHECKS.items():
         if key in given and (problem := check(given[key])):
-            reasons.append(f"{key}: {problem}")
+            reasons.append(f"additional_config: {key}: {problem}")
     preset = PRESETS.get(cache_dtype)
     if preset is None and cache_dtype not in DENSE_DTYPES:
         allowed = ", ".join((*DENSE_DTYPES, *PRESETS))
@@ -94,7 +94,7 @@ def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> Turb
     if not enabled and (idle := [key for key in given if key in _CHECKS and key != "turboquant"]):
         reasons.append(f'{", ".join(idle)} without "turboquant": true has no effect')
     if reasons:
-        raise UserError("additional_config is not valid", reasons)
+        raise UserError("The KV cache settings are not valid", reasons)
     if not enabled:
         return None
     formats = preset or DEFAULT_FORMATS

@@ -112,7 +112,7 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
     try:
         config.parse(vllm_config.additional_config, cache.cache_dtype)
     except UserError as error:
-        reasons += [f"additional_config: {reason}" for reason in error.reasons]
+        reasons += error.reasons
     if cache.block_size not in BLOCK_SIZES:
         reasons.append(
             f"--block-size {cache.block_size} (allowed: {', '.join(map(str, BLOCK_SIZES))})"

@@ -48,8 +48,10 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
 def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
     """Whether a `(2, 1)` decode with an array of offsets gives what two `(1, 1)` decodes give.
 
-    Uses blocks 1 and 2, which no request owns yet.
+    Uses blocks 1 and 2, which no request owns yet; False where there are none.
     """
+    if kv_cache.num_blocks < 3:
+        return False
     alone = []
     for block, prompt in enumerate(_PROMPTS, start=1):
         _prefill(binding, kv_cache, prompt[:-1], block)

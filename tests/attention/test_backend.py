@@ -176,7 +176,6 @@ def test_padding_of_the_block_table_is_masked(candidate):
     assert error(out[1:], layer.expected_decode([long]), long) < candidate.tolerance
 
 
-@pytest.mark.xfail(strict=True, reason="0 times the NaN of a masked slot is NaN")
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
 def test_values_that_are_no_numbers_stay_with_their_request(candidate, poison):
     """An earlier owner of a block that overflowed does not spoil the next one."""

@@ -110,27 +110,6 @@ def test_the_head_on_the_last_row_only_gives_the_same_logits(model_type):
     assert difference(last_row, every_row[-1:]) < TOLERANCE
 
 
-def test_the_head_is_spared_the_other_rows():
-    """The largest matrix product of a prefill has one row, not all."""
-    seen = []
-    model = tiny_model("llama")
-    binding = ModelBinding(model)
-    head = type(model.lm_head)
-
-    class Watched(head):
-        def __call__(self, x):
-            seen.append(x.shape)
-            return super().__call__(x)
-
-    model.lm_head.__class__ = Watched
-    backends = [DensePages(shape, BLOCK, mx.float32) for shape in binding.layers]
-    binding.bind(KVCache(backends, 3))
-    metadata = PrefillMetadata(mx.array([[1, 2]]), mx.arange(12) + BLOCK, 0, 12)
-    binding.forward(mx.zeros((1, 12), mx.int32), metadata)
-    binding.forward(mx.zeros((1, 12), mx.int32), metadata, all_rows=True)
-    assert seen == [(1, 1, 64), (1, 12, 64)]
-
-
 def test_layer_shapes_are_read_off_the_model():
     binding = ModelBinding(tiny_model("qwen3", head_dim=32, num_key_value_heads=1))
     assert binding.layers == [LayerShape(1, 32, 32)] * LAYERS

@@ -33,7 +33,7 @@ class DecodeMetadata:
     """One new token for each of B requests, run as one `(B, 1)` forward."""
 
     block_table: mx.array
-    """[B, N] int32, block ids of each request, padded with block 0."""
+    """[B, N] int32, block ids of each request; entries beyond its length are any valid ids."""
     seq_lens: mx.array
     """[B] int32, tokens of each request, the new one included."""
     slot_mapping: mx.array

@@ -11,19 +11,17 @@ cache to mlx-lm. A dry forward at load, never evaluated, checks that the model k
 protocol and yields the shape of each layer.
 """
 
-import functools
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models import cache as mlx_lm_cache
 
 from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.head_rows import slice_rows_before_head
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
@@ -186,7 +184,11 @@ class ModelBinding:
         _rebind_attention(model)
         self.layers = self._dry_forward()
         self._caches = [LayerKVCache(layer, self._forward) for layer in range(len(self.layers))]
-        self.slices_before_head = _slice_rows_before_head(model, self._forward)
+        self.slices_before_head = slice_rows_before_head(
+            model,
+            lambda: _dry_run(model, [_DryCache() for _ in self.layers]),
+            lambda: self._forward.last_rows_only,
+        )
 
     def bind(self, kv_cache: KVCache | None) -> None:
         """Sets the pages that following forwards use."""
@@ -202,6 +204,7 @@ class ModelBinding:
         self._forward.metadata = metadata
         self._forward.last_rows_only = not all_rows
         logits = self.model(token_ids, cache=self._caches)
+        self._forward.last_rows_only = False
         return logits if all_rows else logits[:, -1:]
 
     def _dry_forward(self) -> list[LayerShape]:
@@ -215,7 +218,7 @@ class ModelBinding:
             raise UnsupportedModelError(self.model_type, _summarise(reasons))
         dry = [_DryCache() for _ in own_caches]
         try:
-            self.model(mx.zeros((1, 3), mx.int32), cache=dry)
+            _dry_run(self.model, dry)
         except Exception as error:
             raise UnsupportedModelError(
                 self.model_type,
@@ -238,77 +241,6 @@ def _summarise(reasons: list[str], most: int = 4) -> list[str]:
     return shown
 
 
-def _slice_rows_before_head(model: nn.Module, forward: _Forward) -> bool:
-    """Makes the module that feeds the language-model head return only the last row on request.
-
-    The head is the largest matrix of many models and only sampled rows need it. The body is found
-    by shape, not by name: descending from the top, it is the largest child module whose output
-    is not yet logits. Returns False where there is none; logits are then sliced after the head.
-    """
-    outputs: dict[int, tuple[int, ...]] = {}
-    modules = [model, *_largest_descendants(model)]
-    with _observed_calls(modules, outputs):
-        logits = model(mx.zeros((1, 3), mx.int32), cache=_dry_caches(model))
-    for module in modules[1:]:
-        shape = outputs.get(id(module))
-        if shape is None or shape[:2] != (1, 3):
-            return False
-        if shape[-1] != logits.shape[-1]:
-            _replace_call(module, lambda out: out[:, -1:] if forward.last_rows_only else out)
-            return True
-    return False
-
-
-def _dry_caches(model: nn.Module) -> list[_DryCache]:
-    return [_DryCache() for _ in mlx_lm_cache.make_prompt_cache(model)]
-
-
-def _largest_descendants(module: nn.Module) -> list[nn.Module]:
-    """The chain of largest composite child modules, from the top down to the list of layers."""
-    chain = []
-    while True:
-        children = [
-            child
-            for child in module.children().values()
-            if isinstance(child, nn.Module) and child.children()
-        ]
-        if not children:
-            return chain
-        module = max(children, key=_num_parameters)
-        chain.append(module)
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(array.size for _, array in tree_flatten(module.parameters()))
-
-
-def _replace_call(module: nn.Module, after: Callable[[mx.array], mx.array]) -> None:
-    """Gives this one instance a class whose `__call__` passes its result through `after`."""
-    original = type(module)
-
-    @functools.wraps(original.__call__)
-    def call(self, *args, **kwargs):
-        return after(original.__call__(self, *args, **kwargs))
-
-    module.__class__ = type(original.__name__, (original,), {"__call__": call})
-
-
-class _observed_calls:
-    """Within the block, notes the output shape of each module's last call under its id."""
-
-    def __init__(self, modules: list[nn.Module], outputs: dict[int, tuple[int, ...]]):
-        self._modules, self._outputs = modules, outputs
-
-    def __enter__(self) -> None:
-        self._classes = [type(module) for module in self._modules]
-        for module in self._modules:
-            _replace_call(module, functools.partial(self._note, id(module)))
-
-    def _note(self, key: int, out: Any) -> Any:
-        if isinstance(out, mx.array):
-            self._outputs[key] = tuple(out.shape)
-        return out
-
-    def __exit__(self, *_: Any) -> None:
-        for module, original in zip(self._modules, self._classes, strict=True):
-            module.__class__ = original
+def _dry_run(model: nn.Module, caches: list[_DryCache]) -> mx.array:
+    """A lazy forward of three tokens; nothing is evaluated."""
+    return model(mx.zeros((1, 3), mx.int32), cache=caches)

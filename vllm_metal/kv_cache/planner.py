@@ -19,7 +19,7 @@ GIB = 1 << 30
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as people read them: `1.50 GiB`, `24.0 MiB`, `92 B`."""
+    """Bytes as people read them: `1.50 GiB`, `24.00 MiB`, `92 B`."""
     for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(size) >= factor:
             return f"{size / factor:.2f} {unit}"

@@ -38,7 +38,7 @@ def causal_attention(
     heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
     rows = query_len
     if mx.default_device() == mx.Device(mx.cpu):
-        rows = max(16, SCORE_TILE_BYTES // (4 * heads * seq_len))
+        rows = max(1, SCORE_TILE_BYTES // (4 * heads * seq_len))
     tiles = []
     for start in range(0, query_len, rows):
         end = min(start + rows, query_len)
@@ -53,6 +53,8 @@ def causal_attention(
                 sinks=sinks,
             )
         )
+        if rows < query_len:
+            mx.eval(tiles[-1])  # or MLX allocates the scores of all tiles at once
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 

@@ -20,6 +20,9 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
 class DensePages(AttentionBackend):
     """Unquantised paged attention on MLX operations.
 
+    Values that are no numbers are stored as numbers: the weight of a masked slot is 0, and 0 times
+    NaN would carry one request's failure to the next owner of its block.
+
     Args:
         shape: heads and head sizes of the layer.
         block_size: tokens of a block.
@@ -50,9 +53,9 @@ class DensePages(AttentionBackend):
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
         rows = metadata.derived.once(("store_rows", self.shape.num_kv_heads), self._rows(metadata))
+        keys, values = keys.astype(self.dtype), mx.nan_to_num(values.astype(self.dtype))
         return tuple(
-            _scatter_rows(page, rows, new.astype(self.dtype))
-            for page, new in zip(pages, (keys, values), strict=True)
+            _scatter_rows(page, rows, new) for page, new in zip(pages, (keys, values), strict=True)
         )
 
     def decode(

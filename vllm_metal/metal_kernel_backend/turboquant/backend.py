@@ -23,7 +23,7 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
     valid_tokens,
 )
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.codec import MAX_SCALE, KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.products import (
@@ -103,6 +103,7 @@ class TurboQuantReference(TurboQuantAttention):
         values: mx.array,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
+        values = mx.nan_to_num(values, posinf=MAX_SCALE, neginf=-MAX_SCALE)  # as in DensePages
         packed = self.slots.pack(self.key_codec.quantize(keys), self.value_codec.quantize(values))
         return (self.slots.store(pages[0], packed, metadata.slot_mapping),)
 
