@@ -1,0 +1,73 @@
+"""Which of arithmetic and memory binds the decode kernel on Apple GPUs: an estimate, not a timing.
+
+    python benchmarks/apple_budget.py
+
+Operations are counted by hand from `kernels/turboquant.metal` for a lane that handles 16 elements
+of two tokens (32 pairs of a key's and a value's element), head size 128, 4 query heads per KV head.
+Costs are cycles of an M1's ALU as measured by github.com/philipturner/metal-benchmarks:
+multiply-adds, selects, additions and bitwise operations 1, shifts 4, exp2 4, shuffles 2; half
+operands of float multiply-adds are free and packed halves are two operations. M1's costs are used
+for every chip. Bandwidth counts at 85 % of its peak.
+"""
+
+from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+
+HEAD_SIZE, GROUP, TOKENS, CHUNK, LANES = 128, 4, 2, 16, 8
+
+CHIPS = {  # 1e9 lane-operations per second, GB/s
+    "M1": (1309, 68),
+    "M1 Max": (5308, 400),
+    "M4 Max": (8600, 546),
+    "M5": (2050, 153),
+}
+
+PAIRS = (("q8_0", "q3_0"), ("q4_0", "q3_0"), ("q6_0", "q4_0"), ("q5_0", "q4_0"))
+
+
+def unpacking(bits: int, terms: int) -> int:
+    """Cycles to turn 16 codes of two tokens into halves."""
+    fields, spare = 16 // bits, 16 % bits
+    shifted = 0 if bits * fields <= 10 else bits
+    rest = CHUNK - bits * fields
+    bitwise = 2 * CHUNK + rest * bits
+    shifts = 4 * (shifted + (bits + rest if spare else 0))
+    doubled = bits
+    polynomial = {1: 0, 2: 3, 3: 4}[terms]
+    return bitwise + shifts + doubled + 2 * CHUNK * (1 + polynomial)
+
+
+def cycles_per_pair(k_quant: str, v_quant: str) -> float:
+    """Cycles of one lane for one pair, all query heads together."""
+    key, value = key_format(k_quant), value_format(v_quant)
+    products = 2 * GROUP * CHUNK * TOKENS
+    scores = GROUP * TOKENS
+    fold = (LANES - 1) * (2 + 2 + 1)
+    spread = (LANES - 1) * (2 + 2)
+    softmax = 25
+    addresses_and_loads = 40
+    total = unpacking(key.bits, key.num_terms) + unpacking(value.bits, value.num_terms)
+    total += products + scores + fold + spread + softmax + addresses_and_loads
+    return total / (CHUNK * TOKENS)
+
+
+def main() -> None:
+    print(
+        f"{'chip':7} {'formats':10} {'B/pair':>6} {'cycles':>6} {'by ALU':>7} {'by mem':>7} binds"
+    )
+    for chip, (operations, bandwidth) in CHIPS.items():
+        for pair in PAIRS:
+            key, value = key_format(pair[0]), value_format(pair[1])
+            size = (key.vector_bytes(HEAD_SIZE) + value.vector_bytes(HEAD_SIZE)) / HEAD_SIZE
+            cycles = cycles_per_pair(*pair)
+            by_alu, by_memory = operations / cycles, 0.85 * bandwidth / size
+            ideal = 0.85 * bandwidth / 4
+            print(
+                f"{chip:7} {'/'.join(pair):10} {size:6.2f} {cycles:6.1f} "
+                f"{by_alu:6.0f}G {by_memory:6.0f}G "
+                f"{'arithmetic' if by_alu < by_memory else 'memory':10} "
+                f"{min(by_alu, by_memory) / ideal:.1f} x an ideal fp16 kernel ({ideal:.0f}G)"
+            )
+
+
+if __name__ == "__main__":
+    main()
