@@ -40,6 +40,11 @@ COMMANDS = (
         "vllm_metal.cli:configure_fetch_demo_model",
     ),
     Command(
+        "doctor",
+        "check the kernels on this machine and measure them",
+        "vllm_metal.doctor:configure",
+    ),
+    Command(
         "plan",
         "show how much context each format pair gives in a number of bytes",
         "vllm_metal.plan:configure",

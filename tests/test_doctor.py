@@ -1,0 +1,63 @@
+"""`vllm-metal doctor` on the CPU: it finds right kernels right and wrong ones wrong."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from vllm_metal import doctor
+from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.turboquant.codec import Quantizer
+
+
+def examine(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    doctor.configure(parser)
+    args = parser.parse_args([*arguments, "--head-size", "64"])
+    return args.run(args)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(doctor, "CHECK_LENGTHS", (17,))
+
+
+def test_right_kernels_are_found_right(capsys):
+    assert examine("--formats", "q8_0/q3_0") == 0
+    out = capsys.readouterr().out
+    assert "equal the codec" in out and "The kernels are right here." in out
+    assert "their speed means nothing" in out
+
+
+def test_json_holds_the_same(capsys):
+    assert examine("--formats", "q8_0/q3_0", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and found["kernels"] == "host"
+    assert found["formats"][0]["wrong_bytes"] == 0
+
+
+def test_a_difference_fails(capsys, monkeypatch):
+    """The codec's scales are changed, so that kernel and codec disagree."""
+    quantize = Quantizer.quantize
+
+    def different(self, y):
+        return quantize(self, y * np.float32(1.01))
+
+    monkeypatch.setattr(Quantizer, "quantize", different)
+    assert examine("--formats", "q8_0/q3_0") == 1
+    assert "FAILED: q8_0/q3_0" in capsys.readouterr().out
+
+
+def test_a_kernel_that_cannot_be_compiled_fails(capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(doctor, "check", broken)
+    assert examine("--formats", "q8_0/q3_0") == 1
+    assert "no compiler" in capsys.readouterr().out
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(UserError, match="q9_0"):
+        examine("--formats", "q9_0/q3_0")
