@@ -187,7 +187,8 @@ def test_a_greedy_step_is_handed_back_before_it_is_computed(make_config):
 def test_pending_tokens_find_their_rows():
     """Rows that sample nothing, and tokens in another order than the rows."""
     output = ModelRunnerOutput(req_ids=["a", "b", "c"], req_id_to_index={"a": 0, "b": 1, "c": 2})
-    pending = PendingTokens(mx.array([7, 9], mx.int32), {"c": 5, "a": 3}, output)
+    tokens = mx.array([7, 9], mx.int32)
+    pending = PendingTokens(tokens, lambda: None, {"c": 5, "a": 3}, output)
     assert pending.get_output().sampled_token_ids == [[9], [], [7]]
 
 

@@ -24,6 +24,7 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_metal import input_batch
 from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.dispatch import Wait, make_dispatch
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.sampler import TorchSampler, greedy, to_torch
@@ -49,16 +50,28 @@ class _Step:
 class PendingTokens(AsyncModelRunnerOutput):
     """Tokens of a greedy step that MLX is still computing."""
 
-    def __init__(self, tokens: mx.array, positions: dict[str, int], output: ModelRunnerOutput):
-        self.tokens = tokens  # [R] int32
+    def __init__(
+        self,
+        tokens: mx.array,  # [R] int32, being computed
+        wait_until_computed: Wait,
+        positions: dict[str, int],
+        output: ModelRunnerOutput,
+    ):
+        self.tokens = tokens
+        self._wait_until_computed = wait_until_computed
         self.positions = positions
         """Request -> position of its token in the request; in the order of `tokens`."""
         self.index = {req_id: i for i, req_id in enumerate(positions)}
         self._output = output
 
+    def wait(self) -> list[int]:
+        """Waits until the step is computed; its tokens, in the order of `positions`."""
+        self._wait_until_computed()
+        return self.tokens.tolist()
+
     def get_output(self) -> ModelRunnerOutput:
         """Waits for the tokens."""
-        token_ids = self.tokens.tolist()
+        token_ids = self.wait()
         self._output.sampled_token_ids = [
             [token_ids[self.index[req_id]]] if req_id in self.index else []
             for req_id in self._output.req_ids
@@ -92,6 +105,7 @@ class ModelRunner:
         """False where the architecture takes no array of offsets: decode goes row by row."""
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
         self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
+        self._dispatch = make_dispatch()
         self._pending: PendingTokens | None = None
         self._step: _Step | None = None
         binding.bind(kv_cache)
@@ -212,8 +226,8 @@ class ModelRunner:
         if len(positions) < len(sampled):
             tokens = tokens[mx.array([i for i, r in enumerate(sampled) if r in positions])]
         self._finish_pending()
-        mx.async_eval(tokens, self.kv_cache.arrays)
-        self._pending = PendingTokens(tokens, positions, output)
+        wait = self._dispatch(tokens, self.kv_cache.arrays)
+        self._pending = PendingTokens(tokens, wait, positions, output)
         if self._returns_pending:
             return self._pending
         pending = self._pending
@@ -253,7 +267,7 @@ class ModelRunner:
         if pending is None:
             return
         for (req_id, position), token_id in zip(
-            pending.positions.items(), pending.tokens.tolist(), strict=True
+            pending.positions.items(), pending.wait(), strict=True
         ):
             self.batch.fill_placeholder(req_id, position, token_id)
 

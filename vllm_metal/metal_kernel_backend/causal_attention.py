@@ -8,6 +8,15 @@ SCORE_TILE_BYTES = 64 << 20
 """Bound on one tile of prefill scores where MLX has no fused attention (its CPU backend)."""
 
 
+def finite(values: mx.array) -> mx.array:
+    """Values with 0 for NaN and infinities.
+
+    The weight of a masked slot is 0, and 0 times NaN would carry one request's failure to the next
+    owner of its block.
+    """
+    return mx.where(values - values == 0, values, 0)
+
+
 def head_blocks(metadata: AttentionMetadata, num_kv_heads: int) -> mx.array:
     """[B, H, N] int32: rows of pages `[num_blocks * H, ...]` that hold each request's heads."""
 

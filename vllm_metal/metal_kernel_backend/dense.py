@@ -11,6 +11,7 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
+    finite,
     head_blocks,
     score_workspace_bytes,
     valid_tokens,
@@ -19,9 +20,6 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
 
 class DensePages(AttentionBackend):
     """Unquantised paged attention on MLX operations.
-
-    Values that are no numbers are stored as numbers: the weight of a masked slot is 0, and 0 times
-    NaN would carry one request's failure to the next owner of its block.
 
     Args:
         shape: heads and head sizes of the layer.
@@ -53,7 +51,7 @@ class DensePages(AttentionBackend):
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
         rows = metadata.derived.once(("store_rows", self.shape.num_kv_heads), self._rows(metadata))
-        keys, values = keys.astype(self.dtype), mx.nan_to_num(values.astype(self.dtype))
+        keys, values = keys.astype(self.dtype), finite(values.astype(self.dtype))
         return tuple(
             _scatter_rows(page, rows, new) for page, new in zip(pages, (keys, values), strict=True)
         )
@@ -67,7 +65,11 @@ class DensePages(AttentionBackend):
         sinks: mx.array | None,
     ) -> mx.array:
         keys, values = (self._gather(page, metadata, queries.dtype) for page in pages)
-        mask = valid_tokens(metadata, self.block_size)
+        mask = None
+        if metadata.num_requests == 1:
+            keys, values = (part[:, :, : metadata.max_seq_len] for part in (keys, values))
+        else:
+            mask = valid_tokens(metadata, self.block_size)
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
         )[:, :, 0, :]

@@ -17,13 +17,14 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
+    finite,
     head_blocks,
     score_workspace_bytes,
     softmax_with_sinks,
     valid_tokens,
 )
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.codec import MAX_SCALE, KeyCodec, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.products import (
@@ -103,8 +104,9 @@ class TurboQuantReference(TurboQuantAttention):
         values: mx.array,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
-        values = mx.nan_to_num(values, posinf=MAX_SCALE, neginf=-MAX_SCALE)  # as in DensePages
-        packed = self.slots.pack(self.key_codec.quantize(keys), self.value_codec.quantize(values))
+        packed = self.slots.pack(
+            self.key_codec.quantize(keys), self.value_codec.quantize(finite(values))
+        )
         return (self.slots.store(pages[0], packed, metadata.slot_mapping),)
 
     def decode(

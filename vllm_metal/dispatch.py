@@ -1,0 +1,42 @@
+"""Starts the evaluation of a step and returns while it runs.
+
+On a GPU that is `mx.async_eval`. On the CPU `mx.async_eval` returns only when all but the last few
+operations are done (MLX bounds the tasks in flight), so a thread of its own evaluates there, and
+the thread that schedules builds the next step meanwhile. One step is evaluated at a time.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+
+Wait = Callable[[], None]
+"""Returns once the evaluation is done; raises what it raised."""
+
+Dispatch = Callable[..., Wait]
+"""Takes arrays, or lists of arrays, to evaluate."""
+
+
+def make_dispatch() -> Dispatch:
+    """What suits this process's default device.
+
+    On the CPU it gives the calling thread a default stream that other threads may evaluate, too:
+    graphs built before must be evaluated before.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return _dispatch_to_gpu
+    stream = mx.new_thread_unsafe_stream(mx.cpu)
+    mx.set_default_stream(stream)
+    thread = ThreadPoolExecutor(
+        1, "mlx-eval", initializer=mx.set_default_stream, initargs=(stream,)
+    )
+
+    def dispatch(*arrays) -> Wait:
+        return thread.submit(mx.eval, *arrays).result
+
+    return dispatch
+
+
+def _dispatch_to_gpu(*arrays) -> Wait:
+    mx.async_eval(*arrays)
+    return lambda: None
