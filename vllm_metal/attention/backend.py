@@ -67,6 +67,13 @@ class AttentionBackend(ABC):
     ) -> Pages:
         """Writes T tokens to their slots. The caller drops the pages it passed in."""
 
+    def copy_blocks(self, pages: Pages, source: mx.array, destination: mx.array) -> None:
+        """Copies blocks [C] to blocks [C] within the arrays of `pages`."""
+        for array in pages:
+            blocks = array[source]
+            mx.eval(blocks)  # read before the write, or MLX copies the whole array
+            array[destination] = blocks
+
     @abstractmethod
     def decode(
         self,

@@ -52,9 +52,6 @@ class KVCache:
         """Copies whole blocks (source, destination) in every layer."""
         source = mx.array([src for src, _ in copies])
         destination = mx.array([dst for _, dst in copies])
-        for pages in self._pages:
-            for array in pages:
-                blocks = array[source]
-                mx.eval(blocks)  # read before the write, or MLX copies the whole pool
-                array[destination] = blocks
+        for backend, pages in zip(self.backends, self._pages, strict=True):
+            backend.copy_blocks(pages, source, destination)
         mx.eval(self.arrays)

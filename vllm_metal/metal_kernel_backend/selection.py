@@ -1,4 +1,4 @@
-"""The one place where dense or TurboQuant is chosen."""
+"""The one place where dense or TurboQuant is chosen, and the kernels or MLX operations for it."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,9 +8,11 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.kernel_library import available_target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 from vllm_metal.metal_kernel_backend.turboquant.layout import check_head_size
 
 Calibrate = Callable[[], Sequence[KeyConstants]]
@@ -35,12 +37,16 @@ def make_backends(
     _require_rotations(shapes, skipped)
     formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
     constants = calibrate()
+    target = available_target()
+
+    def compressed(layer: int) -> AttentionBackend:
+        arguments = shapes[layer], block_size, formats, constants[layer]
+        if target is None:
+            return TurboQuantReference(*arguments, turboquant.reproducible)
+        return TurboQuantFused(*arguments, target, turboquant.reproducible)
+
     return [
-        DensePages(shape, block_size, dense_dtype)
-        if layer in skipped
-        else TurboQuantReference(
-            shape, block_size, formats, constants[layer], turboquant.reproducible
-        )
+        DensePages(shape, block_size, dense_dtype) if layer in skipped else compressed(layer)
         for layer, shape in enumerate(shapes)
     ]
 

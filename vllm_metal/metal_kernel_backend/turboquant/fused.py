@@ -65,6 +65,9 @@ class TurboQuantFused(TurboQuantAttention):
         arguments = array, keys, values, metadata.slot_mapping, self._constants
         return array, self.launcher.store(*arguments, *token)
 
+    def copy_blocks(self, pages: Pages, source: mx.array, destination: mx.array) -> None:
+        super().copy_blocks(pages[:1], source, destination)
+
     def decode(
         self,
         pages: Pages,
