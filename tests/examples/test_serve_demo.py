@@ -65,6 +65,7 @@ def test_question_answer_report_and_stop(demo_model):
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"Answer: .*Paris", run.stdout)
     assert re.search(r"KV cache plan\n +device ", run.stdout)
+    assert re.search(r"\n +compressed +30 of 30 layers\n", run.stdout)
     assert run.stderr == "" and servers() == []
 
 
