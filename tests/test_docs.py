@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,8 @@ def test_every_page_is_in_the_navigation():
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_measured_table_is_the_committed_measurement():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "quality_table.py", "--check"])
+    assert done.returncode == 0

@@ -6,7 +6,6 @@ from vllm_metal import quality
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 
 
-@pytest.mark.skipif(not quality.RESULTS.exists(), reason="no measurement is committed yet")
 @pytest.mark.parametrize("pair", quality.FORMAT_PAIRS, ids="/".join)
 def test_every_shown_pair_exists_and_is_measured(pair):
     k_quant, v_quant = pair
@@ -19,3 +18,20 @@ def test_every_shown_pair_exists_and_is_measured(pair):
 
 def test_a_pair_without_measurement_has_none():
     assert quality.measured_loss("int2", "q2_0") is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "warned"),
+    [
+        (("q8_0", "q3_0"), False),
+        (("q5_0", "q3_0"), False),
+        (("q4_0", "q4_0"), True),
+        (("q8_0", "q2_0"), True),
+        (("int2", "q4_0"), True),
+    ],
+)
+def test_few_bits_are_warned_about(pair, warned):
+    text = quality.warning(*pair)
+    assert (text is not None) is warned
+    if warned:
+        assert "KLD" in text or "not measured" in text

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+
 RESULTS = Path(__file__).with_name("quality.json")
 
 FORMAT_PAIRS = (
@@ -51,6 +53,15 @@ def _results() -> dict:
     if not RESULTS.exists():
         return {"model": "", "pairs": {}}
     return json.loads(RESULTS.read_text())
+
+
+def warning(k_quant: str, v_quant: str) -> str | None:
+    """What to tell a user of a pair with few bits; None for the others."""
+    key_bits, value_bits = key_format(k_quant).bits, value_format(v_quant).bits
+    if key_bits >= WARN_KEY_BITS and value_bits >= WARN_VALUE_BITS:
+        return None
+    loss = measured_loss(k_quant, v_quant)
+    return f"k_quant {k_quant}, v_quant {v_quant} lose visibly: {loss or 'not measured'}"
 
 
 def measured_loss(k_quant: str, v_quant: str) -> Loss | None:

@@ -15,7 +15,7 @@ BLAS = load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 
-from vllm_metal import model_loader, warm_up  # noqa: E402
+from vllm_metal import model_loader, quality, warm_up  # noqa: E402
 from vllm_metal.attention.backend import AttentionBackend  # noqa: E402
 from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
 from vllm_metal.config import dense_dtype, parse  # noqa: E402
@@ -144,6 +144,8 @@ class MetalWorker(WorkerBase):
     def _make_backends(self) -> list[AttentionBackend]:
         cache = self.cache_config
         turboquant = parse(self.vllm_config.additional_config, cache.cache_dtype)
+        if turboquant is not None:
+            self._tell_loss(turboquant.k_quant, turboquant.v_quant)
         dense = dense_dtype(cache.cache_dtype, self.model_config.dtype)
         return make_backends(
             self.binding.layers,
@@ -152,6 +154,13 @@ class MetalWorker(WorkerBase):
             turboquant,
             self._calibrate,
         )
+
+    @staticmethod
+    def _tell_loss(k_quant: str, v_quant: str) -> None:
+        if text := quality.warning(k_quant, v_quant):
+            logger.warning("TurboQuant: %s", text)
+        elif loss := quality.measured_loss(k_quant, v_quant):
+            logger.info("TurboQuant %s/%s, measured loss: %s", k_quant, v_quant, loss)
 
     def _calibrate(self) -> list[KeyConstants]:
         """Constants of the keys, from a short text that the model reads now."""

@@ -186,13 +186,14 @@ def plot(figures: dict, path: Path) -> None:
         }
         if not rows:
             continue
+        axes.margins(x=0.12)
         bits = [row["bits_per_element"] for row in rows.values()]
         axes.plot(bits, [row["kld"] for row in rows.values()], marker, label=label)
-        for name, row in rows.items():
+        for i, (name, row) in enumerate(rows.items()):
             axes.annotate(
                 name.removeprefix("block-affine "),
                 (row["bits_per_element"], row["kld"]),
-                xytext=(5, 4),
+                xytext=(6, 5) if i % 2 else (6, -11),
                 textcoords="offset points",
                 fontsize=8,
             )
