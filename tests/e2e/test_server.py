@@ -55,11 +55,12 @@ def server(demo_model, tmp_path_factory):
             time.sleep(0.5)
         assert process.poll() is None, log.read_text()[-3000:]
         yield address
+        served = log.read_text()
+        assert "Traceback" not in served
+        assert "KV cache plan" in served
     finally:
         process.terminate()
         process.wait(60)
-    assert "Traceback" not in log.read_text()
-    assert "KV cache plan" in log.read_text()
 
 
 @pytest.fixture
