@@ -123,8 +123,8 @@ def programs() -> list[str]:
 
 PLANTED = {
     "a lost device": (
-        "const device uchar* page = Slots::head_page(pages, block, kv_head);",
-        "const uchar* page = Slots::head_page(pages, block, kv_head);",
+        "const device uchar* page = Slots::head_page(",
+        "const uchar* page = Slots::head_page(",
     ),
     "a double": ("float softcap = scales[1];", "double softcap = scales[1];"),
     "a double literal": ("float x = float(steps) + 0.5f;", "float x = float(steps) + 0.5;"),
