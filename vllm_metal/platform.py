@@ -109,8 +109,9 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
     """Why this configuration cannot be served: one line each, naming the flag and the remedy."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     reasons: list[str] = []
+    turboquant = None
     try:
-        config.parse(vllm_config.additional_config, cache.cache_dtype)
+        turboquant = config.parse(vllm_config.additional_config, cache.cache_dtype)
     except UserError as error:
         reasons += error.reasons
     if cache.block_size not in BLOCK_SIZES:
@@ -135,10 +136,10 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
     ):
         if given:
             reasons.append(f"{what} is not supported")
-    return reasons + _unsupported_model(vllm_config)
+    return reasons + _unsupported_model(vllm_config, compresses=turboquant is not None)
 
 
-def _unsupported_model(vllm_config: "VllmConfig") -> list[str]:
+def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]:
     model = vllm_config.model_config
     if model is None:
         return []
@@ -151,7 +152,7 @@ def _unsupported_model(vllm_config: "VllmConfig") -> list[str]:
         reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
     if model.enable_sleep_mode:
         reasons.append("sleep mode (--enable-sleep-mode) is not supported")
-    if model.skip_tokenizer_init and _compresses(vllm_config):
+    if model.skip_tokenizer_init and compresses:
         reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
     if model.quantization is not None:
         reasons.append(
@@ -159,13 +160,6 @@ def _unsupported_model(vllm_config: "VllmConfig") -> list[str]:
             "(MLX-quantised and unquantised checkpoints are)"
         )
     return reasons
-
-
-def _compresses(vllm_config: "VllmConfig") -> bool:
-    try:
-        return config.parse(vllm_config.additional_config, vllm_config.cache_config.cache_dtype)
-    except UserError:
-        return False
 
 
 def _tolerate_missing_accelerator() -> None:
