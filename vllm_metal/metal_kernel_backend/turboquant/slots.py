@@ -42,16 +42,29 @@ class Slots:
             parts.insert(3, keys.biases.view(mx.uint16)[..., None])
         return mx.concatenate(parts, axis=-1)
 
-    def store(self, pages: mx.array, packed: mx.array, slot_mapping: mx.array) -> mx.array:
-        """Pages with packed tokens at their slots: block * block_size + token, int32 [T].
+    def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Where `store` writes the tokens of these slots: the same for all layers of a step.
 
-        A slot below 0 is padding and goes to the null block, block 0. In place if the caller
-        keeps no other reference to the pages, and evaluates them before the next store.
+        A slot is block * block_size + token, int32 [T]; one below 0 is padding and goes to the
+        null block, block 0.
         """
         slots = mx.maximum(slot_mapping, 0)
         blocks = (slots // self.layout.block_size)[:, None, None]
         columns = self._columns[slots % self.layout.block_size][:, None, :]
-        pages[blocks, self._heads, columns] = packed
+        return blocks, self._heads, columns
+
+    def store(
+        self,
+        pages: mx.array,
+        packed: mx.array,
+        slots: mx.array | tuple[mx.array, mx.array, mx.array],
+    ) -> mx.array:
+        """Pages with packed tokens at their slots, or at the `indices` of these.
+
+        In place if the caller keeps no other reference to the pages, and evaluates them before
+        the next store.
+        """
+        pages[slots if isinstance(slots, tuple) else self.indices(slots)] = packed
         return pages
 
     def load(self, pages: mx.array, block_ids: mx.array) -> tuple[Quantized, Quantized]:
