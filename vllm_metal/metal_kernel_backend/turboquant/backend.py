@@ -11,6 +11,8 @@ hits and on preemption. With `reproducible`, a chunk reads its own keys and valu
 quantiser too, and the result depends on nothing but the tokens.
 """
 
+from abc import abstractmethod
+
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
@@ -77,6 +79,33 @@ class TurboQuantAttention(AttentionBackend):
     def allocate(self, num_blocks: int) -> Pages:
         return (self.slots.allocate(num_blocks),)
 
+    def prefill(
+        self,
+        pages: Pages,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        metadata: PrefillMetadata,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        if not (self.reproducible or metadata.context_len):
+            return causal_attention(queries[None], keys[None], values[None], scale, sinks)[0]
+        return self._prefill_compressed(pages, queries, keys, values, metadata, scale, sinks)
+
+    @abstractmethod
+    def _prefill_compressed(
+        self,
+        pages: Pages,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        metadata: PrefillMetadata,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """`prefill` of a chunk that reads compressed tokens: its context, or its own."""
+
 
 class TurboQuantReference(TurboQuantAttention):
     """The plain MLX path."""
@@ -107,7 +136,10 @@ class TurboQuantReference(TurboQuantAttention):
         packed = self.slots.pack(
             self.key_codec.quantize(keys), self.value_codec.quantize(finite(values))
         )
-        return (self.slots.store(pages[0], packed, metadata.slot_mapping),)
+        indices = metadata.derived.once(
+            ("slot_indices", self.layout), lambda: self.slots.indices(metadata.slot_mapping)
+        )
+        return (self.slots.store(pages[0], packed, indices),)
 
     def decode(
         self,
@@ -129,7 +161,7 @@ class TurboQuantReference(TurboQuantAttention):
         out = self._values.weighted_sum(weights, self._value_halfwords(pages, metadata))
         return self._unrotate(out).reshape(*queries.shape[:2], -1).astype(queries.dtype)
 
-    def prefill(
+    def _prefill_compressed(
         self,
         pages: Pages,
         queries: mx.array,
@@ -139,8 +171,6 @@ class TurboQuantReference(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        if not (self.reproducible or metadata.context_len):
-            return causal_attention(queries[None], keys[None], values[None], scale, sinks)[0]
         rotated = self._rotate_queries(queries.swapaxes(0, 1), scale)  # [L, H, G, Dk]
         rotated = rotated.reshape(rotated.shape[0], -1, rotated.shape[-1]).swapaxes(0, 1)
         stored_keys, stored_values = self._stored(pages, metadata)  # [1, H, S, D] each

@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape, Pages
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
-from vllm_metal.metal_kernel_backend.causal_attention import causal_attention
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -89,7 +88,7 @@ class TurboQuantFused(TurboQuantAttention):
             sinks,
         )[:, 0]
 
-    def prefill(
+    def _prefill_compressed(
         self,
         pages: Pages,
         queries: mx.array,
@@ -99,8 +98,6 @@ class TurboQuantFused(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        if not (self.reproducible or metadata.context_len):
-            return causal_attention(queries[None], keys[None], values[None], scale, sinks)[0]
         rotated = self.key_codec.rotate_queries(queries.swapaxes(0, 1)).swapaxes(0, 1)
         rotated = (rotated * scale).reshape(self.shape.num_kv_heads, -1, rotated.shape[-1])
         state = _SoftmaxState.empty(rotated, self.shape.head_size_v)
