@@ -36,8 +36,9 @@ constant constexpr float RESCALE_MARGIN = 8.0f;  // in powers of two
 
 template <
     int NUM_KV_HEADS, int BLOCK_SIZE, int KEY_HEAD_SIZE, int VALUE_HEAD_SIZE, int KEY_BITS,
-    int VALUE_BITS, int KEY_TERMS, int VALUE_TERMS, int KEY_HAS_BIAS, int HEAD_PAGE_BYTES,
-    int VALUE_CODES_OFFSET, int KEY_SCALES_OFFSET, int KEY_BIASES_OFFSET, int VALUE_SCALES_OFFSET>
+    int VALUE_BITS, int KEY_TERMS, int VALUE_TERMS, int KEY_HAS_BIAS, int PAGE_BYTES,
+    int HEAD_PAGE_BYTES, int VALUE_CODES_OFFSET, int KEY_SCALES_OFFSET, int KEY_BIASES_OFFSET,
+    int VALUE_SCALES_OFFSET>
 struct SlotLayout {
   static constant constexpr int num_kv_heads = NUM_KV_HEADS;
   static constant constexpr int block_size = BLOCK_SIZE;
@@ -54,8 +55,8 @@ struct SlotLayout {
   // One KV head's page of a block.
   static METAL_FUNC const device uchar* head_page(
       const device ushort* pages, int block, int kv_head) {
-    ulong index = uint(block * NUM_KV_HEADS + kv_head);
-    return (const device uchar*)pages + index * HEAD_PAGE_BYTES;
+    ulong begin = ulong(uint(block)) * PAGE_BYTES + uint(kv_head * HEAD_PAGE_BYTES);
+    return (const device uchar*)pages + begin;
   }
 
   // Codes of chunk `chunk` of the key or value in slot `slot` of a head page.

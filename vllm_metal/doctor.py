@@ -172,6 +172,7 @@ class Trial:
             codes = [np.array(halfwords).view(np.uint8) for halfwords in packed]
             scales = [np.array(q.scales[..., None]).view(np.uint8) for q in quantized]
         stored = np.array(self.pages).view(np.uint8)
+        stored = stored.reshape(len(stored), layout.num_kv_heads, layout.head_page_bytes)
         offsets = layout.key_codes_offset, layout.value_codes_offset
         offsets += layout.key_scales_offset, layout.value_scales_offset
         wrong = 0

@@ -1,70 +1,53 @@
-"""From the batch's rows to what one forward pass takes: token ids and attention metadata."""
+"""From the batch's rows to what one forward pass takes: token ids and metadata of every group."""
+
+from collections.abc import Sequence
 
 import mlx.core as mx
-import numpy as np
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.attention.metadata import GroupMetadata
+from vllm_metal.kv_cache.groups import KVGroup
 
 
 def decode_inputs(
     rows: InputBatch,
     decode_rows: list[int],
-    block_size: int,
+    groups: Sequence[KVGroup],
     pending: tuple[mx.array, dict[str, int]] | None,
-) -> tuple[mx.array, DecodeMetadata]:
+) -> tuple[mx.array, tuple[GroupMetadata, ...]]:
     """Inputs of a `(B, 1)` forward: the newest token of each of `decode_rows`.
 
     Args:
         rows: vLLM's batch.
         decode_rows: rows that advance by one token, in the order of the forward's rows.
-        block_size: tokens of a block.
+        groups: of the KV cache.
         pending: tokens of the previous step that are still being computed, and the index in them
             of each request; they are used lazily.
 
     Returns:
-        token ids [B, 1] and the metadata.
+        token ids [B, 1] and the metadata of each group.
     """
     positions = rows.num_computed_tokens_cpu[decode_rows]
-    seq_lens = positions + 1
-    max_seq_len = int(seq_lens.max())
-    num_blocks = -(-max_seq_len // block_size)
-    block_table = rows.block_table[0].block_table.np[decode_rows, :num_blocks]
-    blocks = block_table[np.arange(len(decode_rows)), positions // block_size]
-    slots = blocks * block_size + positions % block_size
     token_ids = mx.array(rows.token_ids_cpu[decode_rows, positions])
     if pending is not None:
         token_ids = _take_pending(token_ids, [rows.req_ids[row] for row in decode_rows], *pending)
-    metadata = DecodeMetadata(
-        block_table=mx.array(block_table),
-        seq_lens=mx.array(seq_lens.astype(np.int32)),
-        slot_mapping=mx.array(slots.astype(np.int32)),
-        offset=int(positions[0]) if len(decode_rows) == 1 else mx.array(positions),
-        max_seq_len=max_seq_len,
-    )
-    return token_ids[:, None], metadata
+    tables = [rows.block_table[i].block_table.np[decode_rows] for i in range(len(groups))]
+    return token_ids[:, None], decode_metadata(groups, tables, positions)
 
 
 def prefill_inputs(
-    rows: InputBatch, row: int, query_len: int, block_size: int
-) -> tuple[mx.array, PrefillMetadata]:
+    rows: InputBatch, row: int, query_len: int, groups: Sequence[KVGroup]
+) -> tuple[mx.array, tuple[GroupMetadata, ...]]:
     """Inputs of a `(1, L)` forward: the next `query_len` tokens of one request.
 
     Returns:
-        token ids [1, L] and the metadata.
+        token ids [1, L] and the metadata of each group.
     """
     start = int(rows.num_computed_tokens_cpu[row])
-    positions = np.arange(start, start + query_len)
-    block_table = rows.block_table[0].block_table.np[row]
-    slots = block_table[positions // block_size] * block_size + positions % block_size
-    num_blocks = -(-(start + query_len) // block_size)
-    metadata = PrefillMetadata(
-        block_table=mx.array(block_table[None, :num_blocks]),
-        slot_mapping=mx.array(slots.astype(np.int32)),
-        context_len=start,
-        query_len=query_len,
-    )
-    return mx.array(rows.token_ids_cpu[row, positions])[None], metadata
+    tables = [rows.block_table[i].block_table.np[row] for i in range(len(groups))]
+    token_ids = mx.array(rows.token_ids_cpu[row, start : start + query_len])
+    return token_ids[None], prefill_metadata(groups, tables, start, query_len)
 
 
 def _take_pending(

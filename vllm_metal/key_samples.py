@@ -21,14 +21,12 @@ class _Recorder(AttentionBackend):
 
     name = "recorder"
     slot_size = 0
+    page_dtype = mx.uint16
 
     def __init__(self, shape: LayerShape):
         super().__init__(shape, block_size=1)
         self.queries: mx.array | None = None  # [Hq, L, Dk]
         self.keys: mx.array | None = None  # [H, L, Dk]
-
-    def allocate(self, num_blocks: int) -> Pages:
-        return ()
 
     def store(
         self,
@@ -50,7 +48,8 @@ class _Recorder(AttentionBackend):
         sinks: mx.array | None,
     ) -> mx.array:
         self.queries, self.keys = queries, keys
-        return causal_attention(queries[None], keys[None], values[None], scale, sinks)[0]
+        own, window = (queries[None], keys[None], values[None]), self.shape.sliding_window
+        return causal_attention(*own, scale, sinks, window)[0]
 
     def decode(self, *_) -> mx.array:
         raise NotImplementedError("samples are taken in a prefill")
@@ -70,10 +69,11 @@ def collect_key_samples(
         offset: position of the first.
     """
     recorders = [_Recorder(shape) for shape in binding.layers]
-    binding.bind(KVCache(recorders, 0))
+    kv_cache = KVCache(recorders, 0)
+    binding.bind(kv_cache)
     empty = mx.zeros((1, 0), mx.int32)
     metadata = PrefillMetadata(empty, empty[0], context_len=offset, query_len=len(token_ids))
-    logits = binding.forward(mx.array([list(token_ids)]), metadata)
+    logits = binding.forward(mx.array([list(token_ids)]), [metadata] * len(kv_cache.groups))
     mx.eval(logits, [(recorder.queries, recorder.keys) for recorder in recorders])
     binding.bind(None)
     return [

@@ -86,7 +86,7 @@ class ModelRunner:
         vllm_config: vLLM's configuration.
         binding: the model, bound to paged attention.
         kv_cache: the pages.
-        block_size: tokens of a block.
+        max_num_blocks: length of a block table, for each KV group.
     """
 
     def __init__(
@@ -94,13 +94,12 @@ class ModelRunner:
         vllm_config: "VllmConfig",
         binding: ModelBinding,
         kv_cache: KVCache,
-        block_size: int,
+        max_num_blocks: list[int],
     ):
-        max_model_len = vllm_config.model_config.max_model_len
         self.binding = binding
         self.kv_cache = kv_cache
-        self.block_size = block_size
-        self.batch = RequestBatch(vllm_config, [block_size], [-(-max_model_len // block_size)])
+        block_sizes = [group.block_size for group in kv_cache.groups]
+        self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
         self.batched_decode = True
         """False where the architecture takes no array of offsets: decode goes row by row."""
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
@@ -157,11 +156,13 @@ class ModelRunner:
         """Whether this step needs no token of the previous one on the host.
 
         So it is when every request was in the previous step and advances by one token. The
-        batch as it was decides: what joins now is in `scheduled_new_reqs`.
+        batch as it was decides: what joins now is in `scheduled_new_reqs`. A forward that
+        evaluates on its way waits for the previous one.
         """
         cached = scheduled.scheduled_cached_reqs
         return (
             self._pending is not None
+            and not self.kv_cache.shares_arrays
             and not scheduled.scheduled_new_reqs
             and not cached.resumed_req_ids
             and all(req_id in self._pending.index for req_id in cached.req_ids)
@@ -172,7 +173,7 @@ class ModelRunner:
         """One prompt chunk; evaluated at once, since each write of pages wants its own turn."""
         scored = self._wants_prompt_logprobs(req_id)
         token_ids, metadata = input_batch.prefill_inputs(
-            self.batch.rows, row, num_scheduled, self.block_size
+            self.batch.rows, row, num_scheduled, self.kv_cache.groups
         )
         logits = self.binding.forward(token_ids, metadata, all_rows=scored)[0]
         if scored:
@@ -192,7 +193,7 @@ class ModelRunner:
             token_ids, metadata = input_batch.decode_inputs(
                 self.batch.rows,
                 group,
-                self.block_size,
+                self.kv_cache.groups,
                 (pending.tokens, pending.index) if pending else None,
             )
             logits.append(self.binding.forward(token_ids, metadata)[:, -1])

@@ -4,9 +4,13 @@ They run the real model through the real backend, so a model that would fail in 
 fails at start.
 """
 
-import mlx.core as mx
+from collections.abc import Sequence
 
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+import mlx.core as mx
+import numpy as np
+
+from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.kv_cache.cache import KVCache
 
@@ -26,16 +30,10 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
         binding: the model, bound to `kv_cache`.
         kv_cache: a small cache with blocks for the longest probe after block 0.
     """
-    block_size = kv_cache.backends[0].block_size
+    tables = [np.arange(1, kv_cache.num_blocks, dtype=np.int32)] * len(kv_cache.groups)
     peaks = {}
     for length in WORKSPACE_PROBE_LENGTHS:
-        num_blocks = -(-length // block_size)
-        metadata = PrefillMetadata(
-            block_table=mx.arange(1, num_blocks + 1)[None],
-            slot_mapping=mx.arange(length) + block_size,
-            context_len=0,
-            query_len=length,
-        )
+        metadata = prefill_metadata(kv_cache.groups, tables, 0, length)
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
@@ -48,47 +46,43 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
 def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
     """Whether a `(2, 1)` decode with an array of offsets gives what two `(1, 1)` decodes give.
 
-    Uses blocks 1 and 2, which no request owns yet; False where there are none.
+    Uses one block of each KV group for each request, which no request owns yet; False where there
+    are too few.
     """
-    if kv_cache.num_blocks < 3:
+    num_groups = len(kv_cache.groups)
+    if kv_cache.num_blocks < 1 + num_groups * len(_PROMPTS):
         return False
     alone = []
-    for block, prompt in enumerate(_PROMPTS, start=1):
-        _prefill(binding, kv_cache, prompt[:-1], block)
-        alone.append(_decode(binding, kv_cache, [prompt], [block]))
+    for i, prompt in enumerate(_PROMPTS):
+        _prefill(binding, kv_cache, prompt[:-1], i)
+        alone.append(_decode(binding, kv_cache, [i]))
     expected = mx.concatenate(alone)
     try:
-        together = _decode(binding, kv_cache, list(_PROMPTS), [1, 2])
+        together = _decode(binding, kv_cache, range(len(_PROMPTS)))
     except (TypeError, ValueError):
         return False
     difference = mx.abs(together - expected).max() / mx.std(expected)
     return difference.item() < _TOLERANCE
 
 
-def _prefill(binding: ModelBinding, kv_cache: KVCache, prompt: list[int], block: int) -> mx.array:
-    first_slot = block * kv_cache.backends[0].block_size
-    metadata = PrefillMetadata(
-        block_table=mx.array([[block]]),
-        slot_mapping=mx.arange(len(prompt)) + first_slot,
-        context_len=0,
-        query_len=len(prompt),
-    )
+def _tables(kv_cache: KVCache, requests: Sequence[int]) -> list[np.ndarray]:
+    """The block tables [B, 1] of each group; no two share a block."""
+    num_groups = len(kv_cache.groups)
+    first = 1 + num_groups * np.array(requests, np.int32)[:, None]
+    return [first + group for group in range(num_groups)]
+
+
+def _prefill(binding: ModelBinding, kv_cache: KVCache, prompt: list[int], request: int) -> mx.array:
+    tables = [table[0] for table in _tables(kv_cache, [request])]
+    metadata = prefill_metadata(kv_cache.groups, tables, 0, len(prompt))
     return _evaluate(binding, kv_cache, mx.array([prompt]), metadata)
 
 
-def _decode(
-    binding: ModelBinding, kv_cache: KVCache, prompts: list[list[int]], blocks: list[int]
-) -> mx.array:
-    """Logits [B, vocabulary] of the last token of each prompt, each in one block."""
-    seq_lens = mx.array([len(prompt) for prompt in prompts])
-    positions = seq_lens - 1
-    metadata = DecodeMetadata(
-        block_table=mx.array(blocks)[:, None],
-        seq_lens=seq_lens,
-        slot_mapping=mx.array(blocks) * kv_cache.backends[0].block_size + positions,
-        offset=positions if len(prompts) > 1 else len(prompts[0]) - 1,
-        max_seq_len=max(map(len, prompts)),
-    )
+def _decode(binding: ModelBinding, kv_cache: KVCache, requests: Sequence[int]) -> mx.array:
+    """Logits [B, vocabulary] of the last token of each request's prompt."""
+    prompts = [_PROMPTS[request] for request in requests]
+    positions = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    metadata = decode_metadata(kv_cache.groups, _tables(kv_cache, requests), positions)
     token_ids = mx.array([prompt[-1:] for prompt in prompts])
     return _evaluate(binding, kv_cache, token_ids, metadata)
 
@@ -97,7 +91,7 @@ def _evaluate(
     binding: ModelBinding,
     kv_cache: KVCache,
     token_ids: mx.array,
-    metadata: DecodeMetadata | PrefillMetadata,
+    metadata: Sequence[GroupMetadata],
 ) -> mx.array:
     logits = binding.forward(token_ids, metadata)[:, -1].astype(mx.float32)
     mx.eval(logits, kv_cache.arrays)

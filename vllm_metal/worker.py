@@ -25,7 +25,11 @@ from vllm_metal.key_samples import collect_key_samples  # noqa: E402
 from vllm_metal.kv_cache import planner  # noqa: E402
 from vllm_metal.kv_cache.cache import KVCache  # noqa: E402
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity  # noqa: E402
-from vllm_metal.kv_cache.spec import kv_cache_specs  # noqa: E402
+from vllm_metal.kv_cache.spec import (  # noqa: E402
+    block_table_lengths,
+    cache_layout,
+    kv_cache_specs,
+)
 from vllm_metal.metal_kernel_backend.selection import make_backends  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.calibration import (  # noqa: E402
     KeyConstants,
@@ -68,7 +72,7 @@ class MetalWorker(WorkerBase):
         return [KV_CACHE_LAYOUT]
 
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
-        return kv_cache_specs(self.backends, self.model_config.dtype)
+        return self._specs()
 
     @user_errors_end_child_process()
     def determine_available_memory(self) -> int:
@@ -89,11 +93,14 @@ class MetalWorker(WorkerBase):
         self.model_config.max_model_len = max_model_len
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
-        num_blocks = kv_cache_config.num_blocks
+        layout = cache_layout(kv_cache_config)
         mx.set_cache_limit(self.plan.workspace)
-        self.kv_cache = KVCache(self.backends, num_blocks)
+        self.kv_cache = KVCache(
+            self.backends, kv_cache_config.num_blocks, self.binding.states, layout
+        )
+        max_num_blocks = block_table_lengths(self.vllm_config, kv_cache_config)
         self.model_runner = ModelRunner(
-            self.vllm_config, self.binding, self.kv_cache, self.cache_config.block_size
+            self.vllm_config, self.binding, self.kv_cache, max_num_blocks
         )
         logger.info(
             planner.report(
@@ -153,7 +160,12 @@ class MetalWorker(WorkerBase):
             model_loader.mlx_dtype(dense),
             turboquant,
             self._calibrate,
+            self.binding.states,
         )
+
+    def _specs(self) -> "dict[str, KVCacheSpec]":
+        model = self.model_config
+        return kv_cache_specs(self.backends, model.dtype, self.binding.states, model.max_model_len)
 
     @staticmethod
     def _tell_loss(k_quant: str, v_quant: str) -> None:
@@ -179,9 +191,9 @@ class MetalWorker(WorkerBase):
 
     def _measure_workspace(self) -> int:
         """Activations of the largest prefill, plus what attention over a full context adds."""
-        block_size = self.cache_config.block_size
         longest = max(warm_up.WORKSPACE_PROBE_LENGTHS)
-        kv_cache = KVCache(self.backends, -(-longest // block_size) + 1)
+        num_blocks = -(-longest // self.cache_config.block_size)
+        kv_cache = KVCache(self.backends, num_blocks + 1, self.binding.states)
         self.binding.bind(kv_cache)
         peaks = warm_up.measure_prefill_peaks(self.binding, kv_cache)
         self.binding.bind(None)

@@ -29,22 +29,27 @@ def test_name_and_bytes(dtype, name, slot_size):
     assert backend.page_size_bytes == BLOCK * 2 * slot_size
 
 
+@pytest.mark.parametrize("padding", [0, 4, 64])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_a_token_lies_in_its_block_head_and_row(dtype):
-    """`[num_blocks, H, block_size, D]`, and nothing else is written."""
-    backend = DensePages(SHAPE, BLOCK, dtype)
+def test_a_token_lies_in_its_block_head_and_row(dtype, padding):
+    """Keys `[H, block_size, Dk]`, then values, then padding; and nothing else is written."""
+    page_bytes = BLOCK * 2 * 12 * dtype.size + padding
+    backend = DensePages(SHAPE, BLOCK, dtype, page_bytes)
     keys = mx.random.normal((3, 2, 8))
     values = mx.random.normal((3, 2, 4))
     slots = [2 * BLOCK + 3, 5 * BLOCK, 5 * BLOCK + 1]
     metadata = PrefillMetadata(mx.array([[2, 5]]), mx.array(slots), context_len=3, query_len=3)
-    pages = backend.store(backend.allocate(6), keys, values, metadata)
-    for page, new in zip(pages, (keys, values), strict=True):
-        expected = np.zeros(page.shape, np.float32)
+    [pages] = backend.store(backend.allocate(6), keys, values, metadata)
+    expected = np.zeros((6, page_bytes // dtype.size), np.float32)
+    for begin, new in ((0, keys), (2 * BLOCK * 8, values)):
+        part = np.zeros((6, 2, BLOCK, new.shape[-1]), np.float32)
         for token, slot in enumerate(slots):
-            expected[slot // BLOCK, :, slot % BLOCK] = np.array(
+            part[slot // BLOCK, :, slot % BLOCK] = np.array(
                 new[token].astype(dtype).astype(mx.float32)
             )
-        np.testing.assert_array_equal(np.array(page.astype(mx.float32)), expected)
+        part = part.reshape(6, -1)
+        expected[:, begin : begin + part.shape[1]] = part
+    np.testing.assert_array_equal(np.array(pages.astype(mx.float32)), expected)
 
 
 def test_a_prefill_without_context_reads_no_pages():

@@ -9,7 +9,6 @@ Letters: T new tokens, Hq query heads, H KV heads, Dk and Dv head sizes, L query
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -25,10 +24,12 @@ class LayerShape:
     """Dk, elements of one key."""
     head_size_v: int
     """Dv, elements of one value."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself included; None: all."""
 
 
-Pages = Any
-"""A tuple of `mx.array`, as `allocate` made it. Only its backend looks inside."""
+Pages = tuple[mx.array, ...]
+"""The array that holds the pages, `[num_blocks, ...]`, and what the last `store` left beside it."""
 
 
 class AttentionBackend(ABC):
@@ -38,10 +39,20 @@ class AttentionBackend(ABC):
     """Shown to the user, e.g. `dense bfloat16`."""
     compressed: bool = False
     """Whether pages hold fewer bytes than the keys and values themselves; for reports."""
+    stores_through: bool = False
+    """Whether `store` writes through the array that it is given, whoever else holds it."""
+    page_dtype: mx.Dtype
+    """Element type of the array of pages."""
 
-    def __init__(self, shape: LayerShape, block_size: int):
+    def __init__(self, shape: LayerShape, block_size: int, page_bytes: int = 0):
         self.shape = shape
         self.block_size = block_size
+        self._page_bytes = page_bytes
+
+    @property
+    def format_names(self) -> tuple[str, str]:
+        """Key and value format, where `compressed`."""
+        raise NotImplementedError(f"{self.name} has no formats")
 
     @property
     @abstractmethod
@@ -50,12 +61,16 @@ class AttentionBackend(ABC):
 
     @property
     def page_size_bytes(self) -> int:
-        """Bytes of one block in this layer."""
-        return self.block_size * self.shape.num_kv_heads * self.slot_size
+        """Bytes of one block in this layer, unused ones at its end included."""
+        return self._page_bytes or self.block_size * self.shape.num_kv_heads * self.slot_size
 
-    @abstractmethod
+    def pages_shape(self, num_blocks: int) -> tuple[int, int]:
+        """Shape of the array of pages."""
+        return num_blocks, self.page_size_bytes // self.page_dtype.size
+
     def allocate(self, num_blocks: int) -> Pages:
         """Pages for `num_blocks` blocks: exactly `num_blocks * page_size_bytes` bytes."""
+        return (mx.zeros(self.pages_shape(num_blocks), self.page_dtype),)
 
     @abstractmethod
     def store(
@@ -66,13 +81,6 @@ class AttentionBackend(ABC):
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
         """Writes T tokens to their slots. The caller drops the pages it passed in."""
-
-    def copy_blocks(self, pages: Pages, source: mx.array, destination: mx.array) -> None:
-        """Copies blocks [C] to blocks [C] within the arrays of `pages`."""
-        for array in pages:
-            blocks = array[source]
-            mx.eval(blocks)  # read before the write, or MLX copies the whole array
-            array[destination] = blocks
 
     @abstractmethod
     def decode(

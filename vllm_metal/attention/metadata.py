@@ -7,6 +7,10 @@ Lengths follow vLLM:
       tokens already in pages     tokens of this forward
 
 Letters: B requests, L query tokens of a prefill chunk, N blocks of the longest request.
+
+Layers are in groups that share a block table, and each group has metadata of its own. In a group
+of sliding-window layers a request begins at the first block that its window touches: `seq_len` and
+`context_len` count from there, `offset` from the beginning of the request.
 """
 
 from collections.abc import Callable
@@ -61,11 +65,14 @@ class PrefillMetadata:
     """Tokens of the request that are already in pages: earlier chunks, prefix-cache hits."""
     query_len: int
     """L."""
+    skipped: int = 0
+    """Tokens before the first block of `block_table`, which no window reaches any more."""
     derived: _StepArrays = field(default_factory=_StepArrays)
 
     @property
     def offset(self) -> int:
-        return self.context_len
+        """Position of the chunk's first token in the request."""
+        return self.skipped + self.context_len
 
     @property
     def seq_len(self) -> int:
@@ -73,3 +80,17 @@ class PrefillMetadata:
 
 
 AttentionMetadata = DecodeMetadata | PrefillMetadata
+
+
+@dataclass(frozen=True)
+class StateMetadata:
+    """Where the recurrent states of a forward's requests are."""
+
+    block_ids: mx.array
+    """[B] int32, the one block of each request."""
+    begins: bool
+    """Whether this forward begins the request, so that there is no state yet."""
+
+
+GroupMetadata = AttentionMetadata | StateMetadata
+"""What one forward pass tells the layers of one group."""

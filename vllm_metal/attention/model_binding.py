@@ -12,29 +12,23 @@ protocol and yields the shape of each layer.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base as mlx_lm_base
-from mlx_lm.models import cache as mlx_lm_cache
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.head_rows import slice_rows_before_head
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
+from vllm_metal.attention.layer_kinds import AttentionKind, arrange, cache_kinds, kinds_in_order
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, GroupMetadata
+from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
 
 _mlx_lm_attention = mlx_lm_base.scaled_dot_product_attention
-
-_UNSUPPORTED_CACHES = {
-    "RotatingKVCache": "sliding-window attention",
-    "ChunkedKVCache": "chunked attention",
-    "ArraysCache": "recurrent state",
-    "MambaCache": "recurrent state",
-    "CacheList": "several caches in one layer",
-}
 
 
 class UnsupportedModelError(UserError):
@@ -52,7 +46,8 @@ class UnsupportedModelError(UserError):
 class _Forward:
     """What all layers share during one forward pass."""
 
-    metadata: AttentionMetadata | None = None
+    groups: tuple[GroupMetadata, ...] = ()
+    """One for each KV group."""
     kv_cache: KVCache | None = None
     last_rows_only: bool = False
 
@@ -69,7 +64,11 @@ class LayerKVCache:
     @property
     def offset(self) -> int | mx.array:
         """Position of the first token of this forward: an int, or [B] int32."""
-        return self._forward.metadata.offset
+        return self._metadata.offset
+
+    @property
+    def _metadata(self) -> AttentionMetadata:
+        return self._forward.groups[self._forward.kv_cache.group_of_layer[self._layer]]
 
     def make_mask(self, query_len: int, **_: Any) -> str | None:
         """The backend masks by position; this only tells the model that attention is causal."""
@@ -93,7 +92,7 @@ class LayerKVCache:
     ) -> mx.array:  # [B, Hq, L, Dv]
         """Stores this forward's K/V in their slots and attends over the pages."""
         self._keys = self._values = None
-        metadata, kv_cache = self._forward.metadata, self._forward.kv_cache
+        metadata, kv_cache = self._metadata, self._forward.kv_cache
         backend = kv_cache.backends[self._layer]
         if isinstance(metadata, DecodeMetadata):
             kv_cache.store(self._layer, keys[:, :, 0], values[:, :, 0], metadata)
@@ -110,8 +109,9 @@ class _DryCache(LayerKVCache):
 
     offset = 0
 
-    def __init__(self) -> None:
+    def __init__(self, sliding_window: int | None) -> None:
         super().__init__(0, _Forward())
+        self.sliding_window = sliding_window
         self.shape: LayerShape | None = None
         self.updates = 0
         self.attends = 0
@@ -119,7 +119,7 @@ class _DryCache(LayerKVCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.updates += 1
-        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
+        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], self.sliding_window)
         return super().update_and_fetch(keys, values)
 
     def attend(self, queries, keys, values, scale, mask, sinks):
@@ -182,11 +182,19 @@ class ModelBinding:
         self.model_type = getattr(model, "model_type", type(model).__module__)
         self._forward = _Forward()
         _rebind_attention(model)
+        self._arrangement, reasons = cache_kinds(model)
+        if reasons:
+            raise UnsupportedModelError(self.model_type, _summarise(reasons))
         self.layers = self._dry_forward()
-        self._caches = [LayerKVCache(layer, self._forward) for layer in range(len(self.layers))]
+        self.states: list[StateShape] = []
+        self._caches = arrange(
+            self._arrangement,
+            [LayerKVCache(layer, self._forward) for layer in range(len(self.layers))],
+            [],
+        )
         self.slices_before_head = slice_rows_before_head(
             model,
-            lambda: _dry_run(model, [_DryCache() for _ in self.layers]),
+            lambda: self._dry_run([_DryCache(s.sliding_window) for s in self.layers]),
             lambda: self._forward.last_rows_only,
         )
 
@@ -197,28 +205,26 @@ class ModelBinding:
     def forward(
         self,
         token_ids: mx.array,  # [B, L]
-        metadata: AttentionMetadata,
+        metadata: Sequence[GroupMetadata],
         all_rows: bool = False,
     ) -> mx.array:  # [B, 1 or L, vocabulary]
-        """One lazy forward pass; logits of the last token of each row, or of every token."""
-        self._forward.metadata = metadata
+        """One lazy forward pass; logits of the last token of each row, or of every token.
+
+        `metadata` has one entry for each KV group of the pages.
+        """
+        self._forward.groups = tuple(metadata)
+        self._forward.kv_cache.begin_forward()
         self._forward.last_rows_only = not all_rows
         logits = self.model(token_ids, cache=self._caches)
         self._forward.last_rows_only = False
         return logits if all_rows else logits[:, -1:]
 
     def _dry_forward(self) -> list[LayerShape]:
-        own_caches = mlx_lm_cache.make_prompt_cache(self.model)
+        kinds = kinds_in_order(self._arrangement)
+        dry = [_DryCache(k.sliding_window) for k in kinds if isinstance(k, AttentionKind)]
         reasons = []
-        for layer, cache in enumerate(own_caches):
-            if type(cache) is not mlx_lm_cache.KVCache:
-                kind = type(cache).__name__
-                reasons.append(f"layer {layer} needs {_UNSUPPORTED_CACHES.get(kind, kind)}")
-        if reasons:
-            raise UnsupportedModelError(self.model_type, _summarise(reasons))
-        dry = [_DryCache() for _ in own_caches]
         try:
-            _dry_run(self.model, dry)
+            self._dry_run(dry)
         except Exception as error:
             raise UnsupportedModelError(
                 self.model_type,
@@ -233,14 +239,13 @@ class ModelBinding:
             raise UnsupportedModelError(self.model_type, _summarise(reasons))
         return [cache.shape for cache in dry]
 
+    def _dry_run(self, caches: "list[_DryCache]") -> mx.array:
+        """A lazy forward of three tokens; nothing is evaluated."""
+        return self.model(mx.zeros((1, 3), mx.int32), cache=arrange(self._arrangement, caches, []))
+
 
 def _summarise(reasons: list[str], most: int = 4) -> list[str]:
     shown = reasons[:most]
     if len(reasons) > most:
         shown.append(f"and {len(reasons) - most} more like these")
     return shown
-
-
-def _dry_run(model: nn.Module, caches: list[_DryCache]) -> mx.array:
-    """A lazy forward of three tokens; nothing is evaluated."""
-    return model(mx.zeros((1, 3), mx.int32), cache=caches)

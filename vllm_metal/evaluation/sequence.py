@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.kv_cache.cache import KVCache
 
@@ -25,39 +27,28 @@ class PagedSequence:
         self, binding: ModelBinding, backends: Sequence[AttentionBackend], max_tokens: int
     ):
         self.binding = binding
-        self.block_size = backends[0].block_size
-        self.num_blocks = -(-max_tokens // self.block_size)
-        self.kv_cache = KVCache(backends, self.num_blocks + 1)
+        smallest = min((backend.block_size for backend in backends), default=max_tokens)
+        self.num_blocks = -(-max_tokens // smallest)
+        self.kv_cache = KVCache(backends, self.num_blocks + 1, binding.states)
         self.length = 0
 
     def prefill(self, token_ids: Sequence[int]) -> Iterator[mx.array]:
         """Appends tokens in chunks; yields the float32 logits [L, vocabulary] of each chunk."""
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = token_ids[start : start + PREFILL_CHUNK]
-            end = self.length + len(chunk)
-            metadata = PrefillMetadata(
-                block_table=self._blocks(end)[None],
-                slot_mapping=mx.arange(self.length, end) + self.block_size,
-                context_len=self.length,
-                query_len=len(chunk),
-            )
+            groups = self.kv_cache.groups
+            metadata = prefill_metadata(groups, self._tables(), self.length, len(chunk))
             yield self._forward([list(chunk)], metadata, all_rows=True)[0]
-            self.length = end
+            self.length += len(chunk)
 
     def decode_at(self, token_ids: Sequence[int], positions: Sequence[int]) -> mx.array:
         """Logits [B, vocabulary] of a decode step at each of several positions already stored.
 
         Each row is the request as it was when its newest token stood at that position.
         """
-        last = mx.array(list(positions), mx.int32)
-        blocks = self._blocks(max(positions) + 1)
-        metadata = DecodeMetadata(
-            block_table=mx.broadcast_to(blocks, (len(positions), blocks.size)),
-            seq_lens=last + 1,
-            slot_mapping=last + self.block_size,
-            offset=last if len(positions) > 1 else positions[0],
-            max_seq_len=max(positions) + 1,
-        )
+        tables = [np.tile(table, (len(positions), 1)) for table in self._tables()]
+        last = np.array(list(positions), np.int32)
+        metadata = decode_metadata(self.kv_cache.groups, tables, last)
         return self._forward([[token_ids[p]] for p in positions], metadata)[:, -1]
 
     def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
@@ -78,13 +69,15 @@ class PagedSequence:
         self.length = before
         return generated
 
-    def _blocks(self, num_tokens: int) -> mx.array:
-        return mx.arange(1, -(-num_tokens // self.block_size) + 1)
+    def _tables(self) -> list[np.ndarray]:
+        """The block table of each group, int32 [N]."""
+        blocks = np.arange(1, self.num_blocks + 1, dtype=np.int32)
+        return [blocks] * len(self.kv_cache.groups)
 
     def _forward(
         self,
         token_ids: list[list[int]],
-        metadata: DecodeMetadata | PrefillMetadata,
+        metadata: Sequence[GroupMetadata],
         all_rows: bool = False,
     ) -> mx.array:
         self.binding.bind(self.kv_cache)

@@ -1,9 +1,11 @@
 """The sole owner of every layer's pages.
 
-Pages are written in place because nobody but this object holds them: `store` hands the arrays to
-the backend, drops them, and keeps what comes back. On MLX's CPU stream a write is in place only
+Pages are written in place because nobody but this object holds them: `store` hands the array to
+the backend, drops it, and keeps what comes back. On MLX's CPU stream a write is in place only
 when its array has no other holder at the moment it is dispatched, so a forward pass is evaluated
-before the next one is dispatched (`ModelRunner`).
+before the next one is dispatched (`ModelRunner`). Where layers share a region of memory
+(`CacheLayout`), what came before a second write to it is evaluated first, and the recurrent states
+are read before the forward pass and written after it.
 """
 
 from collections.abc import Sequence
@@ -12,46 +14,131 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, Pages
 from vllm_metal.attention.metadata import AttentionMetadata
+from vllm_metal.attention.state_shape import StateShape
+from vllm_metal.kv_cache.groups import CacheLayout
+
+
+class _Region:
+    """The array of one region, and who wrote to it in this forward pass."""
+
+    def __init__(self, num_blocks: int, page_bytes: int, dtypes: set[mx.Dtype]):
+        dtype = dtypes.pop() if len(dtypes) == 1 else mx.uint16
+        self.array = mx.zeros((num_blocks, page_bytes // dtype.size), dtype)
+        self.writer: int | None = None
+
+    def view(self, dtype: mx.Dtype) -> mx.array:
+        """The same bytes as elements of `dtype`."""
+        return self.array if dtype == self.array.dtype else self.array.view(dtype)
+
+    def replace(self, array: mx.array) -> None:
+        """Takes what a write made of `view`."""
+        dtype = self.array.dtype
+        self.array = array if array.dtype == dtype else array.view(dtype)
 
 
 class KVCache:
-    """Pages of all layers.
+    """Pages of all layers, and recurrent states.
 
     Args:
         backends: one for each attention layer, in model order.
         num_blocks: blocks of each layer; block 0 is vLLM's null block.
+        states: shapes of the recurrent states, in model order.
+        layout: where each layer's bytes are; by default each has its own.
     """
 
-    def __init__(self, backends: Sequence[AttentionBackend], num_blocks: int):
+    def __init__(
+        self,
+        backends: Sequence[AttentionBackend],
+        num_blocks: int,
+        states: Sequence[StateShape] = (),
+        layout: CacheLayout | None = None,
+    ):
         self.backends = list(backends)
+        self.states = list(states)
         self.num_blocks = num_blocks
-        self._pages: list[Pages] = [backend.allocate(num_blocks) for backend in self.backends]
+        layout = layout or CacheLayout.separate(backends, states, num_blocks)
+        self.groups = layout.groups
+        self.group_of_layer = {i: g for g, group in enumerate(self.groups) for i in group.layers}
+        self.group_of_state = {i: g for g, group in enumerate(self.groups) for i in group.states}
+        self._regions: list[_Region] = []
+        self._region_of_layer: dict[int, _Region] = {}
+        self._region_of_state: dict[int, _Region] = {}
+        for planned in layout.regions:
+            dtypes = {self.backends[layer].page_dtype for layer in planned.layers}
+            dtypes |= {mx.uint16} if planned.states else set()
+            region = _Region(num_blocks, planned.page_bytes, dtypes)
+            self._regions.append(region)
+            self._region_of_layer |= dict.fromkeys(planned.layers, region)
+            self._region_of_state |= dict.fromkeys(planned.states, region)
+        self._beside: dict[int, tuple[mx.array, ...]] = {}
+        """What the last store of a layer left beside its array."""
+        self.shares_arrays = bool(self.states) or any(
+            len(planned.layers) > 1 and not self._all_store_through(planned.layers)
+            for planned in layout.regions
+        )
+        """Whether a forward pass writes an array more than once, and so evaluates on its way."""
         mx.eval(self.arrays)
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Every page array, for evaluation. Do not keep the list across a step."""
-        return [array for pages in self._pages for array in pages]
+        """Every array that a forward pass leaves behind, to evaluate. Do not keep the list."""
+        beside = [array for arrays in self._beside.values() for array in arrays]
+        return [region.array for region in self._regions] + beside
 
     @property
     def nbytes(self) -> int:
         """Bytes that the pages really occupy."""
-        return sum(array.nbytes for array in self.arrays)
+        return sum(region.array.nbytes for region in self._regions)
+
+    def begin_forward(self) -> None:
+        """To be called when what was written before is evaluated, or waits to be."""
+        for region in self._regions:
+            region.writer = None
 
     def pages(self, layer: int) -> Pages:
         """Pages of one layer, for reading within the current forward pass."""
-        return self._pages[layer]
+        array = self._region_of_layer[layer].view(self.backends[layer].page_dtype)
+        return array, *self._beside.get(layer, ())
 
     def store(
         self, layer: int, keys: mx.array, values: mx.array, metadata: AttentionMetadata
     ) -> None:
         """Writes keys [T, H, Dk] and values [T, H, Dv] to the slots of `metadata`."""
-        self._pages[layer] = self.backends[layer].store(self._pages[layer], keys, values, metadata)
+        backend, region = self.backends[layer], self._region_of_layer[layer]
+        if not backend.stores_through:
+            if region.writer not in (None, layer):
+                mx.eval(keys, values, region.array)  # all that read or wrote the array before
+            region.writer = layer
+        pages = self.pages(layer)
+        stored, *beside = backend.store(pages, keys, values, metadata)
+        if stored is not pages[0]:
+            region.replace(stored)
+        self._beside[layer] = tuple(beside)
+
+    def read_states(self, block_ids: mx.array, state: int) -> list[mx.array | None]:
+        """The arrays [B, ...] of one state in blocks [B]."""
+        rows = self._region_of_state[state].array[block_ids]
+        arrays, begin = [], 0
+        shape = self.states[state]
+        for size, dtype in zip(shape.shapes, shape.dtypes, strict=True):
+            if size is None:
+                arrays.append(None)
+                continue
+            count = dtype.size * mx.zeros(size).size // 2
+            array = mx.contiguous(rows[:, begin : begin + count]).view(dtype)
+            arrays.append(array.reshape(-1, *size))
+            begin += count
+        return arrays
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies whole blocks (source, destination) in every layer."""
+        """Copies whole blocks (source, destination) of every region."""
         source = mx.array([src for src, _ in copies])
         destination = mx.array([dst for _, dst in copies])
-        for backend, pages in zip(self.backends, self._pages, strict=True):
-            backend.copy_blocks(pages, source, destination)
+        for region in self._regions:
+            blocks = region.array[source]
+            mx.eval(blocks)  # read before the write, or MLX copies the whole array
+            region.array[destination] = blocks
         mx.eval(self.arrays)
+
+    def _all_store_through(self, layers: Sequence[int]) -> bool:
+        return all(self.backends[layer].stores_through for layer in layers)

@@ -1,11 +1,59 @@
-"""What vLLM's scheduler and planner are told of each layer's pages."""
+"""What vLLM's scheduler and planner are told of each layer's pages, and what they answer.
+
+The bytes of a page travel in `state_content_bytes`, the bytes of one KV head of one token, which
+vLLM compares when it merges layers into groups, and in `page_size_padded`.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+    iter_layer_specs,
+)
 
 from vllm_metal.attention.backend import AttentionBackend
+from vllm_metal.attention.state_shape import StateShape
+from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboQuantAttentionSpec(FullAttentionSpec):
+    """Full attention over compressed pages."""
+
+    k_quant: str = ""
+    v_quant: str = ""
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """The spec of a group; vLLM's own keeps no field that it does not know.
+
+        Raises:
+            AssertionError: the layers cannot be in one group, which vLLM asks by trying.
+        """
+        formats = {(type(spec), *_formats(spec)) for spec in specs}
+        assert len(formats) == 1, "layers of one group have one key and one value format"
+        merged = super().merge(specs)
+        for field in ("k_quant", "v_quant"):
+            object.__setattr__(merged, field, getattr(specs[0], field))
+        return merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboQuantSlidingWindowSpec(SlidingWindowSpec):
+    """A sliding window over compressed pages."""
+
+    k_quant: str = ""
+    v_quant: str = ""
 
 
 def layer_name(layer: int) -> str:
@@ -13,22 +61,111 @@ def layer_name(layer: int) -> str:
     return f"layers.{layer}"
 
 
-def kv_cache_specs(
-    backends: Sequence[AttentionBackend], dtype: torch.dtype
-) -> dict[str, KVCacheSpec]:
-    """One spec for each layer.
+def state_name(state: int) -> str:
+    """Name of a recurrent state towards vLLM."""
+    return f"states.{state}"
 
-    The bytes of a page travel in `state_content_bytes`, the bytes of one KV head of one token,
-    which vLLM compares when it merges layers into groups.
+
+def kv_cache_specs(
+    backends: Sequence[AttentionBackend],
+    dtype: torch.dtype,
+    states: Sequence[StateShape] = (),
+    max_model_len: int = 0,
+) -> dict[str, KVCacheSpec]:
+    """One spec for each layer and each recurrent state.
+
+    Args:
+        backends: of the attention layers.
+        dtype: the model's.
+        states: shapes of the recurrent states.
+        max_model_len: what a recurrent state's one block is said to hold.
     """
-    return {
-        layer_name(layer): FullAttentionSpec(
-            block_size=backend.block_size,
-            num_kv_heads=backend.shape.num_kv_heads,
-            head_size=backend.shape.head_size,
-            head_size_v=backend.shape.head_size_v,
-            dtype=dtype,
-            state_content_bytes=backend.slot_size,
-        )
-        for layer, backend in enumerate(backends)
+    page_bytes = max(
+        [state.page_bytes for state in states] + [b.page_size_bytes for b in backends], default=0
+    )
+    specs: dict[str, KVCacheSpec] = {
+        layer_name(layer): _attention_spec(backend, dtype) for layer, backend in enumerate(backends)
     }
+    for i, state in enumerate(states):
+        specs[state_name(i)] = MambaSpec(
+            block_size=max_model_len,
+            shapes=((state.page_bytes,),),
+            dtypes=(torch.uint8,),
+            page_size_padded=page_bytes if page_bytes > state.page_bytes else None,
+        )
+    return specs
+
+
+def _attention_spec(backend: AttentionBackend, dtype: torch.dtype) -> KVCacheSpec:
+    shape, kind, fields = backend.shape, FullAttentionSpec, {}
+    if shape.sliding_window is not None:
+        kind, fields = SlidingWindowSpec, {"sliding_window": shape.sliding_window}
+    if backend.compressed:
+        kind = {
+            FullAttentionSpec: TurboQuantAttentionSpec,
+            SlidingWindowSpec: TurboQuantSlidingWindowSpec,
+        }[kind]
+        fields |= dict(zip(("k_quant", "v_quant"), backend.format_names, strict=True))
+    unpadded = backend.block_size * shape.num_kv_heads * backend.slot_size
+    return kind(
+        block_size=backend.block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_size,
+        head_size_v=shape.head_size_v,
+        dtype=dtype,
+        state_content_bytes=backend.slot_size,
+        page_size_padded=None if backend.page_size_bytes == unpadded else backend.page_size_bytes,
+        **fields,
+    )
+
+
+def _formats(spec: KVCacheSpec) -> tuple[str, str]:
+    return getattr(spec, "k_quant", ""), getattr(spec, "v_quant", "")
+
+
+def cache_layout(planned: KVCacheConfig) -> CacheLayout:
+    """Groups and regions of vLLM's plan.
+
+    Raises:
+        ValueError: layers overlap that do not share a whole region, so that the plan cannot be
+            followed.
+    """
+    groups = []
+    for group in planned.kv_cache_groups:
+        spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
+        numbers = _numbers(group.layer_names)
+        window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
+        groups.append(KVGroup(spec.block_size, *numbers, sliding_window=window))
+    names: dict[int, list[str]] = {}
+    strides: dict[int, int] = {}
+    for tensor in planned.kv_cache_tensors:
+        for i, name in enumerate(tensor.layers):
+            start = tensor.offset + i * tensor.layer_stride
+            names.setdefault(start, []).append(name)
+            if strides.setdefault(start, tensor.block_stride) != tensor.block_stride:
+                raise ValueError(f"layers {names[start]} share memory with unequal pages")
+    end = 0
+    for start in sorted(names):
+        if start < end:
+            raise ValueError(f"layers {names[start]} overlap others")
+        end = start + strides[start] * planned.num_blocks
+    regions = [Region(strides[start], *_numbers(names[start])) for start in sorted(names)]
+    return CacheLayout(planned.num_blocks, tuple(groups), tuple(regions))
+
+
+def block_table_lengths(vllm_config: "VllmConfig", planned: KVCacheConfig) -> list[int]:
+    """Blocks of the longest request in each group, freed ones included."""
+    longest = vllm_config.model_config.max_model_len
+    return [
+        group.kv_cache_spec.max_num_blocks_per_req(vllm_config, longest)
+        for group in planned.kv_cache_groups
+    ]
+
+
+def _numbers(names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Attention layers and recurrent states among these names."""
+    kinds: dict[str, list[int]] = {"layers": [], "states": []}
+    for name in names:
+        kind, number = name.split(".")
+        kinds[kind].append(int(number))
+    return tuple(kinds["layers"]), tuple(kinds["states"])

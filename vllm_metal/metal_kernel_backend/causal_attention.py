@@ -26,14 +26,34 @@ def head_blocks(metadata: AttentionMetadata, num_kv_heads: int) -> mx.array:
     return metadata.derived.once(("head_blocks", num_kv_heads), rows)
 
 
-def valid_tokens(metadata: DecodeMetadata, block_size: int) -> mx.array:
-    """[B, 1, 1, N * block_size] bool, true where a gathered token belongs to the request."""
+def valid_tokens(
+    metadata: DecodeMetadata, block_size: int, sliding_window: int | None = None
+) -> mx.array:
+    """[B, 1, 1, N * block_size] bool, true where the newest token sees a gathered one."""
 
     def mask() -> mx.array:
-        positions = mx.arange(metadata.block_table.shape[1] * block_size)
-        return (positions[None, :] < metadata.seq_lens[:, None])[:, None, None, :]
+        positions = mx.arange(metadata.block_table.shape[1] * block_size)[None, :]
+        seq_lens = metadata.seq_lens[:, None]
+        seen = positions < seq_lens
+        if sliding_window is not None:
+            seen = seen & (positions >= seq_lens - sliding_window)
+        return seen[:, None, None, :]
 
-    return metadata.derived.once(("valid_tokens", block_size), mask)
+    return metadata.derived.once(("valid_tokens", block_size, sliding_window), mask)
+
+
+def seen_keys(
+    rows: mx.array,  # [L] or [L, 1] positions of queries
+    first: int,
+    count: int,
+    sliding_window: int | None,
+) -> mx.array:  # [L, count] bool
+    """Which of the keys at positions first .. first + count - 1 each query sees."""
+    rows, keys = rows.reshape(-1, 1), mx.arange(first, first + count)[None, :]
+    seen = keys <= rows
+    if sliding_window is not None:
+        seen = seen & (keys > rows - sliding_window)
+    return seen
 
 
 def causal_attention(
@@ -42,23 +62,29 @@ def causal_attention(
     values: mx.array,  # [1, H, S, Dv]
     scale: float,
     sinks: mx.array | None,
+    sliding_window: int | None = None,
 ) -> mx.array:  # [1, Hq, L, Dv]
     """Causal attention, in row tiles where MLX would hold all scores at once."""
     heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
+    context_len = seq_len - query_len
     rows = query_len
     if mx.default_device() == mx.Device(mx.cpu):
         rows = max(1, SCORE_TILE_BYTES // (4 * heads * seq_len))
     tiles = []
     for start in range(0, query_len, rows):
         end = min(start + rows, query_len)
-        visible = seq_len - query_len + end
+        first, visible, mask = 0, context_len + end, "causal"
+        if sliding_window is not None and visible > sliding_window:
+            first = max(0, context_len + start + 1 - sliding_window)
+            positions = mx.arange(context_len + start, context_len + end)
+            mask = seen_keys(positions, first, visible - first, sliding_window)
         tiles.append(
             mx.fast.scaled_dot_product_attention(
                 queries[:, :, start:end],
-                keys[:, :, :visible],
-                values[:, :, :visible],
+                keys[:, :, first:visible],
+                values[:, :, first:visible],
                 scale=scale,
-                mask="causal",
+                mask=mask,
                 sinks=sinks,
             )
         )

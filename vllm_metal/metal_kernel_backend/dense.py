@@ -1,18 +1,24 @@
 """Dense pages: keys and values as they are, in float16, bfloat16 or float32.
 
-A layer's pages are two arrays, keys `[num_blocks, H, block_size, Dk]` and values
-`[num_blocks, H, block_size, Dv]`. Head-major blocks make one head's block a contiguous run, so a
-request's context is gathered by whole rows straight into the layout attention wants.
+A page is the keys `[H, block_size, Dk]` of a block and then its values `[H, block_size, Dv]`.
+Head-major blocks make one head's block a contiguous run, so a request's context is gathered by
+whole runs straight into the layout attention wants. Runs and vectors are addressed in units that
+divide keys, values and pages alike.
 """
+
+from math import gcd
 
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.metadata import (
+    AttentionMetadata,
+    DecodeMetadata,
+    PrefillMetadata,
+)
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     finite,
-    head_blocks,
     score_workspace_bytes,
     valid_tokens,
 )
@@ -25,23 +31,17 @@ class DensePages(AttentionBackend):
         shape: heads and head sizes of the layer.
         block_size: tokens of a block.
         dtype: element type of the pages; other K/V are cast on store.
+        page_bytes: bytes of a page where it is longer than its keys and values.
     """
 
-    def __init__(self, shape: LayerShape, block_size: int, dtype: mx.Dtype):
-        super().__init__(shape, block_size)
-        self.dtype = dtype
+    def __init__(self, shape: LayerShape, block_size: int, dtype: mx.Dtype, page_bytes: int = 0):
+        super().__init__(shape, block_size, page_bytes)
+        self.dtype = self.page_dtype = dtype
         self.name = f"dense {str(dtype).removeprefix('mlx.core.')}"
 
     @property
     def slot_size(self) -> int:
         return (self.shape.head_size + self.shape.head_size_v) * self.dtype.size
-
-    def allocate(self, num_blocks: int) -> Pages:
-        rows = (num_blocks, self.shape.num_kv_heads, self.block_size)
-        return (
-            mx.zeros((*rows, self.shape.head_size), self.dtype),
-            mx.zeros((*rows, self.shape.head_size_v), self.dtype),
-        )
 
     def store(
         self,
@@ -50,11 +50,14 @@ class DensePages(AttentionBackend):
         values: mx.array,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
-        rows = metadata.derived.once(("store_rows", self.shape.num_kv_heads), self._rows(metadata))
+        unit = self._unit(1)
+        rows = metadata.derived.once(("store_rows", self._geometry()), self._rows(metadata, unit))
         keys, values = keys.astype(self.dtype), finite(values.astype(self.dtype))
-        return tuple(
-            _scatter_rows(page, rows, new) for page, new in zip(pages, (keys, values), strict=True)
-        )
+        tokens = keys.shape[0]
+        new = mx.concatenate([keys.reshape(tokens, -1), values.reshape(tokens, -1)], axis=1)
+        array = pages[0].reshape(-1, unit)
+        array[rows] = new.reshape(tokens, -1, unit)
+        return (array.reshape(pages[0].shape),)
 
     def decode(
         self,
@@ -64,12 +67,14 @@ class DensePages(AttentionBackend):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        keys, values = (self._gather(page, metadata, queries.dtype) for page in pages)
-        mask = None
+        keys, values = self._gather(pages, metadata, queries.dtype)
+        window, mask = self.shape.sliding_window, None
         if metadata.num_requests == 1:
-            keys, values = (part[:, :, : metadata.max_seq_len] for part in (keys, values))
+            end = metadata.max_seq_len
+            first = max(0, end - window) if window else 0
+            keys, values = (part[:, :, first:end] for part in (keys, values))
         else:
-            mask = valid_tokens(metadata, self.block_size)
+            mask = valid_tokens(metadata, self.block_size, window)
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
         )[:, :, 0, :]
@@ -86,41 +91,74 @@ class DensePages(AttentionBackend):
     ) -> mx.array:
         keys, values = keys[None], values[None]
         if context_len := metadata.context_len:
-            context = [self._gather(page, metadata, queries.dtype) for page in pages]
+            context = self._gather(pages, metadata, queries.dtype)
             keys, values = (
                 mx.concatenate([past[:, :, :context_len], new], axis=2)
                 for past, new in zip(context, (keys, values), strict=True)
             )
-        return causal_attention(queries[None], keys, values, scale, sinks)[0]
+        window = self.shape.sliding_window
+        return causal_attention(queries[None], keys, values, scale, sinks, window)[0]
 
     def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         gathered = 2 * (context_len + query_len) * self.shape.num_kv_heads * self.slot_size
         return gathered + score_workspace_bytes(context_len + query_len, query_len, num_heads)
 
-    def _rows(self, metadata: DecodeMetadata | PrefillMetadata):
-        """Row of `[num_blocks * H * block_size]` for each token and head, [T, H]."""
+    def _geometry(self) -> tuple[int, ...]:
+        """What the addresses of tokens depend on, beside their slots."""
+        shape = self.shape
+        sizes = shape.num_kv_heads, shape.head_size, shape.head_size_v
+        return *sizes, self.block_size, self.page_size_bytes
+
+    def _unit(self, tokens: int) -> int:
+        """Largest run of elements that divides keys and values of `tokens` tokens, and pages."""
+        sizes = tokens * self.shape.head_size, tokens * self.shape.head_size_v
+        return gcd(*sizes, self.page_size_bytes // self.dtype.size)
+
+    def _rows(self, metadata: AttentionMetadata, unit: int):
+        """Units that hold each token's keys, head by head, and then its values: [T, R]."""
 
         def rows() -> mx.array:
             slots = metadata.slot_mapping[:, None]
-            heads = mx.arange(self.shape.num_kv_heads)[None, :]
-            block, offset = slots // self.block_size, slots % self.block_size
-            return (block * self.shape.num_kv_heads + heads) * self.block_size + offset
+            block, token = slots // self.block_size, slots % self.block_size
+            parts, begin = [], 0
+            for size in (self.shape.head_size, self.shape.head_size_v):
+                each = size // unit
+                units = mx.arange(self.shape.num_kv_heads * each)[None, :]
+                head = units // each if each else units
+                parts.append(begin + (head * self.block_size + token) * each + units - head * each)
+                begin += self.shape.num_kv_heads * self.block_size * each
+            first = block * (self.page_size_bytes // (unit * self.dtype.size))
+            return first + mx.concatenate(parts, axis=1)
 
         return rows
 
     def _gather(
-        self, page: mx.array, metadata: DecodeMetadata | PrefillMetadata, dtype: mx.Dtype
-    ) -> mx.array:  # [B, H, N * block_size, D]
-        heads = self.shape.num_kv_heads
-        index = head_blocks(metadata, heads)
-        gathered = page.reshape(-1, self.block_size, page.shape[-1])[index]
-        batch, _, blocks = index.shape
-        return gathered.reshape(batch, heads, blocks * self.block_size, -1).astype(dtype)
+        self, pages: Pages, metadata: AttentionMetadata, dtype: mx.Dtype
+    ) -> tuple[mx.array, ...]:  # keys [B, H, N * block_size, Dk], values [B, H, N * block_size, Dv]
+        unit = self._unit(self.block_size)
+        units = pages[0].reshape(-1, unit)
+        key, value = metadata.derived.once(
+            ("gathered_units", self._geometry()), self._head_units(metadata, unit)
+        )
+        heads, batch, blocks = self.shape.num_kv_heads, *metadata.block_table.shape
+        rows = batch, heads, blocks * self.block_size
+        return (
+            units[key].reshape(*rows, self.shape.head_size).astype(dtype),
+            units[value].reshape(*rows, self.shape.head_size_v).astype(dtype),
+        )
 
+    def _head_units(self, metadata: AttentionMetadata, unit: int):
+        """Units of every block's keys and values, head by head: two of [B, H, N, R]."""
 
-def _scatter_rows(page: mx.array, rows: mx.array, new: mx.array) -> mx.array:
-    """Writes new [T, H, D] to rows [T, H] of a page array, in place where MLX may."""
-    shape = page.shape
-    page = page.reshape(-1, shape[-1])
-    page[rows] = new
-    return page.reshape(shape)
+        def units() -> tuple[mx.array, mx.array]:
+            stride = self.page_size_bytes // (unit * self.dtype.size)
+            first = (metadata.block_table * stride)[:, None, :, None]
+            parts, begin = [], 0
+            for size in (self.shape.head_size, self.shape.head_size_v):
+                each = self.block_size * size // unit
+                runs = mx.arange(self.shape.num_kv_heads * each).reshape(-1, 1, each)
+                parts.append(first + begin + runs)
+                begin += self.shape.num_kv_heads * each
+            return tuple(parts)
+
+        return units

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.attention.page_sizes import TOKEN_STEP, PageSize, TokenBytes, page_sizes
+from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
@@ -13,7 +15,7 @@ from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReferen
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
-from vllm_metal.metal_kernel_backend.turboquant.layout import check_head_size
+from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout, check_head_size
 
 Calibrate = Callable[[], Sequence[KeyConstants]]
 """Gives the constants of every layer; called only where a layer is compressed."""
@@ -25,30 +27,67 @@ def make_backends(
     dense_dtype: mx.Dtype,
     turboquant: TurboQuantConfig | None,
     calibrate: Calibrate,
+    states: Sequence[StateShape] = (),
 ) -> list[AttentionBackend]:
     """One backend for each layer.
+
+    Args:
+        shapes: of the layers.
+        block_size: tokens of a block; more where layers of different kinds share pages.
+        dense_dtype: element type of dense pages.
+        turboquant: formats, and the layers to leave dense; None: all dense.
+        calibrate: asked for the constants where a layer is compressed.
+        states: recurrent states that share pages with the layers.
 
     Raises:
         UserError: a layer that is to be compressed cannot be; gives every reason.
     """
+
+    def dense_bytes(shape: LayerShape) -> int:
+        return shape.num_kv_heads * (shape.head_size + shape.head_size_v) * dense_dtype.size
+
+    def pages_of(bytes_per_token: Sequence[int]) -> list[PageSize]:
+        layers = [
+            TokenBytes(size, shape.sliding_window)
+            for size, shape in zip(bytes_per_token, shapes, strict=True)
+        ]
+        return page_sizes(layers, [state.page_bytes for state in states], block_size)
+
     if turboquant is None:
-        return [DensePages(shape, block_size, dense_dtype) for shape in shapes]
+        pages = pages_of([dense_bytes(shape) for shape in shapes])
+        return [
+            DensePages(shape, page.block_size, dense_dtype, page.page_bytes)
+            for shape, page in zip(shapes, pages, strict=True)
+        ]
     skipped = turboquant.skipped(len(shapes))
     _require_rotations(shapes, skipped)
     formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
     constants = calibrate()
     target = available_target()
 
-    def compressed(layer: int) -> AttentionBackend:
-        arguments = shapes[layer], block_size, formats, constants[layer]
-        if target is None:
-            return TurboQuantReference(*arguments, turboquant.reproducible)
-        return TurboQuantFused(*arguments, target, turboquant.reproducible)
+    def compressed_bytes(shape: LayerShape) -> int:
+        heads = shape.num_kv_heads, TOKEN_STEP
+        layout = SlotLayout(*formats, shape.head_size, shape.head_size_v, *heads)
+        return layout.slot_size * shape.num_kv_heads
 
-    return [
-        DensePages(shape, block_size, dense_dtype) if layer in skipped else compressed(layer)
-        for layer, shape in enumerate(shapes)
-    ]
+    pages = pages_of(
+        [
+            dense_bytes(shape) if layer in skipped else compressed_bytes(shape)
+            for layer, shape in enumerate(shapes)
+        ]
+    )
+
+    def make(layer: int) -> AttentionBackend:
+        shape, page = shapes[layer], pages[layer]
+        if layer in skipped:
+            return DensePages(shape, page.block_size, dense_dtype, page.page_bytes)
+        arguments = shape, page.block_size, formats, constants[layer]
+        last = turboquant.reproducible, page.page_bytes
+        if target is None:
+            return TurboQuantReference(*arguments, *last)
+        return TurboQuantFused(*arguments, target, *last)
+
+    return [make(layer) for layer in range(len(shapes))]
 
 
 def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:

@@ -20,7 +20,6 @@ from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, Pre
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     finite,
-    head_blocks,
     score_workspace_bytes,
     softmax_with_sinks,
     valid_tokens,
@@ -46,12 +45,14 @@ class TurboQuantAttention(AttentionBackend):
         formats: key and value format.
         constants: the layer's calibrated centre and multiplier.
         reproducible: read a chunk's own keys and values compressed, too.
+        page_bytes: bytes of a page where it is longer than its slots.
 
     Raises:
         ValueError: the head size has no rotation, or the block size is not a multiple of 8.
     """
 
     compressed = True
+    page_dtype = mx.uint16
 
     def __init__(
         self,
@@ -60,12 +61,13 @@ class TurboQuantAttention(AttentionBackend):
         formats: tuple[Format, Format],
         constants: KeyConstants,
         reproducible: bool = False,
+        page_bytes: int = 0,
     ):
-        super().__init__(shape, block_size)
+        super().__init__(shape, block_size, page_bytes)
         self.formats = formats
         self.reproducible = reproducible
         self.layout = SlotLayout(
-            *formats, shape.head_size, shape.head_size_v, shape.num_kv_heads, block_size
+            *formats, shape.head_size, shape.head_size_v, shape.num_kv_heads, block_size, page_bytes
         )
         self.slots = Slots(self.layout)
         self.key_codec = KeyCodec(formats[0], constants.centre, constants.multiplier)
@@ -73,11 +75,13 @@ class TurboQuantAttention(AttentionBackend):
         self.name = f"turboquant {formats[0].name}/{formats[1].name}"
 
     @property
+    def format_names(self) -> tuple[str, str]:
+        """Key and value format."""
+        return self.formats[0].name, self.formats[1].name
+
+    @property
     def slot_size(self) -> int:
         return self.layout.slot_size
-
-    def allocate(self, num_blocks: int) -> Pages:
-        return (self.slots.allocate(num_blocks),)
 
     def prefill(
         self,
@@ -90,7 +94,8 @@ class TurboQuantAttention(AttentionBackend):
         sinks: mx.array | None,
     ) -> mx.array:
         if not (self.reproducible or metadata.context_len):
-            return causal_attention(queries[None], keys[None], values[None], scale, sinks)[0]
+            own = queries[None], keys[None], values[None]
+            return causal_attention(*own, scale, sinks, self.shape.sliding_window)[0]
         return self._prefill_compressed(pages, queries, keys, values, metadata, scale, sinks)
 
     @abstractmethod
@@ -117,8 +122,9 @@ class TurboQuantReference(TurboQuantAttention):
         formats: tuple[Format, Format],
         constants: KeyConstants,
         reproducible: bool = False,
+        page_bytes: int = 0,
     ):
-        super().__init__(shape, block_size, formats, constants, reproducible)
+        super().__init__(shape, block_size, formats, constants, reproducible, page_bytes)
         self._keys = PackedVectors(formats[0], shape.head_size)
         self._values = PackedVectors(formats[1], shape.head_size_v)
         self._centre = self.key_codec.rotated_centre[..., self._keys.order]
@@ -156,7 +162,8 @@ class TurboQuantReference(TurboQuantAttention):
             scores = scores + mx.sum(rotated, axis=-1, keepdims=True) * biases[0]
         if sinks is not None:
             scores = scores + mx.sum(rotated * self._centre[:, None], axis=-1, keepdims=True)
-        scores = mx.where(valid_tokens(metadata, self.block_size), scores, -mx.inf)
+        seen = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
+        scores = mx.where(seen, scores, -mx.inf)
         weights = softmax_with_sinks(scores, sinks) * value_scales
         out = self._values.weighted_sum(weights, self._value_halfwords(pages, metadata))
         return self._unrotate(out).reshape(*queries.shape[:2], -1).astype(queries.dtype)
@@ -183,7 +190,8 @@ class TurboQuantReference(TurboQuantAttention):
             stored_values = mx.concatenate([stored_values[:, :, :context], exact], axis=2)
         if sinks is not None:
             stored_keys = stored_keys + self._centre[:, None]
-        out = causal_attention(rotated[None], stored_keys, stored_values, 1.0, sinks)[0]
+        window = self.shape.sliding_window
+        out = causal_attention(rotated[None], stored_keys, stored_values, 1.0, sinks, window)[0]
         return self._unrotate(out).astype(queries.dtype)
 
     def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
@@ -245,8 +253,9 @@ class TurboQuantReference(TurboQuantAttention):
         self, pages: Pages, metadata: AttentionMetadata, begin: int, end: int
     ) -> mx.array:  # uint16 [B, H, N, (end - begin) / 2]
         """Bytes begin .. end of the head pages of each request."""
-        rows = pages[0].reshape(-1, self.layout.head_page_bytes // 2)
-        return rows[:, begin // 2 : end // 2][head_blocks(metadata, self.shape.num_kv_heads)]
+        part = self.slots.head_pages(pages[0])[..., begin // 2 : end // 2]
+        heads = mx.arange(self.shape.num_kv_heads)[:, None]
+        return part[metadata.block_table[:, None, :], heads]
 
 
 def _column(scales: mx.array) -> mx.array:

@@ -6,12 +6,14 @@ in the rotated space, dequantised by tiles of a bounded size: each row of a chun
 dequantise the context again, and a tile is shared by all rows and heads.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape, Pages
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.metal_kernel_backend.causal_attention import seen_keys
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -24,6 +26,9 @@ TILE_BYTES = 64 << 20
 
 MIN_TILE_TOKENS = 256
 
+LOWEST_SCORE = -1e30
+"""Largest score before the first token: finite, so that a row that sees nothing yet stays one."""
+
 
 @cache
 def shared_launcher(layout: SlotLayout, target: Target) -> Launcher:
@@ -34,6 +39,8 @@ def shared_launcher(layout: SlotLayout, target: Target) -> Launcher:
 class TurboQuantFused(TurboQuantAttention):
     """The kernels of `target`."""
 
+    stores_through = True
+
     def __init__(
         self,
         shape: LayerShape,
@@ -42,8 +49,9 @@ class TurboQuantFused(TurboQuantAttention):
         constants: KeyConstants,
         target: Target,
         reproducible: bool = False,
+        page_bytes: int = 0,
     ):
-        super().__init__(shape, block_size, formats, constants, reproducible)
+        super().__init__(shape, block_size, formats, constants, reproducible, page_bytes)
         self.launcher = shared_launcher(self.layout, target)
         self.name += f" ({target.name} kernels)"
         self._constants = LayerConstants(
@@ -64,9 +72,6 @@ class TurboQuantFused(TurboQuantAttention):
         arguments = array, keys, values, metadata.slot_mapping, self._constants
         return array, self.launcher.store(*arguments, *token)
 
-    def copy_blocks(self, pages: Pages, source: mx.array, destination: mx.array) -> None:
-        super().copy_blocks(pages[:1], source, destination)
-
     def decode(
         self,
         pages: Pages,
@@ -86,6 +91,7 @@ class TurboQuantFused(TurboQuantAttention):
             metadata.max_seq_len,
             token,
             sinks,
+            self.shape.sliding_window or 0,
         )[:, 0]
 
     def _prefill_compressed(
@@ -100,14 +106,15 @@ class TurboQuantFused(TurboQuantAttention):
     ) -> mx.array:
         rotated = self.key_codec.rotate_queries(queries.swapaxes(0, 1)).swapaxes(0, 1)
         rotated = (rotated * scale).reshape(self.shape.num_kv_heads, -1, rotated.shape[-1])
-        state = _SoftmaxState.empty(rotated, self.shape.head_size_v)
+        rows = _Rows(metadata.context_len, metadata.query_len, self.shape.sliding_window)
+        state = _SoftmaxState.empty(rotated, rows, self.shape.head_size_v)
         for first, count in self._tiles(metadata.context_len, *queries.shape[:2]):
-            state = state.update(rotated, *self._stored(pages, metadata, first, count))
+            state = state.update(rotated, *self._stored(pages, metadata, first, count), first)
         own_keys, own_values = self._chunk(pages, keys, values, metadata)
         for first, count in self._tiles(metadata.query_len, *queries.shape[:2]):
             own = slice(first, first + count)
-            length = metadata.query_len
-            state = state.update(rotated, own_keys[:, own], own_values[:, own], length, first)
+            position = metadata.context_len + first
+            state = state.update(rotated, own_keys[:, own], own_values[:, own], position)
         if sinks is not None:
             state = state.with_sinks(sinks, rotated, self.key_codec.rotated_centre)
         out = state.output().reshape(*queries.shape[:2], -1)
@@ -148,33 +155,55 @@ class TurboQuantFused(TurboQuantAttention):
         return stored_keys[:, odd:], stored_values[:, odd:]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Where the query rows of a chunk stand."""
+
+    context_len: int
+    query_len: int
+    """L."""
+    sliding_window: int | None
+
+    def seen(self, first: int, count: int) -> mx.array | None:
+        """Which keys first .. first + count - 1 each row sees, bool [L, count]; None: all."""
+        last = self.context_len + self.query_len - 1
+        hidden = self.sliding_window is not None and last - self.sliding_window >= first
+        if first + count <= self.context_len + 1 and not hidden:
+            return None
+        positions = mx.arange(self.context_len, last + 1)
+        return seen_keys(positions, first, count, self.sliding_window)
+
+
+@dataclass(frozen=True)
 class _SoftmaxState:
     """Attention of query rows over the tokens seen so far, not yet normalised."""
 
-    def __init__(self, top: mx.array, total: mx.array, out: mx.array):
-        self.top = top  # [H, rows, 1], largest score
-        self.total = total  # [H, rows, 1], sum of exp(score - top)
-        self.out = out  # [H, rows, Dv], sum of exp(score - top) * value
+    rows: _Rows
+    top: mx.array
+    """[H, G * L, 1], largest score."""
+    total: mx.array
+    """[H, G * L, 1], sum of exp(score - top)."""
+    out: mx.array
+    """[H, G * L, Dv], sum of exp(score - top) * value."""
 
     @classmethod
-    def empty(cls, queries: mx.array, value_size: int) -> "_SoftmaxState":
-        heads, rows, _ = queries.shape
-        top = mx.full((heads, rows, 1), -mx.inf)
-        return cls(top, mx.zeros((heads, rows, 1)), mx.zeros((heads, rows, value_size)))
+    def empty(cls, queries: mx.array, rows: _Rows, value_size: int) -> "_SoftmaxState":
+        shape = queries.shape[:2]
+        top = mx.full((*shape, 1), LOWEST_SCORE)
+        return cls(rows, top, mx.zeros((*shape, 1)), mx.zeros((*shape, value_size)))
 
     def update(
         self,
         queries: mx.array,  # [H, G * L, Dk], query heads outermost
         keys: mx.array,  # [H, S, Dk]
         values: mx.array,  # [H, S, Dv]
-        query_len: int = 0,  # L: row i of L sees those of the chunk's keys that come up to i
-        first: int = 0,  # ... and the first key here is this one of the chunk
+        first: int,  # position of the first key
     ) -> "_SoftmaxState":
         scores = queries @ keys.swapaxes(1, 2)
-        if query_len:
-            row = mx.arange(queries.shape[1])[:, None] % query_len
-            seen = mx.arange(first, first + keys.shape[1])[None, :] <= row
-            scores = mx.where(seen, scores, -mx.inf)
+        seen = self.rows.seen(first, keys.shape[1])
+        if seen is not None:
+            group = scores.reshape(scores.shape[0], -1, *seen.shape)
+            scores = mx.where(seen, group, -mx.inf).reshape(scores.shape)
         return self._add(mx.max(scores, axis=-1, keepdims=True), scores, values)
 
     def with_sinks(
@@ -194,4 +223,4 @@ class _SoftmaxState:
         top = mx.maximum(self.top, largest)
         before, weights = mx.exp(self.top - top), mx.exp(scores - top)
         total = self.total * before + mx.sum(weights, axis=-1, keepdims=True)
-        return _SoftmaxState(top, total, self.out * before + weights @ values)
+        return _SoftmaxState(self.rows, top, total, self.out * before + weights @ values)

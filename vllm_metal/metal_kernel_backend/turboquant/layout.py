@@ -1,7 +1,8 @@
 """Bytes of a page.
 
-Each layer has one array of pages, [num_blocks, num_kv_heads, head page]. A head page holds the
-block_size tokens of one KV head in planes, so that a run of tokens is a run of bytes:
+Each layer has one array of pages, [num_blocks, page]. A page is num_kv_heads head pages, and unused
+bytes where blocks are padded to a size that other layers share. A head page holds the block_size
+tokens of one KV head in planes, so that a run of tokens is a run of bytes:
 
     0                      value_codes_offset   key_scales_offset           value_scales_offset
     ├── key codes ───────────┼── value codes ──────┼── key scales ┬ key biases ┼── value scales ──┤
@@ -46,6 +47,8 @@ class SlotLayout:
     num_kv_heads: int
     block_size: int
     """Tokens in a block."""
+    padded_page_bytes: int = 0
+    """Bytes from one block to the next where that is more than its head pages; a multiple of 16."""
 
     @classmethod
     def of(
@@ -62,6 +65,14 @@ class SlotLayout:
             raise ValueError(f"block size {self.block_size} is not a positive multiple of 8")
         if self.num_kv_heads <= 0:
             raise ValueError(f"{self.num_kv_heads} KV heads; at least 1 is needed")
+        unpadded = self.num_kv_heads * self.head_page_bytes
+        if self.padded_page_bytes and (
+            self.padded_page_bytes < unpadded or self.padded_page_bytes % 16
+        ):
+            raise ValueError(
+                f"a page of {self.padded_page_bytes} bytes; it needs at least {unpadded} and a "
+                "multiple of 16"
+            )
 
     @property
     def key_codes_bytes(self) -> int:
@@ -86,8 +97,8 @@ class SlotLayout:
 
     @property
     def page_size_bytes(self) -> int:
-        """One block of one layer, all KV heads."""
-        return self.num_kv_heads * self.head_page_bytes
+        """One block of one layer, all KV heads and the padding."""
+        return self.padded_page_bytes or self.num_kv_heads * self.head_page_bytes
 
     @property
     def key_codes_offset(self) -> int:
@@ -119,9 +130,9 @@ class SlotLayout:
         """How many times more tokens fit than with dense pages of 16 (or other) bits."""
         return 8 * dense_bytes_per_element / self.bits_per_element
 
-    def pages_shape(self, num_blocks: int) -> tuple[int, int, int]:
+    def pages_shape(self, num_blocks: int) -> tuple[int, int]:
         """Shape of the array of pages, in uint16 halfwords."""
-        return num_blocks, self.num_kv_heads, self.head_page_bytes // 2
+        return num_blocks, self.page_size_bytes // 2
 
     def slot_columns(self) -> np.ndarray:
         """Where a slot lies in its head page, in halfwords: int32 [block_size, slot_size / 2].
@@ -152,6 +163,7 @@ class SlotLayout:
             ("KEY_TERMS", self.key_format.num_terms),
             ("VALUE_TERMS", self.value_format.num_terms),
             ("KEY_HAS_BIAS", int(self.key_format.has_bias)),
+            ("PAGE_BYTES", self.page_size_bytes),
             ("HEAD_PAGE_BYTES", self.head_page_bytes),
             ("VALUE_CODES_OFFSET", self.value_codes_offset),
             ("KEY_SCALES_OFFSET", self.key_scales_offset),

@@ -19,8 +19,10 @@ class Slots:
     layout: SlotLayout
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_columns", mx.array(self.layout.slot_columns()))
-        object.__setattr__(self, "_heads", mx.arange(self.layout.num_kv_heads)[:, None])
+        halfwords = self.layout.head_page_bytes // 2
+        heads = mx.arange(self.layout.num_kv_heads)[:, None] * halfwords
+        columns = mx.array(self.layout.slot_columns())[:, None, :] + heads
+        object.__setattr__(self, "_columns", columns)  # [block_size, H, slot_size / 2]
 
     def allocate(self, num_blocks: int) -> mx.array:
         """Pages of zeros; a slot never written holds zero vectors."""
@@ -42,7 +44,7 @@ class Slots:
             parts.insert(3, keys.biases.view(mx.uint16)[..., None])
         return mx.concatenate(parts, axis=-1)
 
-    def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array]:
         """Where `store` writes the tokens of these slots: the same for all layers of a step.
 
         A slot is block * block_size + token, int32 [T]; one below 0 is padding and goes to the
@@ -50,14 +52,13 @@ class Slots:
         """
         slots = mx.maximum(slot_mapping, 0)
         blocks = (slots // self.layout.block_size)[:, None, None]
-        columns = self._columns[slots % self.layout.block_size][:, None, :]
-        return blocks, self._heads, columns
+        return blocks, self._columns[slots % self.layout.block_size]
 
     def store(
         self,
         pages: mx.array,
         packed: mx.array,
-        slots: mx.array | tuple[mx.array, mx.array, mx.array],
+        slots: mx.array | tuple[mx.array, mx.array],
     ) -> mx.array:
         """Pages with packed tokens at their slots, or at the `indices` of these.
 
@@ -67,10 +68,16 @@ class Slots:
         pages[slots if isinstance(slots, tuple) else self.indices(slots)] = packed
         return pages
 
+    def head_pages(self, pages: mx.array) -> mx.array:
+        """The same bytes without padding, uint16 [num_blocks, H, head_page_bytes / 2]."""
+        layout = self.layout
+        shape = pages.shape[0], layout.num_kv_heads, layout.head_page_bytes // 2
+        return mx.as_strided(pages, shape, (pages.shape[1], shape[2], 1))
+
     def load(self, pages: mx.array, block_ids: mx.array) -> tuple[Quantized, Quantized]:
         """The keys and values of blocks [..., N], each [..., H, N * block_size, D]."""
         layout = self.layout
-        head_pages = mx.moveaxis(pages[block_ids], -3, -2)  # [..., H, N, halfwords]
+        head_pages = mx.moveaxis(self.head_pages(pages)[block_ids], -3, -2)  # [..., H, N, -1]
         keys = Quantized(
             self._codes(
                 head_pages, layout.key_codes_offset, layout.key_format.bits, layout.key_codes_bytes

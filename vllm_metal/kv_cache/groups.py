@@ -1,0 +1,78 @@
+"""Groups of layers and regions of memory, as vLLM's planner lays a cache out.
+
+Layers of one group share a block table. Layers of different groups may live in the same bytes,
+because a block id belongs to one group at a time: such a stretch of memory is a region, with the
+pages of its blocks one after another.
+
+                region 0        region 1                     block 3, say, is given to group 1
+    group 0     layer 2         layer 5                      -> it holds tokens of layers 0 and 3,
+    group 1     layer 0         layer 3                         at the same place in both regions
+    group 2     layer 1         layer 4
+
+Layers are numbered in model order; recurrent states have numbers of their own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_metal.attention.backend import AttentionBackend
+from vllm_metal.attention.state_shape import StateShape
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers with one block table."""
+
+    block_size: int
+    """Tokens of a block; of recurrent states, the longest request: a block holds one state."""
+    layers: tuple[int, ...] = ()
+    """Attention layers."""
+    states: tuple[int, ...] = ()
+    """Recurrent states. A group has one kind of the two."""
+    sliding_window: int | None = None
+    """Tokens that the attention layers see; None: all."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Memory that some layers share, one of each group at most."""
+
+    page_bytes: int
+    """Bytes of a block."""
+    layers: tuple[int, ...] = ()
+    states: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Everything that decides where a layer's bytes are."""
+
+    num_blocks: int
+    groups: tuple[KVGroup, ...]
+    regions: tuple[Region, ...]
+
+    @classmethod
+    def separate(
+        cls,
+        backends: Sequence[AttentionBackend],
+        states: Sequence[StateShape],
+        num_blocks: int,
+    ) -> "CacheLayout":
+        """A region for every layer, so that requests may own the same block ids in all groups.
+
+        For whoever has no scheduler: layers of one window and one block size are a group, in the
+        order of their first layers; recurrent states are the last one.
+        """
+        kinds: dict[tuple[int, int | None], list[int]] = {}
+        for layer, backend in enumerate(backends):
+            kind = backend.block_size, backend.shape.sliding_window
+            kinds.setdefault(kind, []).append(layer)
+        groups = [
+            KVGroup(block_size, layers=tuple(layers), sliding_window=window)
+            for (block_size, window), layers in kinds.items()
+        ]
+        if states:
+            groups.append(KVGroup(1, states=tuple(range(len(states)))))
+        regions = [Region(b.page_size_bytes, layers=(i,)) for i, b in enumerate(backends)]
+        regions += [Region(state.page_bytes, states=(i,)) for i, state in enumerate(states)]
+        return cls(num_blocks, tuple(groups), tuple(regions))
