@@ -124,7 +124,8 @@ class ModelRunner:
         step = _Step(scheduled)
         for req_id, row in self.batch.rows.req_id_to_index.items():
             num_scheduled = scheduled.num_scheduled_tokens[req_id]
-            if num_scheduled > 1 or self._wants_prompt_logprobs(req_id):
+            begins = self.batch.rows.num_computed_tokens_cpu[row] == 0
+            if num_scheduled > 1 or begins or self._wants_prompt_logprobs(req_id):
                 self._prefill(step, req_id, row, num_scheduled)
             else:
                 step.decode_rows.append(row)
@@ -177,13 +178,13 @@ class ModelRunner:
         )
         logits = self.binding.forward(token_ids, metadata, all_rows=scored)[0]
         if scored:
-            mx.eval(logits, self.kv_cache.arrays)
+            self.kv_cache.evaluate(logits)
             self._score_prompt(step, req_id, num_scheduled, logits)
         if self.batch.is_complete(req_id, num_scheduled):
             step.logits[row] = logits[-1:]
-            mx.eval(step.logits[row], self.kv_cache.arrays)
+            self.kv_cache.evaluate(step.logits[row])
         else:
-            mx.eval(self.kv_cache.arrays)
+            self.kv_cache.evaluate()
 
     def _decode(self, decode_rows: list[int], pending: PendingTokens | None) -> mx.array:
         """Logits [B, vocabulary] of the decode rows, lazily where the rows run as one forward."""
@@ -197,9 +198,9 @@ class ModelRunner:
                 (pending.tokens, pending.index) if pending else None,
             )
             logits.append(self.binding.forward(token_ids, metadata)[:, -1])
-            if len(groups) > 1:
+            if len(groups) > 1 or self.kv_cache.shares_arrays:
                 self._finish_pending()
-                mx.eval(logits[-1], self.kv_cache.arrays)
+                self.kv_cache.evaluate(logits[-1])
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     # Sampling.
@@ -242,7 +243,7 @@ class ModelRunner:
         self._finish_pending()
         logits = torch.zeros(rows.num_reqs, rows.vocab_size)
         if step.decode_logits is not None:
-            mx.eval(step.decode_logits, self.kv_cache.arrays)
+            self.kv_cache.evaluate(step.decode_logits)
             logits[step.decode_rows] = to_torch(step.decode_logits)
         for row, row_logits in step.logits.items():
             logits[row] = to_torch(row_logits[0])

@@ -12,6 +12,7 @@ import numpy as np
 from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
 
 WORKSPACE_PROBE_LENGTHS = (32, 96)
@@ -29,6 +30,9 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
     Args:
         binding: the model, bound to `kv_cache`.
         kv_cache: a small cache with blocks for the longest probe after block 0.
+
+    Raises:
+        UserError: MLX's backend lacks an operation of the model in this type.
     """
     tables = [np.arange(1, kv_cache.num_blocks, dtype=np.int32)] * len(kv_cache.groups)
     peaks = {}
@@ -37,7 +41,13 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        _evaluate(binding, kv_cache, mx.zeros((1, length), mx.int32), metadata)
+        try:
+            _evaluate(binding, kv_cache, mx.zeros((1, length), mx.int32), metadata)
+        except RuntimeError as error:
+            raise UserError(
+                f"MLX cannot run model type {binding.model_type!r} on this device",
+                [f"{error} (another --dtype may do)"],
+            ) from error
         peaks[length] = mx.get_peak_memory() - before
     mx.clear_cache()
     return peaks
@@ -48,6 +58,9 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
 
     Uses one block of each KV group for each request, which no request owns yet; False where there
     are too few.
+
+    Raises:
+        UserError: the model's logits are no numbers.
     """
     num_groups = len(kv_cache.groups)
     if kv_cache.num_blocks < 1 + num_groups * len(_PROMPTS):
@@ -57,6 +70,11 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
         _prefill(binding, kv_cache, prompt[:-1], i)
         alone.append(_decode(binding, kv_cache, [i]))
     expected = mx.concatenate(alone)
+    if mx.isnan(expected).any().item():
+        raise UserError(
+            f"Model type {binding.model_type!r} computes logits that are no numbers",
+            ["its weights do not suit --dtype, are damaged, or it uses its cache in a way unseen"],
+        )
     try:
         together = _decode(binding, kv_cache, range(len(_PROMPTS)))
     except (TypeError, ValueError):
@@ -94,5 +112,5 @@ def _evaluate(
     metadata: Sequence[GroupMetadata],
 ) -> mx.array:
     logits = binding.forward(token_ids, metadata)[:, -1].astype(mx.float32)
-    mx.eval(logits, kv_cache.arrays)
+    kv_cache.evaluate(logits)
     return logits

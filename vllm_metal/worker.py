@@ -112,6 +112,7 @@ class MetalWorker(WorkerBase):
             )
         )
 
+    @user_errors_end_child_process()
     def compile_or_warm_up_model(self) -> CompilationTimes:
         batched = warm_up.takes_batched_offsets(self.binding, self.kv_cache)
         self.model_runner.batched_decode = batched

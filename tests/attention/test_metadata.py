@@ -18,7 +18,7 @@ def decode_metadata() -> DecodeMetadata:
 
 def test_lengths_of_a_prefill_chunk():
     metadata = PrefillMetadata(mx.array([[1, 2]]), mx.arange(16, 21), context_len=12, query_len=5)
-    assert metadata.seq_len == 17
+    assert metadata.seq_len == metadata.max_seq_len == 17
     assert metadata.offset == 12
 
 

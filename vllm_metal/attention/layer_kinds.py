@@ -38,7 +38,6 @@ Arrangement = list[Kind | tuple[Kind, ...]]
 
 _UNSUPPORTED = {
     "ChunkedKVCache": "chunked attention",
-    "ConcatenateKVCache": "a cache that grows by concatenation",
     "QuantizedKVCache": "a cache that the model quantises itself",
 }
 
@@ -74,7 +73,7 @@ def arrange(arrangement: Arrangement, attention: Iterable[Any], states: Iterable
 
 def _kind(cache: Any) -> Kind | str:
     """The kind of one cache, or what it needs that there is not."""
-    if type(cache) is mlx_lm_cache.KVCache:
+    if type(cache) in (mlx_lm_cache.KVCache, mlx_lm_cache.ConcatenateKVCache):
         return AttentionKind()
     if type(cache) is mlx_lm_cache.RotatingKVCache:
         if cache.keep:

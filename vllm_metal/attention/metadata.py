@@ -78,6 +78,10 @@ class PrefillMetadata:
     def seq_len(self) -> int:
         return self.context_len + self.query_len
 
+    @property
+    def max_seq_len(self) -> int:
+        return self.seq_len
+
 
 AttentionMetadata = DecodeMetadata | PrefillMetadata
 

@@ -82,5 +82,5 @@ class PagedSequence:
     ) -> mx.array:
         self.binding.bind(self.kv_cache)
         logits = self.binding.forward(mx.array(token_ids), metadata, all_rows).astype(mx.float32)
-        mx.eval(logits, self.kv_cache.arrays)
+        self.kv_cache.evaluate(logits)
         return logits

@@ -9,11 +9,12 @@ are read before the forward pass and written after it.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, Pages
-from vllm_metal.attention.metadata import AttentionMetadata
+from vllm_metal.attention.metadata import AttentionMetadata, GroupMetadata
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.groups import CacheLayout
 
@@ -63,6 +64,7 @@ class KVCache:
         self._regions: list[_Region] = []
         self._region_of_layer: dict[int, _Region] = {}
         self._region_of_state: dict[int, _Region] = {}
+        self._states_of_region: dict[_Region, tuple[int, ...]] = {}
         for planned in layout.regions:
             dtypes = {self.backends[layer].page_dtype for layer in planned.layers}
             dtypes |= {mx.uint16} if planned.states else set()
@@ -70,8 +72,13 @@ class KVCache:
             self._regions.append(region)
             self._region_of_layer |= dict.fromkeys(planned.layers, region)
             self._region_of_state |= dict.fromkeys(planned.states, region)
+            if planned.states:
+                self._states_of_region[region] = planned.states
         self._beside: dict[int, tuple[mx.array, ...]] = {}
         """What the last store of a layer left beside its array."""
+        self._blocks_of_state: dict[int, mx.array] = {}
+        self._old_states: dict[int, list[mx.array | None]] = {}
+        self._new_states: dict[int, mx.array] = {}
         self.shares_arrays = bool(self.states) or any(
             len(planned.layers) > 1 and not self._all_store_through(planned.layers)
             for planned in layout.regions
@@ -90,10 +97,27 @@ class KVCache:
         """Bytes that the pages really occupy."""
         return sum(region.array.nbytes for region in self._regions)
 
-    def begin_forward(self) -> None:
-        """To be called when what was written before is evaluated, or waits to be."""
+    def begin_forward(self, metadata: Sequence[GroupMetadata]) -> None:
+        """Reads the recurrent states of a forward pass, given what its groups are told."""
         for region in self._regions:
             region.writer = None
+        self._old_states.clear()
+        self._new_states.clear()
+        for state, group in self.group_of_state.items():
+            self._blocks_of_state[state] = metadata[group].block_ids
+            if not metadata[group].begins:
+                self._old_states[state] = self._read_state(state, metadata[group].block_ids)
+        mx.eval(self._old_states)  # so that nothing but its region holds an array
+
+    def evaluate(self, *outputs: mx.array) -> None:
+        """Ends a forward pass: evaluates `outputs` and all that was written, and keeps states."""
+        new_states = list(self._new_states.values())
+        mx.eval(outputs, self.arrays, new_states)
+        for region, states in self._states_of_region.items():
+            if states[0] in self._new_states:
+                self._write_states(region, states)
+        self._new_states.clear()
+        mx.eval(self.arrays)
 
     def pages(self, layer: int) -> Pages:
         """Pages of one layer, for reading within the current forward pass."""
@@ -107,28 +131,26 @@ class KVCache:
         backend, region = self.backends[layer], self._region_of_layer[layer]
         if not backend.stores_through:
             if region.writer not in (None, layer):
-                mx.eval(keys, values, region.array)  # all that read or wrote the array before
-            region.writer = layer
+                mx.eval(keys, values, self.arrays)  # all that read or wrote the array before
+        region.writer = layer
         pages = self.pages(layer)
         stored, *beside = backend.store(pages, keys, values, metadata)
         if stored is not pages[0]:
             region.replace(stored)
         self._beside[layer] = tuple(beside)
 
-    def read_states(self, block_ids: mx.array, state: int) -> list[mx.array | None]:
-        """The arrays [B, ...] of one state in blocks [B]."""
-        rows = self._region_of_state[state].array[block_ids]
-        arrays, begin = [], 0
-        shape = self.states[state]
-        for size, dtype in zip(shape.shapes, shape.dtypes, strict=True):
-            if size is None:
-                arrays.append(None)
-                continue
-            count = dtype.size * mx.zeros(size).size // 2
-            array = mx.contiguous(rows[:, begin : begin + count]).view(dtype)
-            arrays.append(array.reshape(-1, *size))
-            begin += count
-        return arrays
+    def old_state(self, state: int) -> list[mx.array | None] | None:
+        """The arrays [B, ...] of a state before this forward pass; None where requests begin."""
+        return self._old_states.get(state)
+
+    def keep_state(self, state: int, arrays: Sequence[mx.array | None]) -> None:
+        """Takes the arrays [B, ...] of a state after this forward pass."""
+        halfwords = [
+            array.astype(dtype).reshape(array.shape[0], -1).view(mx.uint16)
+            for array, dtype in zip(arrays, self.states[state].dtypes, strict=True)
+            if dtype is not None
+        ]
+        self._new_states[state] = mx.concatenate(halfwords, axis=1)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks (source, destination) of every region."""
@@ -142,3 +164,25 @@ class KVCache:
 
     def _all_store_through(self, layers: Sequence[int]) -> bool:
         return all(self.backends[layer].stores_through for layer in layers)
+
+    def _read_state(self, state: int, block_ids: mx.array) -> list[mx.array | None]:
+        rows = self._region_of_state[state].array[block_ids]
+        arrays: list[mx.array | None] = []
+        begin, shape = 0, self.states[state]
+        for size, dtype in zip(shape.shapes, shape.dtypes, strict=True):
+            if size is None:
+                arrays.append(None)
+                continue
+            end = begin + prod(size) * dtype.size // 2
+            array = mx.contiguous(rows[:, begin:end]).view(dtype)
+            arrays.append(array.reshape(-1, *size))
+            begin = end
+        return arrays
+
+    def _write_states(self, region: _Region, states: Sequence[int]) -> None:
+        """One write for all states of a region, each to the blocks of its own group."""
+        rows = [self._new_states[state] for state in states]
+        width = max(row.shape[1] for row in rows)
+        rows = [mx.pad(row, ((0, 0), (0, width - row.shape[1]))) for row in rows]
+        blocks = [self._blocks_of_state[state] for state in states]
+        region.array[mx.concatenate(blocks), :width] = mx.concatenate(rows)

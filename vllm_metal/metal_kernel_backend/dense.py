@@ -11,11 +11,7 @@ from math import gcd
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
-from vllm_metal.attention.metadata import (
-    AttentionMetadata,
-    DecodeMetadata,
-    PrefillMetadata,
-)
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     finite,
@@ -67,7 +63,7 @@ class DensePages(AttentionBackend):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        keys, values = self._gather(pages, metadata, queries.dtype)
+        keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
         window, mask = self.shape.sliding_window, None
         if metadata.num_requests == 1:
             end = metadata.max_seq_len
@@ -89,17 +85,24 @@ class DensePages(AttentionBackend):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        keys, values = keys[None], values[None]
-        if context_len := metadata.context_len:
-            context = self._gather(pages, metadata, queries.dtype)
-            keys, values = (
-                mx.concatenate([past[:, :, :context_len], new], axis=2)
-                for past, new in zip(context, (keys, values), strict=True)
-            )
+        keys, values = self.fetch(pages, keys[None], values[None], metadata)
         window = self.shape.sliding_window
         return causal_attention(queries[None], keys, values, scale, sinks, window)[0]
 
-    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+    def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
+        unit = self._unit(self.block_size)
+        units = pages[0].reshape(-1, unit)
+        indices = metadata.derived.once(
+            ("gathered_units", self._geometry()), self._head_units(metadata, unit)
+        )
+        batch, blocks = metadata.block_table.shape
+        rows = batch, self.shape.num_kv_heads, blocks * self.block_size
+        sizes = self.shape.head_size, self.shape.head_size_v
+        return tuple(
+            units[index].reshape(*rows, size) for index, size in zip(indices, sizes, strict=True)
+        )
+
+    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         gathered = 2 * (context_len + query_len) * self.shape.num_kv_heads * self.slot_size
         return gathered + score_workspace_bytes(context_len + query_len, query_len, num_heads)
 
@@ -131,21 +134,6 @@ class DensePages(AttentionBackend):
             return first + mx.concatenate(parts, axis=1)
 
         return rows
-
-    def _gather(
-        self, pages: Pages, metadata: AttentionMetadata, dtype: mx.Dtype
-    ) -> tuple[mx.array, ...]:  # keys [B, H, N * block_size, Dk], values [B, H, N * block_size, Dv]
-        unit = self._unit(self.block_size)
-        units = pages[0].reshape(-1, unit)
-        key, value = metadata.derived.once(
-            ("gathered_units", self._geometry()), self._head_units(metadata, unit)
-        )
-        heads, batch, blocks = self.shape.num_kv_heads, *metadata.block_table.shape
-        rows = batch, heads, blocks * self.block_size
-        return (
-            units[key].reshape(*rows, self.shape.head_size).astype(dtype),
-            units[value].reshape(*rows, self.shape.head_size_v).astype(dtype),
-        )
 
     def _head_units(self, metadata: AttentionMetadata, unit: int):
         """Units of every block's keys and values, head by head: two of [B, H, N, R]."""

@@ -60,7 +60,7 @@ def make_backends(
             for shape, page in zip(shapes, pages, strict=True)
         ]
     skipped = turboquant.skipped(len(shapes))
-    _require_rotations(shapes, skipped)
+    _require_compressible(shapes, skipped)
     formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
     constants = calibrate()
     target = available_target()
@@ -95,14 +95,36 @@ def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:
     return lambda: [KeyConstants.neutral(s.num_kv_heads, s.head_size) for s in shapes]
 
 
-def _require_rotations(shapes: Sequence[LayerShape], skipped: frozenset[int]) -> None:
-    reasons = []
+def _require_compressible(shapes: Sequence[LayerShape], skipped: frozenset[int]) -> None:
+    layers_of: dict[str, list[int]] = {}
     for layer, shape in enumerate(shapes):
-        for size in sorted({shape.head_size, shape.head_size_v}):
-            try:
-                check_head_size(size)
-            except ValueError as error:
-                if layer not in skipped:
-                    reasons.append(f"layer {layer}: {error}")
-    if reasons:
-        raise UserError("TurboQuant cannot compress this model", reasons[:4])
+        if layer not in skipped:
+            for reason in _obstacles(shape):
+                layers_of.setdefault(reason, []).append(layer)
+    if layers_of:
+        raise UserError(
+            "TurboQuant cannot compress this model",
+            [f"{_layers(layers)}: {reason}" for reason, layers in layers_of.items()],
+        )
+
+
+def _obstacles(shape: LayerShape) -> list[str]:
+    """Why a layer cannot be compressed."""
+    if shape.fetched and shape.num_kv_heads == 1 and shape.head_size != shape.head_size_v:
+        return [
+            "caches a latent from which the model computes keys and values (MLA), or the keys of "
+            "an index; what their compression costs is not measured (serve the model with dense "
+            "pages: without TurboQuant, or with these layers in skip_layers)"
+        ]
+    reasons = []
+    for size in sorted({shape.head_size, shape.head_size_v}):
+        try:
+            check_head_size(size)
+        except ValueError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _layers(layers: list[int]) -> str:
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return f"layer {layers[0]}{more}"

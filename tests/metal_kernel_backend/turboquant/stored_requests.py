@@ -166,9 +166,9 @@ class Stored:
     def planes(self, quantized: Quantized, offsets: tuple[int, int, int], bits: int) -> None:
         """Asserts that codes, scales and biases lie where the layout says."""
         page_bytes = np.array(self.pages).view(np.uint8)
-        page_bytes = page_bytes[:, : self.layout.num_kv_heads * self.layout.head_page_bytes].reshape(
-            len(page_bytes), self.layout.num_kv_heads, -1
-        )
+        page_bytes = page_bytes[
+            :, : self.layout.num_kv_heads * self.layout.head_page_bytes
+        ].reshape(len(page_bytes), self.layout.num_kv_heads, -1)
         codes = np.array(pack(quantized.codes, bits)).view(np.uint8)
         parts = [(offsets[0], codes), (offsets[1], _bytes(quantized.scales))]
         if quantized.biases is not None:
