@@ -34,13 +34,14 @@ def summarise(vllm_config: "VllmConfig") -> CacheSummary:
 
     model = vllm_config.model_config
     cache = vllm_config.cache_config
-    shapes = ModelBinding(model_loader.load_structure(model.model, model.trust_remote_code)).layers
+    binding = ModelBinding(model_loader.load_structure(model.model, model.trust_remote_code))
     backends = make_backends(
-        shapes,
+        binding.layers,
         cache.block_size,
         model_loader.mlx_dtype(dense_dtype(cache.cache_dtype, model.dtype)),
         parse(vllm_config.additional_config, cache.cache_dtype),
-        neutral_constants(shapes),
+        neutral_constants(binding.layers),
+        binding.states,
     )
     return CacheSummary.of(backends)
 

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config, device
+from vllm_metal.blas import load_fast_blas
 from vllm_metal.errors import UserError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger("vllm.metal.platform")
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 """Values of `--block-size` that are served."""
@@ -103,6 +107,7 @@ class MetalPlatform(Platform):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         _tolerate_missing_accelerator()
+        _cache_no_prefixes_of_states(vllm_config)
 
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
@@ -160,6 +165,25 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
             "(MLX-quantised and unquantised checkpoints are)"
         )
     return reasons
+
+
+def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
+    """Turns prefix caching off where a model has recurrent state.
+
+    vLLM knows of it only for models of its own, so the structure decides. A cached prefix would
+    need the state at its end, and a block holds a request's newest state only.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model is None or not cache.enable_prefix_caching:
+        return
+    load_fast_blas()  # before MLX is first imported
+    from vllm_metal.attention.layer_kinds import has_recurrent_state
+    from vllm_metal.model_loader import load_structure
+
+    if has_recurrent_state(load_structure(model.model, model.trust_remote_code)):
+        cache.enable_prefix_caching = False
+        cache.mamba_cache_mode = "none"
+        logger.info("Prefix caching is off: %s has recurrent state", model.model)
 
 
 def _tolerate_missing_accelerator() -> None:

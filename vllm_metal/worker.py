@@ -28,6 +28,7 @@ from vllm_metal.kv_cache.capacity import CacheSummary, Capacity  # noqa: E402
 from vllm_metal.kv_cache.spec import (  # noqa: E402
     block_table_lengths,
     cache_layout,
+    capacity,
     kv_cache_specs,
 )
 from vllm_metal.metal_kernel_backend.selection import make_backends  # noqa: E402
@@ -109,6 +110,7 @@ class MetalWorker(WorkerBase):
                 CacheSummary.of(self.backends),
                 self._capacity(self.kv_cache.nbytes),
                 self.model_config.max_model_len,
+                self._dense_capacity(self.kv_cache.nbytes),
             )
         )
 
@@ -187,8 +189,18 @@ class MetalWorker(WorkerBase):
         return constants
 
     def _capacity(self, page_bytes: int) -> Capacity:
-        bytes_per_block = sum(backend.page_size_bytes for backend in self.backends)
-        return Capacity(page_bytes, bytes_per_block, self.cache_config.block_size)
+        return capacity(self.vllm_config, self._specs(), page_bytes)
+
+    def _dense_capacity(self, page_bytes: int) -> Capacity | None:
+        """What the same bytes would hold in 16-bit pages, where groups share blocks."""
+        binding, model = self.binding, self.model_config
+        if len(self.kv_cache.groups) == 1:
+            return None
+        dense = make_backends(
+            binding.layers, self.cache_config.block_size, mx.float16, None, list, binding.states
+        )
+        specs = kv_cache_specs(dense, model.dtype, binding.states, model.max_model_len)
+        return capacity(self.vllm_config, specs, page_bytes)
 
     def _measure_workspace(self) -> int:
         """Activations of the largest prefill, plus what attention over a full context adds."""
@@ -202,7 +214,10 @@ class MetalWorker(WorkerBase):
         query_len = min(self.scheduler_config.max_num_batched_tokens, max_model_len)
         num_heads = self.model_config.get_num_attention_heads(self.parallel_config)
         context = max(
-            backend.prefill_workspace_bytes(max_model_len - query_len, query_len, num_heads)
-            for backend in self.backends
+            [
+                backend.prefill_workspace_bytes(max_model_len - query_len, query_len, num_heads)
+                for backend in self.backends
+            ]
+            or [0]
         )
         return planner.extrapolate_workspace(peaks, query_len) + context

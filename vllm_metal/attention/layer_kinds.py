@@ -60,6 +60,12 @@ def kinds_in_order(arrangement: Arrangement) -> Iterator[Kind]:
         yield from entry if isinstance(entry, tuple) else (entry,)
 
 
+def has_recurrent_state(model: nn.Module) -> bool:
+    """Whether any layer keeps recurrent state."""
+    arrangement, _ = cache_kinds(model)
+    return any(isinstance(kind, StateKind) for kind in kinds_in_order(arrangement))
+
+
 def arrange(arrangement: Arrangement, attention: Iterable[Any], states: Iterable[Any]) -> list[Any]:
     """The model's list of caches, made of ours: those of attention layers, and of states."""
     sources = {AttentionKind: iter(attention), StateKind: iter(states)}

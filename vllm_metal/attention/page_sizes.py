@@ -49,7 +49,7 @@ def page_sizes(
         block_size: tokens of a block at least.
     """
     windows = {layer.sliding_window for layer in layers}
-    if len(windows) < 2 and not state_bytes:
+    if len(windows) < 2 and not state_bytes or not layers:
         return [PageSize(block_size, block_size * layer.bytes_per_token) for layer in layers]
     page_bytes = _common_page(layers, state_bytes, block_size)
     return [PageSize(_tokens(page_bytes, layer.bytes_per_token), page_bytes) for layer in layers]

@@ -27,7 +27,7 @@ class PagedSequence:
         self, binding: ModelBinding, backends: Sequence[AttentionBackend], max_tokens: int
     ):
         self.binding = binding
-        smallest = min((backend.block_size for backend in backends), default=max_tokens)
+        smallest = min((backend.block_size for backend in backends), default=8)
         self.num_blocks = -(-max_tokens // smallest)
         self.kv_cache = KVCache(backends, self.num_blocks + 1, binding.states)
         self.length = 0

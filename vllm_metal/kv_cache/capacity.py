@@ -3,10 +3,12 @@
 The start-up report, the check for too little memory and `vllm-metal plan` ask here.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.kv_cache.groups import KVGroup
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,11 @@ class Capacity:
     page_bytes: int
     bytes_per_block: int
     block_size: int
+    """Tokens of a block, where there is one group of full attention."""
+    groups: tuple[KVGroup, ...] = ()
+    """Of layers that draw blocks of their own from the pool; by default one of full attention."""
+    step_tokens: int = 0
+    """Tokens that a request may have beyond a window while a step runs."""
 
     @property
     def num_blocks(self) -> int:
@@ -26,19 +33,33 @@ class Capacity:
 
     @property
     def tokens(self) -> int:
-        return max(0, self.num_blocks - 1) * self.block_size
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes_per_block / self.block_size
+        """Length of the one request that fills all blocks."""
+        usable = max(0, self.num_blocks - 1)
+        if not self.groups:
+            return usable * self.block_size
+        lengths = range(usable * max(group.block_size for group in self.groups) + 1)
+        return max(0, bisect_right(lengths, usable, key=self.blocks_for) - 1)
 
     def requests(self, max_model_len: int) -> float:
         """How many requests of `max_model_len` tokens fit."""
         return max(0, self.num_blocks - 1) / self.blocks_for(max_model_len)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks of one request of `num_tokens` tokens."""
-        return -(-num_tokens // self.block_size)
+        """Blocks of one request of `num_tokens` tokens, over all groups."""
+        groups = self.groups or (KVGroup(self.block_size),)
+        return sum(self._blocks_of(group, num_tokens) for group in groups)
+
+    def bytes_for(self, num_tokens: int) -> int:
+        """Bytes of one request of `num_tokens` tokens."""
+        return self.blocks_for(num_tokens) * self.bytes_per_block
+
+    def _blocks_of(self, group: KVGroup, num_tokens: int) -> int:
+        if group.states:
+            return 1
+        if group.sliding_window is None:
+            return -(-num_tokens // group.block_size)
+        held = min(group.sliding_window - 1 + self.step_tokens, num_tokens)
+        return -(-held // group.block_size) + 1  # a window may begin inside a block
 
 
 DENSE_BYTES = 2
@@ -72,12 +93,12 @@ class CacheSummary:
     @property
     def ratio(self) -> float:
         """How many times more tokens fit than dense, over the whole cache."""
-        return self.dense_bytes_per_token / self.bytes_per_token
+        return self.dense_bytes_per_token / (self.bytes_per_token or 1)
 
     @property
     def bits_per_element(self) -> float:
         """Stored bits of a key or value coordinate, metadata and dense layers included."""
-        return 8 * self.bytes_per_token / self.num_elements
+        return 8 * self.bytes_per_token / (self.num_elements or 1)
 
 
 def elements_per_token(shape: LayerShape) -> int:

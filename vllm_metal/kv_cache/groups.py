@@ -32,6 +32,13 @@ class KVGroup:
     sliding_window: int | None = None
     """Tokens that the attention layers see; None: all."""
 
+    def describe(self) -> str:
+        """For reports, after a number of groups."""
+        if self.states:
+            return f"{len(self.states)} states"
+        window = f", window {self.sliding_window}" if self.sliding_window else ""
+        return f"{len(self.layers)} layers ({self.block_size} tokens{window})"
+
 
 @dataclass(frozen=True)
 class Region:

@@ -58,7 +58,8 @@ class MemoryPlan:
         """
         if capacity.requests(max_model_len) >= 1:
             return
-        needed = (capacity.blocks_for(max_model_len) + 1) * capacity.bytes_per_block
+        request = capacity.bytes_for(max_model_len)
+        needed = request + capacity.bytes_per_block
         remedy = "give more memory with --gpu-memory-utilization or --kv-cache-memory-bytes"
         if capacity.tokens:
             remedy = f"set --max-model-len {capacity.tokens} or less (or -1 to fit it), or {remedy}"
@@ -67,7 +68,7 @@ class MemoryPlan:
             [
                 *self.lines(),
                 f"one request of {max_model_len} tokens needs {format_bytes(needed)} "
-                f"({format_bytes(capacity.bytes_per_token)} per token)",
+                f"({format_bytes(request / max_model_len)} per token)",
                 f"remedy: {remedy}",
             ],
         )
@@ -109,8 +110,19 @@ def report(
     summary: CacheSummary,
     capacity: Capacity,
     max_model_len: int,
+    dense: Capacity | None = None,
 ) -> str:
-    """The block of text printed at start."""
+    """The block of text printed at start.
+
+    Args:
+        plan: where the bytes come from.
+        backend_names: of the attention layers.
+        summary: of the attention layers.
+        capacity: what the bytes hold.
+        max_model_len: the longest request.
+        dense: what the same bytes hold with dense pages, where that takes more than the summary
+            to tell: layers of several groups share blocks.
+    """
     names = " + ".join(f"{n} layers {name}" for name, n in Counter(backend_names).items())
     rows = [
         ("device", f"{plan.device.name} ({plan.device.kind})"),
@@ -119,8 +131,7 @@ def report(
         ("workspace", format_bytes(plan.workspace)),
         ("KV cache", format_bytes(capacity.num_blocks * capacity.bytes_per_block)),
         ("pages", names),
-        ("per token", format_bytes(summary.bytes_per_token)),
-        ("blocks", f"{capacity.num_blocks:,} of {capacity.block_size} tokens"),
+        *_block_rows(summary, capacity, max_model_len),
         ("tokens", f"{capacity.tokens:,}"),
         (
             "requests",
@@ -128,11 +139,38 @@ def report(
         ),
     ]
     if summary.num_compressed:
-        rows += _compression_rows(summary, capacity)
+        rows += _compression_rows(summary, capacity, dense, max_model_len)
     return "\n".join(["KV cache plan", *(f"    {name:<13}{value}" for name, value in rows)])
 
 
-def _compression_rows(summary: CacheSummary, capacity: Capacity) -> list[tuple[str, str]]:
+def _block_rows(
+    summary: CacheSummary, capacity: Capacity, max_model_len: int
+) -> list[tuple[str, str]]:
+    if not capacity.groups:
+        return [
+            ("per token", format_bytes(summary.bytes_per_token)),
+            ("blocks", f"{capacity.num_blocks:,} of {capacity.block_size} tokens"),
+        ]
+    kinds = Counter(group.describe() for group in capacity.groups)
+    return [
+        ("per request", f"{format_bytes(capacity.bytes_for(max_model_len))} at max_model_len"),
+        ("blocks", f"{capacity.num_blocks:,} of {format_bytes(capacity.bytes_per_block)}"),
+        ("groups", " + ".join(f"{count} of {kind}" for kind, count in kinds.items())),
+    ]
+
+
+def _compression_rows(
+    summary: CacheSummary, capacity: Capacity, dense: Capacity | None, max_model_len: int
+) -> list[tuple[str, str]]:
+    if dense is not None:
+        ratio = capacity.requests(max_model_len) / (dense.requests(max_model_len) or 1)
+        return [
+            ("compressed", f"{summary.num_compressed} of {summary.num_layers} layers"),
+            (
+                "ratio",
+                f"{ratio:.2f}x requests of max_model_len, over the whole cache, to 16-bit pages",
+            ),
+        ]
     dense = Capacity(
         capacity.num_blocks * capacity.bytes_per_block,
         round(summary.dense_bytes_per_token * capacity.block_size),

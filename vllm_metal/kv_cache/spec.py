@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
     MambaSpec,
     SlidingWindowSpec,
+    is_full_attention_spec,
     iter_layer_specs,
 )
 
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.attention.state_shape import StateShape
+from vllm_metal.kv_cache.capacity import Capacity
 from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
 
 if TYPE_CHECKING:
@@ -151,6 +154,18 @@ def cache_layout(planned: KVCacheConfig) -> CacheLayout:
         end = start + strides[start] * planned.num_blocks
     regions = [Region(strides[start], *_numbers(names[start])) for start in sorted(names)]
     return CacheLayout(planned.num_blocks, tuple(groups), tuple(regions))
+
+
+def capacity(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec], page_bytes: int) -> Capacity:
+    """What `page_bytes` hold, by vLLM's own grouping of the layers."""
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    layout = cache_layout(get_kv_cache_config_from_groups(vllm_config, groups, 1 << 50))
+    bytes_per_block = sum(region.page_bytes for region in layout.regions)
+    block_size = layout.groups[0].block_size
+    if len(layout.groups) == 1 and is_full_attention_spec(groups[0].kv_cache_spec):
+        return Capacity(page_bytes, bytes_per_block, block_size)
+    step_tokens = vllm_config.max_in_flight_tokens
+    return Capacity(page_bytes, bytes_per_block, block_size, layout.groups, step_tokens)
 
 
 def block_table_lengths(vllm_config: "VllmConfig", planned: KVCacheConfig) -> list[int]:
