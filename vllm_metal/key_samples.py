@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.causal_attention import causal_attention
@@ -84,11 +84,13 @@ def collect_key_samples(
         offset: position of the first.
     """
     recorders = [_Recorder(shape) for shape in binding.layers]
-    kv_cache = KVCache(recorders, 0)
+    kv_cache = KVCache(recorders, 0, binding.states)
     binding.bind(kv_cache)
     empty = mx.zeros((1, 0), mx.int32)
-    metadata = PrefillMetadata(empty, empty[0], 0, len(token_ids), skipped=offset)
-    logits = binding.forward(mx.array([list(token_ids)]), [metadata] * len(kv_cache.groups))
+    chunk = PrefillMetadata(empty, empty[0], 0, len(token_ids), skipped=offset)
+    no_state = StateMetadata(empty[0], begins=True)
+    metadata = [no_state if group.states else chunk for group in kv_cache.groups]
+    logits = binding.forward(mx.array([list(token_ids)]), metadata)
     mx.eval(logits, [(recorder.queries, recorder.keys) for recorder in recorders])
     binding.bind(None)
     return [recorder.sample() for recorder in recorders]

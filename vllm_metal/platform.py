@@ -183,6 +183,7 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
     if has_recurrent_state(load_structure(model.model, model.trust_remote_code)):
         cache.enable_prefix_caching = False
         cache.mamba_cache_mode = "none"
+        cache.mamba_block_size = model.max_model_len
         logger.info("Prefix caching is off: %s has recurrent state", model.model)
 
 
