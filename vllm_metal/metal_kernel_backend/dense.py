@@ -28,11 +28,20 @@ class DensePages(AttentionBackend):
         block_size: tokens of a block.
         dtype: element type of the pages; other K/V are cast on store.
         page_bytes: bytes of a page where it is longer than its keys and values.
+        shared: whether a block may hold what layers of other kinds left there, any bytes at all.
     """
 
-    def __init__(self, shape: LayerShape, block_size: int, dtype: mx.Dtype, page_bytes: int = 0):
+    def __init__(
+        self,
+        shape: LayerShape,
+        block_size: int,
+        dtype: mx.Dtype,
+        page_bytes: int = 0,
+        shared: bool = False,
+    ):
         super().__init__(shape, block_size, page_bytes)
         self.dtype = self.page_dtype = dtype
+        self._shared = shared
         self.name = f"dense {str(dtype).removeprefix('mlx.core.')}"
 
     @property
@@ -71,6 +80,8 @@ class DensePages(AttentionBackend):
             keys, values = (part[:, :, first:end] for part in (keys, values))
         else:
             mask = valid_tokens(metadata, self.block_size, window)
+            if self._shared:
+                values = mx.where(mask.swapaxes(2, 3), values, 0)  # 0 times a NaN is one, too
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
         )[:, :, 0, :]

@@ -1,6 +1,7 @@
 """The one place where dense or TurboQuant is chosen, and the kernels or MLX operations for it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -10,7 +11,7 @@ from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.kernel_library import available_target
+from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
@@ -42,52 +43,55 @@ def make_backends(
     Raises:
         UserError: a layer that is to be compressed cannot be; gives every reason.
     """
-
-    def dense_bytes(shape: LayerShape) -> int:
-        return shape.num_kv_heads * (shape.head_size + shape.head_size_v) * dense_dtype.size
-
-    def pages_of(bytes_per_token: Sequence[int]) -> list[PageSize]:
-        layers = [
-            TokenBytes(size, shape.sliding_window)
-            for size, shape in zip(bytes_per_token, shapes, strict=True)
-        ]
-        return page_sizes(layers, [state.page_bytes for state in states], block_size)
-
-    if turboquant is None:
-        pages = pages_of([dense_bytes(shape) for shape in shapes])
-        return [
-            DensePages(shape, page.block_size, dense_dtype, page.page_bytes)
-            for shape, page in zip(shapes, pages, strict=True)
-        ]
-    skipped = turboquant.skipped(len(shapes))
-    _require_compressible(shapes, skipped)
-    formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
-    constants = calibrate()
+    dense = frozenset(range(len(shapes)))
+    if turboquant is not None:
+        dense = turboquant.skipped(len(shapes))
+        _require_compressible(shapes, dense)
+    slot_sizes = [
+        (shape.head_size + shape.head_size_v) * dense_dtype.size
+        if layer in dense
+        else _compressed_slot_size(shape, turboquant)
+        for layer, shape in enumerate(shapes)
+    ]
+    layers = [
+        TokenBytes(shape.num_kv_heads * slot_size, shape.sliding_window)
+        for shape, slot_size in zip(shapes, slot_sizes, strict=True)
+    ]
+    pages = page_sizes(layers, [state.page_bytes for state in states], block_size)
+    page_kinds = {
+        (replace(shape, sliding_window=None), layer in dense) for layer, shape in enumerate(shapes)
+    }
+    shared = bool(states) or len(page_kinds) > 1
+    constants = calibrate() if len(dense) < len(shapes) else []
     target = available_target()
+    return [
+        DensePages(shape, page.block_size, dense_dtype, page.page_bytes, shared)
+        if layer in dense
+        else _compressed(shape, page, turboquant, constants[layer], target)
+        for layer, (shape, page) in enumerate(zip(shapes, pages, strict=True))
+    ]
 
-    def compressed_bytes(shape: LayerShape) -> int:
-        heads = shape.num_kv_heads, TOKEN_STEP
-        layout = SlotLayout(*formats, shape.head_size, shape.head_size_v, *heads)
-        return layout.slot_size * shape.num_kv_heads
 
-    pages = pages_of(
-        [
-            dense_bytes(shape) if layer in skipped else compressed_bytes(shape)
-            for layer, shape in enumerate(shapes)
-        ]
+def _compressed_slot_size(shape: LayerShape, turboquant: TurboQuantConfig) -> int:
+    formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
+    return SlotLayout(*formats, shape.head_size, shape.head_size_v, 1, TOKEN_STEP).slot_size
+
+
+def _compressed(
+    shape: LayerShape,
+    page: PageSize,
+    turboquant: TurboQuantConfig,
+    constants: KeyConstants,
+    target: Target | None,
+) -> AttentionBackend:
+    formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
+    if target is None:
+        return TurboQuantReference(
+            shape, page.block_size, formats, constants, turboquant.reproducible, page.page_bytes
+        )
+    return TurboQuantFused(
+        shape, page.block_size, formats, constants, target, turboquant.reproducible, page.page_bytes
     )
-
-    def make(layer: int) -> AttentionBackend:
-        shape, page = shapes[layer], pages[layer]
-        if layer in skipped:
-            return DensePages(shape, page.block_size, dense_dtype, page.page_bytes)
-        arguments = shape, page.block_size, formats, constants[layer]
-        last = turboquant.reproducible, page.page_bytes
-        if target is None:
-            return TurboQuantReference(*arguments, *last)
-        return TurboQuantFused(*arguments, target, *last)
-
-    return [make(layer) for layer in range(len(shapes))]
 
 
 def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:

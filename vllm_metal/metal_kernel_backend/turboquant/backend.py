@@ -165,6 +165,7 @@ class TurboQuantReference(TurboQuantAttention):
         seen = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
         scores = mx.where(seen, scores, -mx.inf)
         weights = softmax_with_sinks(scores, sinks) * value_scales
+        weights = mx.where(seen, weights, 0)  # the scale of a token not seen may be a NaN
         out = self._values.weighted_sum(weights, self._value_halfwords(pages, metadata))
         return self._unrotate(out).reshape(*queries.shape[:2], -1).astype(queries.dtype)
 
