@@ -4,8 +4,11 @@ They run the real model through the real backend, so a model that would fail in 
 fails at start.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
+from vllm_metal.attention.decode_graphs import DecodeGraphs
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.errors import UserError
@@ -13,6 +16,9 @@ from vllm_metal.kv_cache.cache import KVCache
 
 WORKSPACE_PROBE_LENGTHS = (32, 96)
 """Prefill lengths at which peak memory is measured."""
+
+Forward = Callable[..., mx.array]
+"""`ModelBinding.forward`, or what stands in for it."""
 
 _PROMPTS = ([3, 1, 4, 1, 5], [2, 7, 1])
 _TOLERANCE = 0.1
@@ -44,7 +50,7 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         try:
-            _evaluate(binding, kv_cache, mx.zeros((1, length), mx.int32), metadata)
+            _evaluate(binding.forward, kv_cache, mx.zeros((1, length), mx.int32), metadata)
         except RuntimeError as error:
             raise UserError(
                 f"MLX cannot run model type {binding.model_type!r} on this device",
@@ -68,7 +74,7 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
     alone = []
     for block, prompt in enumerate(_PROMPTS, start=1):
         _prefill(binding, kv_cache, prompt[:-1], block)
-        alone.append(_decode(binding, kv_cache, [prompt], [block]))
+        alone.append(_decode(binding.forward, kv_cache, [prompt], [block]))
     expected = mx.concatenate(alone)
     if mx.isnan(expected).any().item():
         raise UserError(
@@ -76,10 +82,33 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
             ["its weights do not suit --dtype, are damaged, or it uses its cache in a way unseen"],
         )
     try:
-        together = _decode(binding, kv_cache, list(_PROMPTS), [1, 2])
+        together = _decode(binding.forward, kv_cache, list(_PROMPTS), [1, 2])
     except (TypeError, ValueError):
         return False
-    difference = mx.abs(together - expected).max() / mx.std(expected)
+    return _agree(together, expected)
+
+
+def traced_decode(binding: ModelBinding, kv_cache: KVCache) -> DecodeGraphs | None:
+    """Decode that replays traces, compiled for one row and for two.
+
+    Follows `takes_batched_offsets`, whose prompts are in blocks 1 and 2. None where the model's
+    forward cannot be traced, or gives something else when it is.
+    """
+    graphs = DecodeGraphs(binding, kv_cache)
+    for rows in (1, 2):
+        arguments = kv_cache, list(_PROMPTS[:rows]), list(range(1, rows + 1))
+        built = _decode(graphs, *arguments)
+        try:
+            replayed = _decode(graphs, *arguments)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+        if not _agree(replayed, built):
+            return None
+    return graphs
+
+
+def _agree(logits: mx.array, expected: mx.array) -> bool:
+    difference = mx.abs(logits - expected).max() / mx.std(expected)
     return difference.item() < _TOLERANCE
 
 
@@ -91,11 +120,11 @@ def _prefill(binding: ModelBinding, kv_cache: KVCache, prompt: list[int], block:
         context_len=0,
         query_len=len(prompt),
     )
-    return _evaluate(binding, kv_cache, mx.array([prompt]), metadata)
+    return _evaluate(binding.forward, kv_cache, mx.array([prompt]), metadata)
 
 
 def _decode(
-    binding: ModelBinding, kv_cache: KVCache, prompts: list[list[int]], blocks: list[int]
+    forward: Forward, kv_cache: KVCache, prompts: list[list[int]], blocks: list[int]
 ) -> mx.array:
     """Logits [B, vocabulary] of the last token of each prompt, each in one block."""
     seq_lens = mx.array([len(prompt) for prompt in prompts])
@@ -108,15 +137,15 @@ def _decode(
         max_seq_len=max(map(len, prompts)),
     )
     token_ids = mx.array([prompt[-1:] for prompt in prompts])
-    return _evaluate(binding, kv_cache, token_ids, metadata)
+    return _evaluate(forward, kv_cache, token_ids, metadata)
 
 
 def _evaluate(
-    binding: ModelBinding,
+    forward: Forward,
     kv_cache: KVCache,
     token_ids: mx.array,
     metadata: DecodeMetadata | PrefillMetadata,
 ) -> mx.array:
-    logits = binding.forward(token_ids, metadata)[:, -1].astype(mx.float32)
+    logits = forward(token_ids, metadata)[:, -1].astype(mx.float32)
     mx.eval(logits, kv_cache.arrays)
     return logits

@@ -59,7 +59,7 @@ class LayerKVCache:
         """The mask that mlx-lm's own cache would give, by position."""
         metadata = self._forward.metadata
         windowed = window_size is not None and metadata.max_seq_len > window_size
-        if isinstance(metadata, DecodeMetadata) and metadata.num_requests > 1:
+        if isinstance(metadata, DecodeMetadata) and metadata.is_ragged:
             return causal_mask(metadata, window_size) if windowed or self._masks_rows else None
         if windowed:
             return causal_mask(metadata, window_size)

@@ -42,6 +42,15 @@ class KVCache:
         """Pages of one layer, for reading within the current forward pass."""
         return self._pages[layer]
 
+    def take(self) -> list[Pages]:
+        """Hands all pages over to a caller that will `put` them, or their successors, back."""
+        pages, self._pages = self._pages, []
+        return pages
+
+    def put(self, pages: list[Pages]) -> None:
+        """The reverse of `take`."""
+        self._pages = list(pages)
+
     def store(
         self, layer: int, keys: mx.array, values: mx.array, metadata: AttentionMetadata
     ) -> None:

@@ -65,11 +65,7 @@ class DensePages(AttentionBackend):
         sinks: mx.array | None,
     ) -> mx.array:
         keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
-        mask = None
-        if metadata.num_requests == 1:
-            keys, values = (part[:, :, : metadata.max_seq_len] for part in (keys, values))
-        else:
-            mask = valid_tokens(metadata, self.block_size)
+        mask = valid_tokens(metadata, self.block_size)
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
         )[:, :, 0, :]
