@@ -69,7 +69,7 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
     Raises:
         UserError: the model's logits are no numbers.
     """
-    if kv_cache.num_blocks < 3:
+    if kv_cache.num_blocks < 3 or not binding.decodes_batches:
         return False
     alone = []
     for block, prompt in enumerate(_PROMPTS, start=1):

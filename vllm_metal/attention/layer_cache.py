@@ -138,6 +138,13 @@ class LayerKVCache:
         return self._returned
 
 
+class UnusedCache(LayerKVCache):
+    """Stands where a model has a cache that it never updates: positions and masks only."""
+
+    def __init__(self, forward: Forward, masks_rows: bool):
+        super().__init__(-1, LayerShape(0, 0, 0), forward, masks_rows)
+
+
 _standing_for_pages: dict[int, LayerKVCache] = {}
 """Id of the keys that `update_and_fetch` returned in the running forward -> the cache that did.
 Ids stay true because the cache holds the keys until `forget_layers`."""

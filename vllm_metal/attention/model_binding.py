@@ -11,6 +11,7 @@ pages, and leaves all others to mlx-lm. `dry_forward` finds out at load what the
 each cache.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,14 +21,21 @@ import mlx.nn as nn
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models import cache as mlx_lm_cache
 
+from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.dry_forward import (
     UnsupportedModelError,
     dry_logits,
-    layer_shapes,
+    observe,
     summarise,
 )
 from vllm_metal.attention.head_rows import slice_rows_before_head
-from vllm_metal.attention.layer_cache import Forward, LayerKVCache, forget_layers, paged_layer
+from vllm_metal.attention.layer_cache import (
+    Forward,
+    LayerKVCache,
+    UnusedCache,
+    forget_layers,
+    paged_layer,
+)
 from vllm_metal.attention.metadata import AttentionMetadata
 from vllm_metal.kv_cache.cache import KVCache
 
@@ -71,8 +79,8 @@ def _rebind_attention(model: nn.Module) -> None:
 class ModelBinding:
     """An mlx-lm model whose attention layers read and write a `KVCache`.
 
-    A layer is one cache: models with several in one decoder layer (an indexer, double attention)
-    have more layers here, those without a cache of their own (shared keys and values) fewer.
+    A layer is one cache in use: models with several in one decoder layer (an indexer, double
+    attention) have more layers here, those that share keys and values or skip attention fewer.
 
     Args:
         model: a model loaded by mlx-lm.
@@ -87,20 +95,19 @@ class ModelBinding:
         self._forward = Forward()
         _rebind_attention(model)
         own_caches = mlx_lm_cache.make_prompt_cache(model)
-        num_layers = self._count_layers(own_caches)
+        num_caches = self._count_caches(own_caches)
 
-        def run(token_ids: mx.array, layers: list[LayerKVCache]) -> mx.array:
-            return model(token_ids, cache=_arrange(own_caches, iter(layers)))
+        def run(token_ids: mx.array, caches: list[LayerKVCache]) -> mx.array:
+            return model(token_ids, cache=_arrange(own_caches, iter(caches)))
 
-        self.layers = layer_shapes(run, num_layers, self.model_type)
-        fetches = any(shape.fetched for shape in self.layers)
-        self._layer_caches = [
-            LayerKVCache(layer, shape, self._forward, masks_rows=fetches)
-            for layer, shape in enumerate(self.layers)
-        ]
+        use = observe(run, num_caches, self.model_type)
+        self.layers = [shape for shape in use.shapes if shape is not None]
+        self.decodes_batches = not use.changes_with_length
+        """Whether a probe with short requests can tell that rows may be decoded together."""
+        self._caches = self._make_caches(use.shapes)
         self._run = run
         self.slices_before_head = slice_rows_before_head(
-            model, lambda: dry_logits(run, num_layers), lambda: self._forward.last_rows_only
+            model, lambda: dry_logits(run, num_caches), lambda: self._forward.last_rows_only
         )
 
     def bind(self, kv_cache: KVCache | None) -> None:
@@ -117,13 +124,23 @@ class ModelBinding:
         self._forward.metadata = metadata
         self._forward.last_rows_only = not all_rows
         try:
-            logits = self._run(token_ids, self._layer_caches)
+            logits = self._run(token_ids, self._caches)
         finally:
             self._forward.last_rows_only = False
-            forget_layers(self._layer_caches)
+            forget_layers(self._caches)
         return logits if all_rows else logits[:, -1:]
 
-    def _count_layers(self, own_caches: list[Any]) -> int:
+    def _make_caches(self, shapes: list[LayerShape | None]) -> list[LayerKVCache]:
+        fetches = any(shape.fetched for shape in self.layers)
+        layers = itertools.count()
+        return [
+            LayerKVCache(next(layers), shape, self._forward, masks_rows=fetches)
+            if shape
+            else UnusedCache(self._forward, masks_rows=fetches)
+            for shape in shapes
+        ]
+
+    def _count_caches(self, own_caches: list[Any]) -> int:
         leaves = list(_leaves(own_caches))
         reasons = [
             f"layer {layer} needs {_UNSUPPORTED_CACHES.get(kind, kind)}"

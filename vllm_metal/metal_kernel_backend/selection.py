@@ -72,7 +72,7 @@ def _obstacles(shape: LayerShape) -> list[str]:
     if shape.fetched and shape.num_kv_heads == 1 and shape.head_size != shape.head_size_v:
         return [
             "its cache holds a latent (MLA) or the keys of an index, whose loss by compression is "
-            "not measured (remedy: no TurboQuant, or skip_layers)"
+            "not measured: serve it without TurboQuant, or name the layer in skip_layers"
         ]
     reasons = []
     for size in sorted({shape.head_size, shape.head_size_v}):
