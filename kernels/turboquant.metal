@@ -218,31 +218,42 @@ METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
 
 // -------------------------------------------------------------------------------------- codebook
 // centroid(code) = c1 x + c3 x^3 + c5 x^5, x = code - (n - 1) / 2 = g n / 2 with g a grid point.
-// unit * (g + third g^3 + fifth g^5) is the same; the unit is left to the caller.
+// With the highest coefficient in the unit, which is left to the caller, the rest is
+//   degree 3: g (g^2 + shift)        degree 5: g ((g^2 + shift)^2 + rest)
+// and takes one operation for each coefficient.
 
 template <int BITS, int TERMS>
 struct Codebook {
   float unit;
-  half2 third;
-  half2 fifth;
+  half2 shift;
+  half2 rest;
 
   METAL_FUNC Codebook(const device float* coefficients) {
-    constexpr float HALF = float(1 << BITS) * 0.5f;
-    unit = coefficients[0] * HALF;
-    half c3 = half(TERMS > 1 ? coefficients[1] / coefficients[0] * (HALF * HALF) : 0.0f);
-    half c5 = half(
-        TERMS > 2 ? coefficients[2] / coefficients[0] * (HALF * HALF) * (HALF * HALF) : 0.0f);
-    third = half2(c3, c3);
-    fifth = half2(c5, c5);
+    constexpr float SQUARE = float(1 << BITS) * float(1 << BITS) * 0.25f;
+    float c1 = coefficients[0], c3 = 0.0f, a = 0.0f, b = 0.0f;
+    unit = c1;
+    if (TERMS == 2) {
+      c3 = coefficients[1] * SQUARE;
+      unit = c3;
+      a = c1 / c3;
+    }
+    if (TERMS == 3) {
+      c3 = coefficients[1] * SQUARE;
+      unit = coefficients[2] * (SQUARE * SQUARE);
+      a = c3 / unit * 0.5f;
+      b = c1 / unit - a * a;
+    }
+    unit *= float(1 << BITS) * 0.5f;
+    shift = half2(half(a), half(a));
+    rest = half2(half(b), half(b));
   }
 
   METAL_FUNC half2 at(half2 g) const thread {
     if (TERMS == 1) {
       return g;
     }
-    half2 square = g * g;
-    half2 curve = TERMS > 2 ? fma(square, fifth, third) : third;
-    return fma(g * square, curve, g);
+    half2 square = fma(g, g, shift);
+    return g * (TERMS > 2 ? fma(square, square, rest) : square);
   }
 };
 

@@ -290,10 +290,24 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
     return model
 
 
-def save_checkpoint(folder: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """Writes config and weights as a Hugging Face folder without a tokenizer; returns it."""
+def save_checkpoint(
+    folder: Path,
+    model_type: str = "llama",
+    seed: int = 0,
+    quantization: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Writes config and weights as a Hugging Face folder without a tokenizer; returns it.
+
+    With `quantization` (`group_size`, `bits`, `mode`), as mlx-lm writes a quantised model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_of(model_type, **changes)))
-    weights = dict(tree_flatten(tiny_model(model_type, seed, **changes).parameters()))
+    config = config_of(model_type, **changes)
+    model = tiny_model(model_type, seed, **changes)
+    if quantization:
+        nn.quantize(model, **quantization)
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder

@@ -102,6 +102,8 @@ class ModelRunner:
         self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
         self.batched_decode = True
         """False where the architecture takes no array of offsets: decode goes row by row."""
+        self.forward_decode = binding.forward
+        """Replaced by `DecodeGraphs` where the model's decode can be traced."""
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
         self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
         self._dispatch = make_dispatch()
@@ -197,7 +199,7 @@ class ModelRunner:
                 self.kv_cache.groups,
                 (pending.tokens, pending.index) if pending else None,
             )
-            logits.append(self.binding.forward(token_ids, metadata)[:, -1])
+            logits.append(self.forward_decode(token_ids, metadata)[:, -1])
             if len(groups) > 1 or self.kv_cache.shares_arrays:
                 self._finish_pending()
                 self.kv_cache.evaluate(logits[-1])

@@ -19,6 +19,7 @@ from vllm_metal.errors import UserError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.metal.platform")
 
@@ -61,6 +62,13 @@ class MetalPlatform(Platform):
     @classmethod
     def inference_mode(cls):
         return torch.inference_mode()
+
+    @classmethod
+    def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
+        """vLLM calls it before it reads a model's configuration."""
+        from vllm_metal.model_types import register_model_types
+
+        register_model_types()
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:

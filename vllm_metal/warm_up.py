@@ -4,11 +4,12 @@ They run the real model through the real backend, so a model that would fail in 
 fails at start.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
+from vllm_metal.attention.decode_graphs import DecodeGraphs
 from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.attention.model_binding import ModelBinding
@@ -17,6 +18,9 @@ from vllm_metal.kv_cache.cache import KVCache
 
 WORKSPACE_PROBE_LENGTHS = (32, 96)
 """Prefill lengths at which peak memory is measured."""
+
+Forward = Callable[..., mx.array]
+"""`ModelBinding.forward`, or what stands in for it."""
 
 _PROMPTS = ([3, 1, 4, 1, 5], [2, 7, 1])
 _TOLERANCE = 0.1
@@ -42,7 +46,7 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         try:
-            _evaluate(binding, kv_cache, mx.zeros((1, length), mx.int32), metadata)
+            _evaluate(binding.forward, kv_cache, mx.zeros((1, length), mx.int32), metadata)
         except RuntimeError as error:
             raise UserError(
                 f"MLX cannot run model type {binding.model_type!r} on this device",
@@ -62,13 +66,12 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
     Raises:
         UserError: the model's logits are no numbers.
     """
-    num_groups = len(kv_cache.groups)
-    if kv_cache.num_blocks < 1 + num_groups * len(_PROMPTS):
+    enough = kv_cache.num_blocks > len(kv_cache.groups) * len(_PROMPTS)
+    if not enough or not binding.decodes_batches:
         return False
-    alone = []
-    for i, prompt in enumerate(_PROMPTS):
-        _prefill(binding, kv_cache, prompt[:-1], i)
-        alone.append(_decode(binding, kv_cache, [i]))
+    _prefill_prompts(binding, kv_cache)
+    requests = range(len(_PROMPTS))
+    alone = [_decode(binding.forward, kv_cache, [request]) for request in requests]
     expected = mx.concatenate(alone)
     if mx.isnan(expected).any().item():
         raise UserError(
@@ -76,10 +79,35 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
             ["its weights do not suit --dtype, are damaged, or it uses its cache in a way unseen"],
         )
     try:
-        together = _decode(binding, kv_cache, range(len(_PROMPTS)))
+        _prefill_prompts(binding, kv_cache)
+        together = _decode(binding.forward, kv_cache, requests)
     except (TypeError, ValueError):
         return False
-    difference = mx.abs(together - expected).max() / mx.std(expected)
+    return _agree(together, expected)
+
+
+def traced_decode(binding: ModelBinding, kv_cache: KVCache) -> DecodeGraphs | None:
+    """Decode that replays traces, compiled for one row and for two.
+
+    Follows `takes_batched_offsets`, and uses its blocks. None where the model's forward cannot be
+    traced, gives something else when it is, or evaluates on its way.
+    """
+    if kv_cache.shares_arrays:
+        return None
+    graphs = DecodeGraphs(binding, kv_cache)
+    for rows in (1, 2):
+        built = _decode(graphs, kv_cache, range(rows))
+        try:
+            replayed = _decode(graphs, kv_cache, range(rows))
+        except (TypeError, ValueError, RuntimeError):
+            return None
+        if not _agree(replayed, built):
+            return None
+    return graphs
+
+
+def _agree(logits: mx.array, expected: mx.array) -> bool:
+    difference = mx.abs(logits - expected).max() / mx.std(expected)
     return difference.item() < _TOLERANCE
 
 
@@ -90,27 +118,29 @@ def _tables(kv_cache: KVCache, requests: Sequence[int]) -> list[np.ndarray]:
     return [first + group for group in range(num_groups)]
 
 
-def _prefill(binding: ModelBinding, kv_cache: KVCache, prompt: list[int], request: int) -> mx.array:
-    tables = [table[0] for table in _tables(kv_cache, [request])]
-    metadata = prefill_metadata(kv_cache.groups, tables, 0, len(prompt))
-    return _evaluate(binding, kv_cache, mx.array([prompt]), metadata)
+def _prefill_prompts(binding: ModelBinding, kv_cache: KVCache) -> None:
+    """All but the last token of each prompt. A recurrent state moves on with every decode."""
+    for request, prompt in enumerate(_PROMPTS):
+        tables = [table[0] for table in _tables(kv_cache, [request])]
+        metadata = prefill_metadata(kv_cache.groups, tables, 0, len(prompt) - 1)
+        _evaluate(binding.forward, kv_cache, mx.array([prompt[:-1]]), metadata)
 
 
-def _decode(binding: ModelBinding, kv_cache: KVCache, requests: Sequence[int]) -> mx.array:
+def _decode(forward: Forward, kv_cache: KVCache, requests: Sequence[int]) -> mx.array:
     """Logits [B, vocabulary] of the last token of each request's prompt."""
     prompts = [_PROMPTS[request] for request in requests]
     positions = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
     metadata = decode_metadata(kv_cache.groups, _tables(kv_cache, requests), positions)
     token_ids = mx.array([prompt[-1:] for prompt in prompts])
-    return _evaluate(binding, kv_cache, token_ids, metadata)
+    return _evaluate(forward, kv_cache, token_ids, metadata)
 
 
 def _evaluate(
-    binding: ModelBinding,
+    forward: Forward,
     kv_cache: KVCache,
     token_ids: mx.array,
     metadata: Sequence[GroupMetadata],
 ) -> mx.array:
-    logits = binding.forward(token_ids, metadata)[:, -1].astype(mx.float32)
+    logits = forward(token_ids, metadata)[:, -1].astype(mx.float32)
     kv_cache.evaluate(logits)
     return logits

@@ -116,13 +116,16 @@ class MetalWorker(WorkerBase):
 
     @user_errors_end_child_process()
     def compile_or_warm_up_model(self) -> CompilationTimes:
+        started, name = time.perf_counter(), self.binding.model_type
         batched = warm_up.takes_batched_offsets(self.binding, self.kv_cache)
         self.model_runner.batched_decode = batched
-        if not batched:
-            logger.info(
-                "%s takes no array of positions: decode runs one request at a time",
-                self.binding.model_type,
-            )
+        if batched and (graphs := warm_up.traced_decode(self.binding, self.kv_cache)):
+            self.model_runner.forward_decode = graphs
+            logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
+        elif batched:
+            logger.info("%s cannot be traced: decode is built anew each step", name)
+        else:
+            logger.info("%s takes no array of positions: decode runs one request at a time", name)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def get_supported_tasks(self) -> tuple[str, ...]:

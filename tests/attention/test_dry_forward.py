@@ -11,12 +11,16 @@ from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.dry_forward import (
     UnsupportedModelError,
     dry_logits,
-    layer_shapes,
+    observe,
     summarise,
 )
 from vllm_metal.attention.model_binding import scaled_dot_product_attention
 
 Attend = Callable[[mx.array, mx.array, mx.array, mx.array], object]
+
+
+def shapes(run, num_caches, model_type):
+    return observe(run, num_caches, model_type).shapes
 
 
 def model(attend: Attend, update=lambda cache, k, v: cache.update_and_fetch(k, v), **mask):
@@ -77,7 +81,7 @@ def values_as_keys(queries, keys, values, mask):
 @pytest.mark.parametrize("mask", [{}, {"return_array": True}], ids=str)
 @pytest.mark.parametrize("attend", [plain, twice])
 def test_attention_is_left_to_the_backend(attend, mask):
-    assert layer_shapes(model(attend, **mask), 1, "x") == [LayerShape(2, 8, 4)]
+    assert shapes(model(attend, **mask), 1, "x") == [LayerShape(2, 8, 4)]
 
 
 @pytest.mark.parametrize(
@@ -94,11 +98,11 @@ def test_attention_is_left_to_the_backend(attend, mask):
     ],
 )
 def test_any_other_use_needs_the_real_keys_and_values(attend):
-    assert layer_shapes(model(attend), 1, "x") == [LayerShape(2, 8, 4, fetched=True)]
+    assert shapes(model(attend), 1, "x") == [LayerShape(2, 8, 4, fetched=True)]
 
 
 def test_a_window_is_a_mask_of_its_own_however_short_the_request():
-    assert layer_shapes(model(plain, window_size=4096), 1, "x")[0].fetched
+    assert shapes(model(plain, window_size=4096), 1, "x")[0].fetched
 
 
 def index(cache, keys, values):
@@ -107,18 +111,22 @@ def index(cache, keys, values):
 
 
 def test_one_array_given_twice_counts_once_where_it_is_fetched():
-    assert layer_shapes(model(lambda *_: None, index), 1, "x") == [LayerShape(2, 8, 0, True)]
+    assert shapes(model(lambda *_: None, index), 1, "x") == [LayerShape(2, 8, 0, True)]
 
 
 def test_keys_that_are_values_are_two_arrays_to_a_backend():
     def same(cache, keys, values):
         return cache.update_and_fetch(keys, keys)
 
-    assert layer_shapes(model(plain, same), 1, "x") == [LayerShape(2, 8, 8)]
+    assert shapes(model(plain, same), 1, "x") == [LayerShape(2, 8, 8)]
 
 
 def never(cache, keys, values):
     return keys, values
+
+
+def sometimes(cache, keys, values):
+    return cache.update_and_fetch(keys, values) if keys.shape[2] == 1 else (keys, values)
 
 
 def again(cache, keys, values):
@@ -133,10 +141,25 @@ def broken(cache, keys, values):
     raise AttributeError("'LayerKVCache' object has no attribute 'left_padding'")
 
 
+def test_a_cache_never_used_is_no_layer():
+    assert shapes(model(lambda *_: None, never), 1, "x") == [None]
+
+
+@pytest.mark.parametrize(
+    ("attend", "changes"), [(plain, False), (manual, False), (sparse, True), (cast, False)]
+)
+def test_attention_that_gets_sparse_with_length_is_told_apart(attend, changes):
+    assert observe(model(attend), 1, "x").changes_with_length == changes
+
+
+def test_what_only_one_token_does_is_no_change_with_length():
+    assert not observe(model(also_manual_with_one_token), 1, "x").changes_with_length
+
+
 @pytest.mark.parametrize(
     ("update", "reason"),
     [
-        (never, "layer 0 updates its cache 0 times in one forward, not once"),
+        (sometimes, "layer 0 uses its cache in some forwards only"),
         (again, "layer 0 updates its cache 2 times in one forward, not once"),
         (unequal_heads, "layer 0 caches keys [1, 2, 3, 8] and values [1, 1, 3, 4] together"),
         (broken, "its forward pass failed on a paged cache ('LayerKVCache' object has no attri"),
@@ -144,7 +167,7 @@ def broken(cache, keys, values):
 )
 def test_what_breaks_the_protocol_is_refused_by_name(update, reason):
     with pytest.raises(UnsupportedModelError, match="Model type 'odd' cannot be served") as error:
-        layer_shapes(model(lambda *_: None, update), 1, "odd")
+        shapes(model(lambda *_: None, update), 1, "odd")
     assert error.value.reasons[0].startswith(reason)
 
 

@@ -22,8 +22,9 @@ def test_lengths_of_a_prefill_chunk():
     assert metadata.offset == 12
 
 
-def test_requests_of_a_decode_step():
-    assert decode_metadata().num_requests == 3
+def test_rows_of_a_decode_step_may_be_unequal():
+    assert decode_metadata().is_ragged
+    assert not DecodeMetadata(mx.array([[1]]), mx.array([3]), mx.array([18]), 2, 3).is_ragged
 
 
 def test_derived_arrays_are_made_once_for_all_layers():

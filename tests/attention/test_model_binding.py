@@ -193,7 +193,7 @@ def test_no_array_outlives_its_forward():
     """Or pages that a lazy read still holds are copied by the next write."""
     engine = Engine(tiny_model("gemma2"), num_requests=1)
     engine.prefill(0, tokens(1, 12), 0)
-    assert all(cache.keys_and_values() is None for cache in engine.binding._layer_caches)
+    assert all(cache.keys_and_values() is None for cache in engine.binding._caches)
 
 
 def test_mlx_lms_own_caches_still_work_after_binding():

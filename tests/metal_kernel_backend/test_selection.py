@@ -56,9 +56,8 @@ INDEX = LayerShape(1, 128, 0, fetched=True)
 
 @pytest.mark.parametrize("shape", [MLA, INDEX], ids=str)
 def test_a_latent_is_refused_by_name_and_served_dense(shape):
-    with pytest.raises(UserError, match="layer 0 and 4 more: caches a latent .* .MLA.") as error:
+    with pytest.raises(UserError, match="layer 0: its cache holds a latent .MLA."):
         kinds(TurboQuantConfig("q8_0", "q3_0"), [shape] * 5)
-    assert len(error.value.reasons) == 1
     assert kinds(None, [shape] * 5) == [DensePages] * 5
     skipping = TurboQuantConfig("q8_0", "q3_0", skip_layers=(0,))
     assert kinds(skipping, [shape, SHAPES[0]]) == [DensePages, TurboQuantReference]

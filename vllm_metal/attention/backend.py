@@ -144,7 +144,7 @@ class AttentionBackend(ABC):
             if isinstance(metadata, PrefillMetadata):
                 exact = new[:, :, context_len - metadata.context_len :]
                 stored = mx.concatenate([stored, exact], axis=2)
-            elif metadata.num_requests > 1:
+            elif metadata.is_ragged:
                 written = causal_mask(metadata).swapaxes(2, 3)
                 stored = mx.where(written, stored, mx.zeros((), new.dtype))
             fetched.append(stored)

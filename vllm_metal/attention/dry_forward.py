@@ -8,6 +8,7 @@ if all four runs left attention to it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, Pre
 from vllm_metal.errors import UserError
 
 Run = Callable[[mx.array, list[LayerKVCache]], mx.array]
-"""Runs the model on token ids [B, L] with one cache for each layer; gives lazy logits."""
+"""Runs the model on token ids [B, L] with these caches in model order; gives lazy logits."""
 
 LONG_CONTEXT = 1 << 20
 """Tokens: more than any sparse attention leaves whole."""
@@ -38,31 +39,51 @@ class UnsupportedModelError(UserError):
         return self._model_type, self.reasons
 
 
-def layer_shapes(run: Run, windows: Sequence[int | None], model_type: str) -> list[LayerShape]:
-    """Shape of each layer's cache, and whether the model computes on what it holds.
+@dataclass(frozen=True)
+class CacheUse:
+    """What a model does with its caches."""
+
+    shapes: list[LayerShape | None]
+    """Of each cache; None where the model never uses it."""
+    changes_with_length: bool
+    """Whether a layer leaves attention to the backend in a short context only."""
+
+
+def observe(run: Run, windows: Sequence[int | None], model_type: str) -> CacheUse:
+    """Runs the model dry.
 
     Args:
         run: the model.
-        windows: sliding window of each layer; None: it keeps all tokens.
+        windows: sliding window of each cache; None: it keeps all tokens.
         model_type: for the refusal.
 
     Raises:
         UnsupportedModelError: the model fails on such caches or uses them in an unknown way.
     """
     passes = list(dry_forwards(run, windows, model_type))
-    reasons: list[str] = []
-    shapes = []
-    for layer, caches in enumerate(zip(*passes, strict=True)):
-        problems = [problem for cache in caches for problem in cache.problems]
-        problems += [problem for cache in caches if (problem := cache.wrong_updates())]
-        if not problems and len({cache.shape for cache in caches}) > 1:
-            problems.append("caches keys or values of changing size")
-        reasons += [f"layer {layer} {problem}" for problem in dict.fromkeys(problems)]
-        if not problems:
-            shapes.append(caches[0].layer_shape(fetched=not all(c.attended for c in caches)))
+    shapes, reasons, changes = [], [], False
+    for layer, uses in enumerate(zip(*passes, strict=True)):
+        reasons += [f"layer {layer} {problem}" for problem in _problems(uses)]
+        attended = [use.attended for use in uses]
+        used = uses[0].updates and not reasons
+        shapes.append(uses[0].layer_shape(fetched=not all(attended)) if used else None)
+        changes = changes or len(set(attended[:2])) > 1 or len(set(attended[2:])) > 1
     if reasons:
         raise UnsupportedModelError(model_type, summarise(reasons))
-    return shapes
+    return CacheUse(shapes, changes)
+
+
+def _problems(uses: "Sequence[_DryCache]") -> list[str]:
+    """What cannot be served of one cache's use in all passes, in words that follow 'layer N'."""
+    found = [problem for use in uses for problem in use.problems]
+    found += [
+        f"updates its cache {use.updates} times in one forward, not once"
+        for use in uses
+        if use.updates > 1
+    ]
+    if not found and len({(use.shape, use.updates) for use in uses}) > 1:
+        found.append("uses its cache in some forwards only, or for keys and values of other sizes")
+    return list(dict.fromkeys(found))
 
 
 def dry_forwards(
@@ -70,19 +91,19 @@ def dry_forwards(
 ) -> "Iterator[list[_DryCache]]":
     """Runs the model four times; yields the caches of each run."""
     for metadata in _dry_metadata():
-        layers = [_DryCache(metadata, window) for window in windows]
+        caches = [_DryCache(metadata, window) for window in windows]
         try:
-            run_dry(run, layers, metadata)
+            run_dry(run, caches, metadata)
         except Exception as error:
             raise UnsupportedModelError(
                 model_type, [f"its forward pass failed on a paged cache ({error})"]
             ) from error
-        yield layers
+        yield caches
 
 
 def dry_logits(run: Run, windows: Sequence[int | None]) -> mx.array:
     """Lazy logits [1, L, vocabulary] of a few tokens."""
-    metadata = next(iter(_dry_metadata()))
+    metadata = _dry_metadata()[0]
     return run_dry(run, [_DryCache(metadata, window) for window in windows], metadata)
 
 
@@ -104,13 +125,15 @@ def summarise(reasons: list[str], most: int = 4) -> list[str]:
 
 
 def _dry_metadata() -> list[AttentionMetadata]:
-    forwards: list[AttentionMetadata] = []
-    for context_len in (4, LONG_CONTEXT):
-        seq_len = context_len + 1
-        forwards.append(PrefillMetadata(_EMPTY, _EMPTY[0], context_len, query_len=3))
-        lens = mx.array([seq_len])
-        forwards.append(DecodeMetadata(_EMPTY, lens, _EMPTY[0], context_len, seq_len))
-    return forwards
+    """Several tokens after a short and a long context, one token after either."""
+    contexts = 4, LONG_CONTEXT
+    return [
+        *(PrefillMetadata(_EMPTY, _EMPTY[0], context, query_len=3) for context in contexts),
+        *(
+            DecodeMetadata(_EMPTY, mx.array([context + 1]), _EMPTY[0], context, context + 1)
+            for context in contexts
+        ),
+    ]
 
 
 class _DryCache(LayerKVCache):
@@ -133,18 +156,13 @@ class _DryCache(LayerKVCache):
     @property
     def attended(self) -> bool:
         """Whether nothing but causal attention was done with the keys and values."""
-        return self.attends > 0 and not self.own_mask and self.shape[2] > 0
+        return self.attends > 0 and not self.own_mask
 
     def layer_shape(self, fetched: bool) -> LayerShape:
         num_kv_heads, head_size, head_size_v = self.shape
         head_size_v = 0 if fetched and self.one_array else head_size_v
         window = self._shape.sliding_window
         return LayerShape(num_kv_heads, head_size, head_size_v, fetched, window)
-
-    def wrong_updates(self) -> str | None:
-        if self.updates == 1:
-            return None
-        return f"updates its cache {self.updates} times in one forward, not once"
 
     def make_mask(
         self, query_len: int, return_array: bool = False, window_size: int | None = None
@@ -169,12 +187,11 @@ class _DryCache(LayerKVCache):
     ) -> mx.array:
         self.attends += 1
         metadata = self._metadata
-        expected = [causal_mask(metadata)]
-        if (window := self._shape.sliding_window) is not None:
-            expected = [causal_mask(metadata, window)]
-        causal = mask == "causal" if isinstance(mask, str) else any(mask is m for m in expected)
+        window = self._shape.sliding_window
+        expected = causal_mask(metadata, window)
+        causal = mask == "causal" if isinstance(mask, str) else mask is expected
         if not causal and (mask is not None or queries.shape[2] > 1):
             if window is not None:
-                self.problems.append(f"keeps {window} tokens and masks them in a way of its own")
+                self.problems.append(f"keeps {window} tokens and masks others than those")
             self.own_mask = True
         return mx.zeros((*queries.shape[:-1], self.values.shape[-1]), queries.dtype)

@@ -17,7 +17,12 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.masks import causal_mask
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, GroupMetadata
+from vllm_metal.attention.metadata import (
+    AttentionMetadata,
+    DecodeMetadata,
+    GroupMetadata,
+    StateMetadata,
+)
 from vllm_metal.kv_cache.cache import KVCache
 
 
@@ -65,7 +70,7 @@ class LayerKVCache:
         metadata = self._metadata
         window_size = window_size or self._shape.sliding_window
         windowed = window_size is not None and metadata.max_seq_len > window_size
-        if isinstance(metadata, DecodeMetadata) and metadata.num_requests > 1:
+        if isinstance(metadata, DecodeMetadata) and metadata.is_ragged:
             return causal_mask(metadata, window_size) if windowed or self._masks_rows else None
         if windowed:
             return causal_mask(metadata, window_size)
@@ -142,6 +147,18 @@ class LayerKVCache:
         if not self._shape.fetched:
             _standing_for_pages[id(keys)] = self
         return self._returned
+
+
+class UnusedCache(LayerKVCache):
+    """Stands where a model has a cache that it never updates: positions and masks only."""
+
+    def __init__(self, forward: Forward, masks_rows: bool):
+        super().__init__(-1, LayerShape(0, 0, 0), forward, masks_rows)
+
+    @property
+    def _metadata(self) -> AttentionMetadata:
+        groups = self._forward.groups
+        return next(group for group in groups if not isinstance(group, StateMetadata))
 
 
 _standing_for_pages: dict[int, LayerKVCache] = {}

@@ -11,6 +11,7 @@ pages, and leaves all others to mlx-lm. `dry_forward` finds out at load what the
 each cache.
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,14 +21,21 @@ import mlx.nn as nn
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models.cache import ArraysCache
 
+from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.dry_forward import (
     UnsupportedModelError,
     dry_logits,
-    layer_shapes,
+    observe,
     summarise,
 )
 from vllm_metal.attention.head_rows import slice_rows_before_head
-from vllm_metal.attention.layer_cache import Forward, LayerKVCache, forget_layers, paged_layer
+from vllm_metal.attention.layer_cache import (
+    Forward,
+    LayerKVCache,
+    UnusedCache,
+    forget_layers,
+    paged_layer,
+)
 from vllm_metal.attention.layer_kinds import (
     AttentionKind,
     StateKind,
@@ -70,8 +78,8 @@ def _rebind_attention(model: nn.Module) -> None:
 class ModelBinding:
     """An mlx-lm model whose attention layers read and write a `KVCache`.
 
-    A layer is one cache: models with several in one decoder layer (an indexer, double attention)
-    have more layers here, those without a cache of their own (shared keys and values) fewer.
+    A layer is one cache in use: models with several in one decoder layer (an indexer, double
+    attention) have more layers here, those that share keys and values or skip attention fewer.
 
     Args:
         model: a model loaded by mlx-lm.
@@ -92,19 +100,18 @@ class ModelBinding:
         windows = [kind.sliding_window for kind in kinds if isinstance(kind, AttentionKind)]
         num_arrays = [kind.num_arrays for kind in kinds if isinstance(kind, StateKind)]
 
-        def run(token_ids: mx.array, layers: list[Any], states: list[Any]) -> mx.array:
-            return model(token_ids, cache=arrange(arrangement, layers, states))
+        def run(token_ids: mx.array, caches: list[Any], states: list[Any]) -> mx.array:
+            return model(token_ids, cache=arrange(arrangement, caches, states))
 
-        def dry_run(token_ids: mx.array, layers: list[Any]) -> mx.array:
-            return run(token_ids, layers, [ArraysCache(count) for count in num_arrays])
+        def dry_run(token_ids: mx.array, caches: list[Any]) -> mx.array:
+            return run(token_ids, caches, [ArraysCache(count) for count in num_arrays])
 
-        self.layers = layer_shapes(dry_run, windows, self.model_type)
+        use = observe(dry_run, windows, self.model_type)
+        self.layers = [shape for shape in use.shapes if shape is not None]
         self.states = state_shapes(run, windows, num_arrays, self.model_type)
-        fetches = any(shape.fetched for shape in self.layers)
-        self._layer_caches = [
-            LayerKVCache(layer, shape, self._forward, masks_rows=fetches)
-            for layer, shape in enumerate(self.layers)
-        ]
+        self.decodes_batches = not use.changes_with_length
+        """Whether a probe with short requests can tell that rows may be decoded together."""
+        self._caches = self._make_caches(use.shapes)
         self._state_caches = [
             LayerState(state, shape, self._forward) for state, shape in enumerate(self.states)
         ]
@@ -133,10 +140,20 @@ class ModelBinding:
         try:
             for state in self._state_caches:
                 state.begin_forward()
-            logits = self._run(token_ids, self._layer_caches, self._state_caches)
+            logits = self._run(token_ids, self._caches, self._state_caches)
             for state in self._state_caches:
                 state.end_forward()
         finally:
             self._forward.last_rows_only = False
-            forget_layers(self._layer_caches)
+            forget_layers(self._caches)
         return logits if all_rows else logits[:, -1:]
+
+    def _make_caches(self, shapes: list[LayerShape | None]) -> list[LayerKVCache]:
+        fetches = any(shape.fetched for shape in self.layers)
+        layers = itertools.count()
+        return [
+            LayerKVCache(next(layers), shape, self._forward, masks_rows=fetches)
+            if shape
+            else UnusedCache(self._forward, masks_rows=fetches)
+            for shape in shapes
+        ]

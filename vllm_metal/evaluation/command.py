@@ -7,16 +7,19 @@ import platform
 import pydoc_data.topics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_metal.errors import UserError
 from vllm_metal.quality import FORMAT_PAIRS
 
-WINDOWS, WINDOW_TOKENS = 3, 1024
-BLOCK_SIZE = 16
+if TYPE_CHECKING:
+    from vllm_metal.evaluation.study import Study
+
+WINDOWS, WINDOW_TOKENS, LONG_WINDOW_TOKENS = 3, 1024, 6000
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--window-tokens", type=int, default=WINDOW_TOKENS)
+    parser.add_argument(
+        "--long-window-tokens",
+        type=int,
+        default=LONG_WINDOW_TOKENS,
+        help="tokens of one long window, 0 for none",
+    )
     parser.add_argument("--max-model-len", type=int, help="length that keys are calibrated for")
     parser.add_argument("--no-needles", action="store_true", help="leave the needle test out")
     parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
@@ -48,7 +57,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints a table; returns the exit code."""
-    pairs = [_parse_pair(pair) for pair in args.pairs]
+    for option, bits in (("--pairs", args.pairs), ("--block-affine", args.block_affine)):
+        if any(pair.count("/") != 1 for pair in bits):
+            raise UserError(f"{option} {' '.join(bits)!r} is not a list of K/V")
+    pairs = [tuple(pair.split("/")) for pair in args.pairs]
+    for k_quant, v_quant in pairs:
+        _check_formats(k_quant, v_quant)
     from vllm_metal.blas import load_fast_blas
 
     blas = load_fast_blas()
@@ -56,75 +70,31 @@ def run(args: argparse.Namespace) -> int:
     import mlx_lm
 
     from vllm_metal.attention.model_binding import ModelBinding
-    from vllm_metal.evaluation.block_affine import BlockAffine
-    from vllm_metal.evaluation.fidelity import compare
-    from vllm_metal.key_samples import collect_key_samples
-    from vllm_metal.metal_kernel_backend.dense import DensePages
-    from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
-    from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
+    from vllm_metal.evaluation.study import Study, measure
 
     model, tokenizer = mlx_lm.load(args.model)
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
-    binding = ModelBinding(model)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    text = args.text.read_text() if args.text else "".join(pydoc_data.topics.topics.values())
-    token_ids = encode(text)
-    wanted = args.windows * args.window_tokens
-    if len(token_ids) < wanted:
-        raise UserError(f"The text has {len(token_ids)} tokens; {wanted} are needed")
-    stride = len(token_ids) // args.windows
-    windows = [token_ids[i * stride :][: args.window_tokens] for i in range(args.windows)]
-    constants = calibrate(
-        lambda ids, offset: collect_key_samples(binding, ids, offset),
-        encode,
-        args.max_model_len or args.window_tokens,
+    study = Study(
+        pairs,
+        [tuple(map(int, bits.split("/"))) for bits in args.block_affine],
+        args.windows,
+        args.window_tokens,
+        args.long_window_tokens,
+        args.max_model_len,
+        not args.no_needles,
     )
-
-    def compressed(pair) -> Callable[[], Sequence]:
-        return lambda: [
-            TurboQuantReference(shape, BLOCK_SIZE, pair, layer_constants, reproducible=True)
-            for shape, layer_constants in zip(binding.layers, constants, strict=True)
-        ]
-
-    def block_affine(bits: tuple[int, int]) -> Callable[[], Sequence]:
-        return lambda: [BlockAffine(shape, BLOCK_SIZE, *bits) for shape in binding.layers]
-
-    candidates = {f"{k.name}/{v.name}": compressed((k, v)) for k, v in pairs}
-    for bits in args.block_affine:
-        candidates[f"block-affine {bits}"] = block_affine(tuple(map(int, bits.split("/"))))
-    dense = [DensePages(shape, BLOCK_SIZE, mx.float32) for shape in binding.layers]
-    started = time.perf_counter()
-
-    def progress(what: str) -> None:
-        print(f"\r{time.perf_counter() - started:6.0f} s  {what:<60}", end="", file=sys.stderr)
-
-    fidelity, perplexity = compare(binding, dense, candidates, windows, progress)
-    results = {}
-    for name, make in candidates.items():
-        backend = make()[0]
-        bits = getattr(backend, "bits_per_element", None) or backend.layout.bits_per_element
-        results[name] = {"bits_per_element": bits, "ratio": 16 / bits} | fidelity[name].summary()
-    if not args.no_needles:
-        _add_needles(binding, dense, candidates, token_ids, encode, tokenizer, results, progress)
+    token_ids = encode(read_text(args.text))
+    measured = measure(
+        study, ModelBinding(model), token_ids, encode, tokenizer.decode, progress_line()
+    )
     print(file=sys.stderr)
-    figures = {
-        "model": Path(args.model).name,
-        "text": str(args.text) if args.text else f"pydoc_data.topics, Python {sys.version[:6]}",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "mlx_device": str(mx.default_device()),
-        "blas": blas,
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
-        "windows": args.windows,
-        "window_tokens": args.window_tokens,
-        "dense_perplexity": perplexity,
-        "pairs": results,
-    }
-    print(table(results))
+    figures = describe(study, Path(args.model).name, args.text, blas) | measured
+    print(table(figures["pairs"]))
     if args.output:
         args.output.write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
@@ -132,39 +102,58 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_needles(
-    binding, dense, candidates, token_ids, encode, tokenizer, results, progress
-) -> None:
-    from vllm_metal.evaluation.needle import find_needles
+def read_text(path: Path | None) -> str:
+    """The text of a file, or Python's documentation."""
+    return path.read_text() if path else "".join(pydoc_data.topics.topics.values())
 
-    progress("needles: dense")
-    expected = find_needles(binding, dense, token_ids, encode, tokenizer.decode)
-    for name, make in candidates.items():
-        progress(f"needles: {name}")
-        found = find_needles(binding, make(), token_ids, encode, tokenizer.decode)
-        kept = sum(a.found for a, b in zip(found, expected, strict=True) if b.found)
-        results[name] |= {
-            "needles_found": sum(needle.found for needle in found),
-            "needles_kept": kept,
-            "needles_found_dense": sum(needle.found for needle in expected),
-            "needles": len(expected),
-        }
+
+def progress_line() -> Callable[[str], None]:
+    """Shows seconds and the current item in one line on stderr."""
+    started = time.perf_counter()
+
+    def progress(what: str) -> None:
+        print(f"\r{time.perf_counter() - started:6.0f} s  {what:<60}", end="", file=sys.stderr)
+
+    return progress
+
+
+def describe(study: "Study", model: str, text: Path | None, blas: str | None) -> dict:
+    """Where and on what the figures were measured."""
+    import mlx.core as mx
+
+    from vllm_metal.metal_kernel_backend.kernel_library import available_target
+
+    target = available_target()
+    return {
+        "model": model,
+        "text": str(text) if text else f"pydoc_data.topics, Python {sys.version[:6]}",
+        "date": date.today().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "mlx_device": str(mx.default_device()),
+        "kernels": target.name if target else "none, MLX operations",
+        "blas": blas,
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
+        "windows": study.windows,
+        "window_tokens": study.window_tokens,
+        "long_window_tokens": study.long_window_tokens,
+    }
 
 
 def table(results: dict[str, dict]) -> str:
     """The figures as text, one candidate a line."""
     lines = [
         f"{'keys/values':<18}{'bits':>6}{'ratio':>7}{'KLD':>9}{'ppl ratio':>11}{'top-1':>8}"
-        f"{'decode KLD':>12}{'needles':>9}"
+        f"{'decode KLD':>12}{'long KLD':>10}{'attention':>11}{'needles':>9}"
     ]
     for name, row in results.items():
         needles = "-"
         if "needles" in row:
             needles = f"{row['needles_kept']}/{row['needles_found_dense']}"
+        long = f"{row['long_window_kld']:.4f}" if "long_window_kld" in row else "-"
         lines.append(
             f"{name:<18}{row['bits_per_element']:>6.2f}{row['ratio']:>6.2f}x{row['kld']:>9.4f}"
             f"{row['perplexity_ratio']:>11.4f}{row['top1_agreement']:>8.1%}"
-            f"{row['decode_kld']:>12.4f}{needles:>9}"
+            f"{row['decode_kld']:>12.4f}{long:>10}{row['attention_error']:>11.4f}{needles:>9}"
         )
     return "\n".join(lines)
 
@@ -206,11 +195,10 @@ def plot(figures: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _parse_pair(text: str):
+def _check_formats(k_quant: str, v_quant: str) -> None:
     from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
 
     try:
-        key, value = text.split("/")
-        return key_format(key), value_format(value)
+        key_format(k_quant), value_format(v_quant)
     except ValueError as error:
-        raise UserError(f"--pairs {text!r} is not K_QUANT/V_QUANT", [str(error)]) from error
+        raise UserError(f"--pairs {k_quant}/{v_quant}", [str(error)]) from error

@@ -107,7 +107,8 @@ class KVCache:
             self._blocks_of_state[state] = metadata[group].block_ids
             if not metadata[group].begins:
                 self._old_states[state] = self._read_state(state, metadata[group].block_ids)
-        mx.eval(self._old_states)  # so that nothing but its region holds an array
+        if self._old_states:
+            mx.eval(self._old_states)  # so that nothing but its region holds an array
 
     def evaluate(self, *outputs: mx.array) -> None:
         """Ends a forward pass: evaluates `outputs` and all that was written, and keeps states."""
@@ -123,6 +124,21 @@ class KVCache:
         """Pages of one layer, for reading within the current forward pass."""
         array = self._region_of_layer[layer].view(self.backends[layer].page_dtype)
         return array, *self._beside.get(layer, ())
+
+    def take(self) -> list:
+        """Hands all arrays over to a caller that will `put` them, or their successors, back."""
+        beside = [list(self._beside.get(layer, ())) for layer in range(len(self.backends))]
+        taken = [[region.array for region in self._regions], beside]
+        for region in self._regions:
+            region.array = None
+        return taken
+
+    def put(self, taken: list) -> None:
+        """The reverse of `take`."""
+        arrays, beside = taken
+        for region, array in zip(self._regions, arrays, strict=True):
+            region.array = array
+        self._beside = {layer: tuple(rest) for layer, rest in enumerate(beside)}
 
     def store(
         self, layer: int, keys: mx.array, values: mx.array, metadata: AttentionMetadata

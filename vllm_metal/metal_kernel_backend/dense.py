@@ -73,15 +73,10 @@ class DensePages(AttentionBackend):
         sinks: mx.array | None,
     ) -> mx.array:
         keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
-        window, mask = self.shape.sliding_window, None
-        if metadata.num_requests == 1:
-            end = metadata.max_seq_len
-            first = max(0, end - window) if window else 0
-            keys, values = (part[:, :, first:end] for part in (keys, values))
-        else:
-            mask = valid_tokens(metadata, self.block_size, window)
-            if self._shared:
-                values = mx.where(mask.swapaxes(2, 3), values, 0)  # 0 times a NaN is one, too
+        keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
+        mask = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
+        if self._shared:
+            values = mx.where(mask.swapaxes(2, 3), values, 0)  # 0 times a NaN is one, too
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
         )[:, :, 0, :]

@@ -100,25 +100,22 @@ def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:
 
 
 def _require_compressible(shapes: Sequence[LayerShape], skipped: frozenset[int]) -> None:
-    layers_of: dict[str, list[int]] = {}
-    for layer, shape in enumerate(shapes):
-        if layer not in skipped:
-            for reason in _obstacles(shape):
-                layers_of.setdefault(reason, []).append(layer)
-    if layers_of:
-        raise UserError(
-            "TurboQuant cannot compress this model",
-            [f"{_layers(layers)}: {reason}" for reason, layers in layers_of.items()],
-        )
+    reasons = [
+        f"layer {layer}: {reason}"
+        for layer, shape in enumerate(shapes)
+        if layer not in skipped
+        for reason in _obstacles(shape)
+    ]
+    if reasons:
+        raise UserError("TurboQuant cannot compress this model", reasons[:4])
 
 
 def _obstacles(shape: LayerShape) -> list[str]:
     """Why a layer cannot be compressed."""
     if shape.fetched and shape.num_kv_heads == 1 and shape.head_size != shape.head_size_v:
         return [
-            "caches a latent from which the model computes keys and values (MLA), or the keys of "
-            "an index; what their compression costs is not measured (serve the model with dense "
-            "pages: without TurboQuant, or with these layers in skip_layers)"
+            "its cache holds a latent (MLA) or the keys of an index, whose loss by compression is "
+            "not measured: serve it without TurboQuant, or name the layer in skip_layers"
         ]
     reasons = []
     for size in sorted({shape.head_size, shape.head_size_v}):
@@ -127,8 +124,3 @@ def _obstacles(shape: LayerShape) -> list[str]:
         except ValueError as error:
             reasons.append(str(error))
     return reasons
-
-
-def _layers(layers: list[int]) -> str:
-    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-    return f"layer {layers[0]}{more}"

@@ -65,6 +65,7 @@ inline To as_type(From from) {
   return to;
 }
 
+inline half2 operator+(half2 a, half2 b) { return half2(half(a.x + b.x), half(a.y + b.y)); }
 inline half2 operator*(half2 a, half2 b) { return half2(half(a.x * b.x), half(a.y * b.y)); }
 inline float fma(float a, float b, float c) { return std::fmaf(a, b, c); }
 // Exact up to the last rounding: the product of two halves is a float.

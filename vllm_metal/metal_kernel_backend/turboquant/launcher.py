@@ -31,7 +31,7 @@ from vllm_metal.metal_kernel_backend.turboquant.splits import (
 )
 
 DECODE_SIMDGROUPS = 4
-MERGE_SIMDGROUPS = 4
+MERGE_SIMDGROUPS = 8
 STORE_SIMDGROUPS = 4
 MAX_QUERY_TOKENS = 8
 

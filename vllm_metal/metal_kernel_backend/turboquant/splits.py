@@ -6,8 +6,8 @@ import mlx.core as mx
 
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 
-SPLIT_STEP = 128
-"""Tokens; a split is a multiple. All simdgroups of a threadgroup read at most this many at once."""
+SPLIT_STEP = 64
+"""Tokens; a split is a multiple. A threadgroup reads as many at once at head size 128."""
 
 ASSUMED_CORES = {"metal": 16, "cuda": 132}
 """MLX tells no number of cores; splitting for too many costs little."""

@@ -1,0 +1,40 @@
+"""The study: what it hands to its parts, and what it refuses."""
+
+import pytest
+
+from tests.tiny_models import VOCABULARY, tiny_model
+from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.errors import UserError
+from vllm_metal.evaluation import needle
+from vllm_metal.evaluation.study import Study, measure
+
+
+def encode(text: str) -> list[int]:
+    return [ord(character) % VOCABULARY for character in text]
+
+
+def run(study: Study, text: str = "the quick brown fox " * 20) -> dict:
+    told: list[str] = []
+    binding = ModelBinding(tiny_model("qwen3"))
+    figures = measure(study, binding, encode(text), encode, lambda _: "", told.append)
+    assert told
+    return figures
+
+
+def test_every_candidate_has_every_figure(monkeypatch):
+    monkeypatch.setattr(needle.find_needles, "__defaults__", ((200,),))
+    study = Study([("q8_0", "q8_0"), ("q3_0", "q2_0")], [(8, 3)], 2, 40, 60)
+    figures = run(study)
+    assert figures["dense_perplexity"] > 1
+    assert list(figures["pairs"]) == ["q8_0/q8_0", "q3_0/q2_0", "block-affine 8/3"]
+    for row in figures["pairs"].values():
+        assert row["kld"] > 0 and row["long_window_kld"] > 0 and row["attention_error"] > 0
+        assert (row["needles"], row["needles_found_dense"]) == (4, 0)
+    fine, coarse, _ = figures["pairs"].values()
+    assert fine["bits_per_element"] == 8 + 16 / 32  # one float16 scale for 32 elements
+    assert all(fine[name] < coarse[name] for name in ("kld", "long_window_kld", "attention_error"))
+
+
+def test_a_text_shorter_than_the_long_window():
+    with pytest.raises(UserError, match="400 tokens; 500 are needed"):
+        run(Study([("q8_0", "q8_0")], windows=1, window_tokens=40, long_window_tokens=500))

@@ -1,0 +1,89 @@
+"""The page of supported models is what the script finds, for a sample of each kind."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+SAMPLE = ("llama", "mixtral", "gpt_bigcode", "deepseek_v3", "gemma3n", "gpt_oss", "qwen3_next")
+"""Plain, MoE, one request at a time, MLA, window with shared KV, window with sinks, hybrid."""
+
+SERVED = {"status": "served", "difference": 1e-6, "batched_decode": True}
+REFUSED = {"status": "refused", "reasons": ["layer 0 is odd", "layer 2 is odd", "so is the model"]}
+WRONG = {"status": "wrong", "reasons": ["a | b\nc"]}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("supported_models")
+
+
+def result(dense, turboquant, kinds=()):
+    return {"kinds": list(kinds), "dense": dense, "turboquant": turboquant}
+
+
+def make_page(script, **architectures) -> str:
+    return script.page(
+        {"versions": {"mlx-lm": "9.9"}, "aliases": {"new": "old"}, "architectures": architectures}
+    )
+
+
+def test_the_page_is_current():
+    """Runs the sample again; also that every model file of mlx-lm has its row."""
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "supported_models.py", "--check", *SAMPLE],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout.strip() == ""
+    assert done.returncode == 0
+
+
+def test_nothing_that_is_wrong_is_committed(script):
+    committed = json.loads(script.RESULTS.read_text())["architectures"]
+    wrong = [name for name, result in committed.items() if "wrong" in script._statuses(result)]
+    assert wrong == []
+
+
+def test_another_outcome_is_a_difference_and_another_figure_is_none(script):
+    committed = {"a": result(SERVED, SERVED), "b": result(SERVED, SERVED)}
+    found = {
+        "a": result(SERVED | {"difference": 2e-6}, SERVED),
+        "b": result(SERVED | {"batched_decode": False}, REFUSED),
+        "c": result(SERVED, SERVED),
+    }
+    assert [line.partition(":")[0] for line in script.differences(found, committed)] == ["b", "c"]
+
+
+def test_a_process_that_dies_is_one_architectures_result(script):
+    died = script.run(["no such architecture"], jobs=1)["no such architecture"]
+    assert died["dense"] == died["turboquant"]
+    assert died["dense"]["status"] == "wrong"
+    assert died["dense"]["reasons"] == ["the process ended with exit code 1"]
+
+
+def test_the_page_counts_and_says_why(script):
+    page = make_page(
+        script,
+        a=result(SERVED, REFUSED, ["MoE"]),
+        b=result(SERVED | {"batched_decode": False, "difference": 3e-6}, SERVED),
+    )
+    assert "| dense | 2 | 0 | 0 |\n| TurboQuant | 1 | 1 | 0 |\n" in page
+    assert (
+        "| `a` | MoE | served | refused | TurboQuant: is odd (layers 0, 2); so is the model |\n"
+    ) in page
+    assert "| `b` |  | served, one at a time | served |  |\n" in page
+    assert "difference found is 3e-06." in page
+    assert "`new` (old)" in page
+
+
+def test_what_is_wrong_stands_out(script):
+    page = make_page(script, a=result(WRONG, WRONG))
+    assert "| dense | 0 | 0 | 0 | 1 |" in page
+    assert "| `a` |  | **wrong** | **wrong** | a \\| b c |\n" in page

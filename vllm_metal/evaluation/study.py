@@ -1,0 +1,138 @@
+"""What `vllm-metal eval` measures: every candidate against the dense cache, on one model and text.
+
+A candidate's backends are those that the server would choose on this machine, kernels included
+where there are some. Beside the windows stands one long window: the constants of the keys are
+calibrated on a short text and must hold far from it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from vllm_metal.attention.backend import AttentionBackend
+from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.config import TurboQuantConfig
+from vllm_metal.errors import UserError
+from vllm_metal.evaluation.attention_error import WithAttentionError, attention_error
+from vllm_metal.evaluation.block_affine import BlockAffine
+from vllm_metal.evaluation.fidelity import compare
+from vllm_metal.evaluation.needle import Decode, Encode, find_needles
+from vllm_metal.key_samples import collect_key_samples
+from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
+
+BLOCK_SIZE = 16
+
+Make = Callable[[], Sequence[AttentionBackend]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be measured."""
+
+    pairs: Sequence[tuple[str, str]]
+    """(k_quant, v_quant) of each candidate."""
+    block_affine: Sequence[tuple[int, int]] = ()
+    """Bits of block-affine keys and Lloyd-Max values, to measure beside them."""
+    windows: int = 3
+    window_tokens: int = 1024
+    long_window_tokens: int = 0
+    """Tokens of one window more; 0 for none."""
+    max_model_len: int | None = None
+    """Length that keys are calibrated for; the longest window if not given."""
+    needles: bool = True
+
+    @property
+    def tokens_needed(self) -> int:
+        return max(self.windows * self.window_tokens, self.long_window_tokens)
+
+
+def measure(
+    study: Study,
+    binding: ModelBinding,
+    token_ids: Sequence[int],
+    encode: Encode,
+    decode: Decode,
+    progress: Progress,
+) -> dict:
+    """Runs the study.
+
+    Args:
+        study: what to measure.
+        binding: the model, its weights in float32.
+        token_ids: the text.
+        encode: text to token ids, without special tokens.
+        decode: token ids to text.
+        progress: told what is being run.
+
+    Returns:
+        `dense_perplexity` and, under `pairs`, the figures of each candidate.
+
+    Raises:
+        UserError: the text is too short.
+    """
+    if len(token_ids) < study.tokens_needed:
+        raise UserError(f"The text has {len(token_ids)} tokens; {study.tokens_needed} are needed")
+    stride = len(token_ids) // study.windows
+    windows = [token_ids[i * stride :][: study.window_tokens] for i in range(study.windows)]
+    dense = _backends(binding, None, neutral_constants(binding.layers))
+    candidates = _candidates(study, binding, encode, study.max_model_len or study.window_tokens)
+    fidelity, perplexity = compare(binding, dense, candidates, windows, progress)
+    results = {}
+    for name, make in candidates.items():
+        backend = make()[0]
+        bits = getattr(backend, "bits_per_element", None) or backend.layout.bits_per_element
+        results[name] = {"bits_per_element": bits, "ratio": 16 / bits} | fidelity[name].summary()
+        progress(f"attention error: {name}")
+        observed = [WithAttentionError(backend) for backend in make()]
+        results[name]["attention_error"] = attention_error(binding, observed, windows[0])
+    if study.long_window_tokens:
+        length = study.long_window_tokens
+        candidates = _candidates(study, binding, encode, study.max_model_len or length)
+        fidelity, _ = compare(binding, dense, candidates, [token_ids[:length]], progress)
+        for name in candidates:
+            results[name]["long_window_kld"] = fidelity[name].summary()["kld"]
+    if study.needles:
+        _add_needles(binding, dense, candidates, token_ids, encode, decode, results, progress)
+    return {"dense_perplexity": perplexity, "pairs": results}
+
+
+def _candidates(
+    study: Study, binding: ModelBinding, encode: Encode, max_model_len: int
+) -> dict[str, Make]:
+    constants = calibrate(
+        lambda ids, offset: collect_key_samples(binding, ids, offset), encode, max_model_len
+    )
+
+    def compressed(pair: tuple[str, str]) -> Make:
+        config = TurboQuantConfig(*pair, reproducible=True)
+        return lambda: _backends(binding, config, lambda: constants)
+
+    def block_affine(bits: tuple[int, int]) -> Make:
+        return lambda: [BlockAffine(shape, BLOCK_SIZE, *bits) for shape in binding.layers]
+
+    candidates = {"/".join(pair): compressed(pair) for pair in study.pairs}
+    for bits in study.block_affine:
+        candidates["block-affine {}/{}".format(*bits)] = block_affine(bits)
+    return candidates
+
+
+def _backends(binding, config, constants) -> Sequence[AttentionBackend]:
+    return make_backends(binding.layers, BLOCK_SIZE, mx.float32, config, constants)
+
+
+def _add_needles(binding, dense, candidates, token_ids, encode, decode, results, progress) -> None:
+    progress("needles: dense")
+    expected = find_needles(binding, dense, token_ids, encode, decode)
+    for name, make in candidates.items():
+        progress(f"needles: {name}")
+        found = find_needles(binding, make(), token_ids, encode, decode)
+        kept = sum(a.found for a, b in zip(found, expected, strict=True) if b.found)
+        results[name] |= {
+            "needles_found": sum(needle.found for needle in found),
+            "needles_kept": kept,
+            "needles_found_dense": sum(needle.found for needle in expected),
+            "needles": len(expected),
+        }
