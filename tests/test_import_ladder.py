@@ -37,7 +37,16 @@ ONLY = [
     (f"{PACKAGE}.model_runner", ["worker"]),
     (f"{PACKAGE}.request_batch", ["model_runner"]),
     (f"{PACKAGE}.input_batch", ["model_runner"]),
-    ("mlx_lm", ["attention.model_binding", "model_loader", "evaluation.command"]),
+    (
+        "mlx_lm",
+        [
+            "attention.layer_kinds",
+            "attention.layer_state",
+            "attention.model_binding",
+            "model_loader",
+            "evaluation.command",
+        ],
+    ),
     ("vllm.platforms", ["platform"]),
     ("vllm.v1.core.sched", ["model_runner", "request_batch", "worker"]),
     ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "worker"]),

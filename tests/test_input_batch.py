@@ -5,9 +5,11 @@ import pytest
 
 from tests.scheduler_outputs import Continued, new_request, scheduler_output
 from vllm_metal import input_batch
+from vllm_metal.kv_cache.groups import KVGroup
 from vllm_metal.request_batch import PLACEHOLDER, RequestBatch
 
 BLOCK = 8
+GROUPS = [KVGroup(BLOCK, layers=(0, 1))]
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def batch(make_config) -> RequestBatch:
 
 
 def decode(batch: RequestBatch, rows: list[int], pending=None):
-    return input_batch.decode_inputs(batch.rows, rows, BLOCK, pending)
+    token_ids, [metadata] = input_batch.decode_inputs(batch.rows, rows, GROUPS, pending)
+    return token_ids, metadata
 
 
 def test_decode_inputs(batch):
@@ -88,7 +91,8 @@ def test_rows_that_are_not_pending_keep_their_token(batch):
 def prefill(batch: RequestBatch, name: str, computed: int, query_len: int):
     row = batch.rows.req_id_to_index[name]
     batch.rows.num_computed_tokens_cpu[row] = computed
-    return input_batch.prefill_inputs(batch.rows, row, query_len, BLOCK)
+    token_ids, [metadata] = input_batch.prefill_inputs(batch.rows, row, query_len, GROUPS)
+    return token_ids, metadata
 
 
 def test_prefill_of_a_whole_prompt(batch):

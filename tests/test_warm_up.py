@@ -90,10 +90,10 @@ def test_probes_write_no_more_than_their_blocks():
 def test_a_probed_cache_serves_as_a_new_one():
     binding, kv_cache = bound(tiny_model("llama"))
     metadata = PrefillMetadata(mx.array([[1]]), mx.arange(9) + BLOCK, 0, 9)
-    fresh = binding.forward(mx.arange(9)[None], metadata)
+    fresh = binding.forward(mx.arange(9)[None], [metadata])
     mx.eval(fresh, kv_cache.arrays)
     warm_up.takes_batched_offsets(binding, kv_cache)
-    again = binding.forward(mx.arange(9)[None], metadata)
+    again = binding.forward(mx.arange(9)[None], [metadata])
     assert mx.array_equal(fresh, again)
 
 
@@ -133,7 +133,7 @@ def test_the_planned_workspace_holds_a_chunk_over_a_context(model_type, context_
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    mx.eval(binding.forward(mx.zeros((1, query_len), mx.int32), metadata), kv_cache.arrays)
+    mx.eval(binding.forward(mx.zeros((1, query_len), mx.int32), [metadata]), kv_cache.arrays)
     used = mx.get_peak_memory() - before
     planned = extrapolate_workspace(peaks, query_len) + max(
         backend.prefill_workspace_bytes(context_len, query_len, 4) for backend in kv_cache.backends

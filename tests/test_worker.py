@@ -2,9 +2,11 @@
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import llama
+from mlx_lm.models.cache import ChunkedKVCache
 
 from tests.serving import Serving
-from tests.tiny_models import save_checkpoint
+from tests.tiny_models import LAYERS
 from vllm_metal.attention.dry_forward import UnsupportedModelError
 from vllm_metal.errors import UserError
 from vllm_metal.worker import MetalWorker
@@ -16,6 +18,8 @@ def loaded(config) -> MetalWorker:
     worker = MetalWorker(config, 0, 0, "", is_driver_worker=True)
     worker.init_device()
     worker.load_model()
+    [layout] = worker.get_supported_kv_cache_layouts()
+    worker.set_kv_cache_layout(layout)
     return worker
 
 
@@ -108,10 +112,12 @@ def test_rows_are_decoded_together_where_the_model_allows(make_config):
     assert Serving(make_config()).runner.batched_decode
 
 
-def test_an_unservable_model_is_refused_at_load(make_config, tmp_path):
-    folder = save_checkpoint(tmp_path / "model", "mamba", architectures=["LlamaForCausalLM"])
-    with pytest.raises(UnsupportedModelError, match="'mamba' cannot be served"):
-        loaded(make_config(model=str(folder)))
+def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):
+    config = make_config()
+    chunked = [ChunkedKVCache(8) for _ in range(LAYERS)]
+    monkeypatch.setattr(llama.Model, "make_cache", lambda _: chunked)
+    with pytest.raises(UnsupportedModelError, match="'llama' cannot be served"):
+        loaded(config)
 
 
 def test_what_it_offers(make_config):

@@ -20,7 +20,7 @@ Attend = Callable[[mx.array, mx.array, mx.array, mx.array], object]
 
 
 def shapes(run, num_caches, model_type):
-    return observe(run, num_caches, model_type).shapes
+    return observe(run, [None] * num_caches, model_type).shapes
 
 
 def model(attend: Attend, update=lambda cache, k, v: cache.update_and_fetch(k, v), **mask):
@@ -149,11 +149,11 @@ def test_a_cache_never_used_is_no_layer():
     ("attend", "changes"), [(plain, False), (manual, False), (sparse, True), (cast, False)]
 )
 def test_attention_that_gets_sparse_with_length_is_told_apart(attend, changes):
-    assert observe(model(attend), 1, "x").changes_with_length == changes
+    assert observe(model(attend), [None] * 1, "x").changes_with_length == changes
 
 
 def test_what_only_one_token_does_is_no_change_with_length():
-    assert not observe(model(also_manual_with_one_token), 1, "x").changes_with_length
+    assert not observe(model(also_manual_with_one_token), [None] * 1, "x").changes_with_length
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_breaks_the_protocol_is_refused_by_name(update, reason):
 
 
 def test_logits_of_a_dry_forward():
-    assert dry_logits(model(plain), 1).shape == (1, 3, 32)
+    assert dry_logits(model(plain), [None]).shape == (1, 3, 32)
 
 
 def test_a_refusal_is_short():

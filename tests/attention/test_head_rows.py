@@ -45,6 +45,6 @@ def test_the_head_is_spared_the_other_rows():
     backends = [DensePages(shape, BLOCK, mx.float32) for shape in binding.layers]
     binding.bind(KVCache(backends, 3))
     metadata = PrefillMetadata(mx.array([[1, 2]]), mx.arange(12) + BLOCK, 0, 12)
-    binding.forward(mx.zeros((1, 12), mx.int32), metadata)
-    binding.forward(mx.zeros((1, 12), mx.int32), metadata, all_rows=True)
+    binding.forward(mx.zeros((1, 12), mx.int32), [metadata])
+    binding.forward(mx.zeros((1, 12), mx.int32), [metadata], all_rows=True)
     assert seen == [(1, 1, 64), (1, 12, 64)]

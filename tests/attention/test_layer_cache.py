@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 
+from tests.dense_pages import keys_and_values
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.layer_cache import Forward, LayerKVCache, forget_layers, paged_layer
 from vllm_metal.attention.masks import causal_mask
@@ -22,7 +23,7 @@ def layer_of(
     metadata: AttentionMetadata, shape: LayerShape, masks_rows: bool = False
 ) -> LayerKVCache:
     kv_cache = KVCache([DensePages(shape, BLOCK, mx.float32)], 4)
-    return LayerKVCache(0, shape, Forward(metadata, kv_cache), masks_rows)
+    return LayerKVCache(0, shape, Forward((metadata,), kv_cache), masks_rows)
 
 
 def shape(fetched: bool, head_size_v: int = 6) -> LayerShape:
@@ -41,7 +42,8 @@ def test_an_update_is_stored_at_once(metadata, fetched):
     layer = layer_of(metadata, shape(fetched))
     keys, values = new(metadata)
     layer.update_and_fetch(keys, values)
-    pages = layer._forward.kv_cache.pages(0)
+    kv_cache = layer._forward.kv_cache
+    pages = keys_and_values(kv_cache.backends[0], kv_cache.pages(0))
     for page, part in zip(pages, (keys, values), strict=True):
         for i, slot in enumerate(metadata.slot_mapping.tolist()):
             token = part[0, :, i] if metadata is CHUNK else part[i, :, 0]
@@ -95,11 +97,11 @@ def test_a_layer_may_be_attended_more_than_once():
     keys, values = layer.update_and_fetch(*new(CHUNK))
     queries = mx.random.normal((1, 4, 3, 8))
     first = layer.attend(queries, 0.5, "causal", None)
-    pages = layer._forward.kv_cache.pages(0)
+    [pages] = layer._forward.kv_cache.pages(0)
     again = layer.attend(2 * queries, 0.25, "causal", None)
     assert first.shape == (1, 4, 3, 6)
     assert mx.allclose(first, again, atol=1e-5)
-    assert layer._forward.kv_cache.pages(0) is pages
+    assert layer._forward.kv_cache.pages(0)[0] is pages
 
 
 def test_models_may_assign_to_its_arrays():

@@ -6,7 +6,6 @@ forward pass and written back after it (`KVCache`).
 """
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -67,7 +66,7 @@ def state_shapes(
         return run(token_ids, layers, caches)
 
     steps = dry_forwards(dry_run, windows, model_type)
-    prefilled, decoded = ([_shape(cache.cache) for cache in caches] for _ in islice(steps, 2))
+    prefilled, *_, decoded = [[_shape(cache.cache) for cache in caches] for _ in steps]
     reasons = [
         f"state {i} is {before} after a prompt and {after} after the next token"
         for i, (before, after) in enumerate(zip(prefilled, decoded, strict=True))

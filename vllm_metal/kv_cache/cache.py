@@ -57,7 +57,7 @@ class KVCache:
         self.backends = list(backends)
         self.states = list(states)
         self.num_blocks = num_blocks
-        layout = layout or CacheLayout.separate(backends, states, num_blocks)
+        layout = layout or CacheLayout.separate(self.backends, self.states, num_blocks)
         self.groups = layout.groups
         self.group_of_layer = {i: g for g, group in enumerate(self.groups) for i in group.layers}
         self.group_of_state = {i: g for g, group in enumerate(self.groups) for i in group.states}

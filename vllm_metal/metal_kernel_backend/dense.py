@@ -59,7 +59,7 @@ class DensePages(AttentionBackend):
         rows = metadata.derived.once(("store_rows", self._geometry()), self._rows(metadata, unit))
         keys, values = keys.astype(self.dtype), finite(values.astype(self.dtype))
         tokens = keys.shape[0]
-        new = mx.concatenate([keys.reshape(tokens, -1), values.reshape(tokens, -1)], axis=1)
+        new = mx.concatenate([keys.flatten(1), values.flatten(1)], axis=1)
         array = pages[0].reshape(-1, unit)
         array[rows] = new.reshape(tokens, -1, unit)
         return (array.reshape(pages[0].shape),)
@@ -150,7 +150,8 @@ class DensePages(AttentionBackend):
             parts, begin = [], 0
             for size in (self.shape.head_size, self.shape.head_size_v):
                 each = self.block_size * size // unit
-                runs = mx.arange(self.shape.num_kv_heads * each).reshape(-1, 1, each)
+                runs = mx.arange(self.shape.num_kv_heads * each)
+                runs = runs.reshape(self.shape.num_kv_heads, 1, each)
                 parts.append(first + begin + runs)
                 begin += self.shape.num_kv_heads * each
             return tuple(parts)
