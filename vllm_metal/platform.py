@@ -110,6 +110,10 @@ class MetalPlatform(Platform):
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        model = vllm_config.model_config
+        if model is not None and model.multimodal_config is not None:
+            # The worker runs the language model alone; vLLM then refuses images and the like.
+            model.multimodal_config.language_model_only = True
         _tolerate_missing_accelerator()
 
 
