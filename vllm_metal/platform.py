@@ -16,7 +16,7 @@ from vllm_metal import config, device
 from vllm_metal.errors import UserError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
@@ -110,10 +110,8 @@ class MetalPlatform(Platform):
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        model = vllm_config.model_config
-        if model is not None and model.multimodal_config is not None:
-            # The worker runs the language model alone; vLLM then refuses images and the like.
-            model.multimodal_config.language_model_only = True
+        if vllm_config.model_config is not None:
+            text_only(vllm_config.model_config)
         _tolerate_missing_accelerator()
 
 
@@ -162,8 +160,6 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
         reasons.append("encoder-decoder models are not supported")
     if model.enable_prompt_embeds:
         reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
-    if model.enable_sleep_mode:
-        reasons.append("sleep mode (--enable-sleep-mode) is not supported")
     if model.skip_tokenizer_init and compresses:
         reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
     if model.quantization is not None:
@@ -172,6 +168,12 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
             "(MLX-quantised and unquantised checkpoints are)"
         )
     return reasons
+
+
+def text_only(model: "ModelConfig") -> None:
+    """Makes vLLM refuse images and the like: the worker runs the language model alone."""
+    if model.multimodal_config is not None:
+        model.multimodal_config.language_model_only = True
 
 
 def _tolerate_missing_accelerator() -> None:
