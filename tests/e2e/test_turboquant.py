@@ -1,6 +1,7 @@
 """TurboQuant pages under vLLM's scheduler: the same tokens however the work is cut."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,22 @@ def test_alone_is_as_in_a_batch(make_config, model, k_quant, v_quant):
     )
     alone = [serving.generate([p], max_tokens=NEW_TOKENS)[0] for p in PROMPTS]
     assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == alone
+
+
+@pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
+def test_tokens_grow_by_the_printed_ratio(make_config, model, k_quant, v_quant, capfd):
+    """What vLLM's scheduler hands out, against 16-bit pages in the same bytes."""
+
+    def tokens(**more) -> int:
+        source = {"model": str(model), "skip_tokenizer_init": False}
+        serving = Serving(make_config(kv_cache_memory_bytes=16 << 20, **source, **more))
+        return (serving.scheduler.kv_cache_config.num_blocks - 1) * 16
+
+    dense = tokens(kv_cache_dtype="float16")
+    capfd.readouterr()
+    compressed = tokens(additional_config=settings(k_quant, v_quant))
+    printed = re.search(r"ratio +([\d.]+)x over the whole cache", "".join(capfd.readouterr()))
+    assert compressed / dense == pytest.approx(float(printed[1]), rel=0.01)
 
 
 def test_eight_bits_give_the_tokens_of_dense_pages(demo_model):
