@@ -20,15 +20,17 @@ END = "<!-- quality: end -->"
 def table(figures: dict) -> str:
     """The figures as a Markdown table, and where they were measured."""
     rows = [
-        "| keys / values | bits per element | tokens, against 16 bit | KLD | perplexity | "
-        "same most likely token |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| keys / values | bits per element | tokens, against 16 bit | KLD | KLD, long window | "
+        "perplexity | same most likely token | attention error | sentences found |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in figures["pairs"].items():
         percent = 100 * (row["perplexity_ratio"] - 1)
         rows.append(
             f"| `{name}` | {row['bits_per_element']:.2f} | {row['ratio']:.2f}x | "
-            f"{row['kld']:.4f} | {percent:+.1f} % | {100 * row['top1_agreement']:.1f} % |"
+            f"{row['kld']:.4f} | {row['long_window_kld']:.4f} | {percent:+.1f} % | "
+            f"{100 * row['top1_agreement']:.1f} % | {100 * row['attention_error']:.1f} % | "
+            f"{row['needles_kept']} of {row['needles_found_dense']} |"
         )
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     return "\n".join(
@@ -37,8 +39,9 @@ def table(figures: dict) -> str:
             *rows,
             "",
             f"{figures['windows']} windows of {figures['window_tokens']} tokens of "
-            f"{figures['text']}; dense perplexity {figures['dense_perplexity']:.2f}. "
-            f"{figures['machine']}, {figures['mlx_device']}, {versions}, {figures['date']}.",
+            f"{figures['text']}, and one of {figures['long_window_tokens']}; dense perplexity "
+            f"{figures['dense_perplexity']:.2f}. {figures['machine']}, {figures['mlx_device']}, "
+            f"kernels: {figures['kernels']}; {versions}, {figures['date']}.",
             "",
             "",
         ]

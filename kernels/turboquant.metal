@@ -275,6 +275,7 @@ struct Vector {
   static constant constexpr int POWER = D & -D;
   static constant constexpr int M = D / POWER;
   static constant constexpr int W = POWER > SIMD_SIZE ? POWER / SIMD_SIZE : 1;
+  static constant constexpr int HELD = M * W * SIMD_SIZE;  // by all lanes, zeros included
   float x[M][W];
 
   static METAL_FUNC bool holds(int lane) { return lane * W < POWER; }
@@ -383,6 +384,13 @@ METAL_FUNC void fold(thread float (&v)[N], int lane, int stride) {
       v[0] += simd_shuffle_xor(v[0], ushort(mask * stride));
     }
   }
+}
+
+// The first step of `fold` for two elements and their partners, while they are halves.
+METAL_FUNC half2 fold_halves(half2 lower, half2 higher, int lane, int mask) {
+  bool upper = lane & mask;
+  float sent = as_type<float>(upper ? lower : higher);
+  return (upper ? higher : lower) + as_type<half2>(simd_shuffle_xor(sent, ushort(mask)));
 }
 
 template <int N, int LANES>
@@ -572,7 +580,10 @@ struct Quantizer {
 
 // ----------------------------------------------------------------------------------------- store
 
-// Stores one new key or value. Writes through `pages`, an input of the kernel: readers must bind
+// By its bits, which no optimisation of the compiler for finite numbers touches.
+METAL_FUNC bool is_finite(float x) { return (as_type<uint>(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Stores one new key or value; values that are no numbers become 0. Writes through `pages`, an input of the kernel: readers must bind
 // the kernel's output to be ordered after it.
 template <
     typename Slots, bool KEY, int D, int BITS, int TERMS, bool HAS_BIAS, typename T>
@@ -587,6 +598,7 @@ METAL_FUNC void store_vector(
     for (int i = 0; i < Vector<D>::W; i++) {
       int index = Vector<D>::index(lane, block, i);
       float element = Vector<D>::holds(lane) ? float(vector[index]) : 0.0f;
+      element = KEY || is_finite(element) ? element : 0.0f;
       if (Vector<D>::holds(lane)) {
         element = rounded_product(KEY ? element - centre[index] : element, factors[index]);
       }
@@ -796,18 +808,27 @@ struct Decode {
   static constant constexpr int PAIRS = TOKENS / 2;
   static constant constexpr int ROWS = R > 4 ? 8 : R > 2 ? 4 : R;  // R rounded up to a power of 2
   static constant constexpr int SCORES = TOKENS * ROWS;             // [row][token] of a run
+  // Lanes that are added up as halves.
+  static constant constexpr int NEIGHBOURS = SCORES > 2 && LANES > 1 ? 2 : 1;
   static constant constexpr int OWN = SCORES > LANES ? SCORES / LANES : 1;
+  // Pairs of tokens among the own scores, whose scales the lane needs.
+  static constant constexpr int OWN_PAIRS = OWN < TOKENS ? 1 : PAIRS;
   static constant constexpr int OWN_ROWS = OWN > TOKENS ? OWN / TOKENS : 1;
   static constant constexpr int SHARING = LANES > SCORES ? LANES / SCORES : 1;  // lanes of a score
   static constant constexpr int ROW_LANES = OWN < TOKENS ? SHARING * TOKENS / OWN : SHARING;
-  static constant constexpr int QUERY_WORDS = R * LANES * 8;  // threadgroup uint
-  static constant constexpr int SCRATCH = R * DV + 3 * R + 2 * SIMDGROUPS * R;  // ... and float
+  static constant constexpr int QUERY_WORDS = R * LANES * 16;  // threadgroup uint
+  static constant constexpr int RUN_WEIGHTS = (SCORES + 7) / 4 * 4;  // runs in different banks
+  static constant constexpr int WEIGHTS = SIMDGROUPS * RUNS * RUN_WEIGHTS;
+  static constant constexpr int SUMS = R * DV > WEIGHTS ? R * DV : WEIGHTS;
+  static constant constexpr int SCRATCH = SUMS + 3 * R + 2 * SIMDGROUPS * R;  // ... and float
 
-  // Rotates, scales and rounds the rows to half. What the half cannot hold goes into row_scale.
+  // Rotates, scales and rounds the rows to half [R, 4, LANES, 4, 2]: the lanes of a run read each
+  // quarter of their chunks side by side, and each number twice, for both tokens of a pair. What
+  // the half cannot hold goes into row_scale.
   template <typename T>
   static METAL_FUNC void load_queries(
       const device T* queries, const device float* query_factors, const device float* centre,
-      int kv_head, int tile, float scale, threadgroup half* rows, threadgroup float* row_scale,
+      int kv_head, int tile, float scale, threadgroup uint* rows, threadgroup float* row_scale,
       threadgroup float* row_sum, threadgroup float* row_shift, int simdgroup, int lane) {
     for (int r = simdgroup; r < R; r += SIMDGROUPS) {
       int row = tile * R + r;
@@ -842,7 +863,7 @@ struct Decode {
       largest = simd_max(largest);
       float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
       for (int i = lane; i < LANES * CHUNK; i += SIMD_SIZE) {
-        rows[r * LANES * CHUNK + i] = half(0.0f);
+        rows[r * LANES * CHUNK + i] = 0;
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       UNROLL
@@ -850,8 +871,11 @@ struct Decode {
         UNROLL
         for (int i = 0; i < Vector<DK>::W; i++) {
           if (Vector<DK>::holds(lane)) {
-            rows[r * LANES * CHUNK + Vector<DK>::index(lane, block, i)] =
-                half(q.x[block][i] * inverse);
+            int index = Vector<DK>::index(lane, block, i);
+            int quarter = r * 4 + index % CHUNK / 4;
+            half element = half(q.x[block][i] * inverse);
+            rows[quarter * LANES * 4 + index / CHUNK * 4 + index % 4] =
+                as_type<uint>(half2(element, element));
           }
         }
       }
@@ -884,8 +908,8 @@ struct Decode {
     int window = params[2];
     float softcap = scales[1];
 
-    threadgroup float* sums = scratch;  // [R, Dv]
-    threadgroup float* row_scale = scratch + R * DV;
+    threadgroup float* sums = scratch;  // [R, Dv], after the last token
+    threadgroup float* row_scale = scratch + SUMS;
     threadgroup float* row_sum = row_scale + R;
     threadgroup float* row_shift = row_sum + R;
     threadgroup float* group_max = row_shift + R;  // [SIMDGROUPS, R]
@@ -897,7 +921,7 @@ struct Decode {
     float scale = SOFTCAP ? scales[0] / softcap : scales[0] * LOG2_E;
     load_queries(
         queries + ulong(request) * (Q * G * Slots::num_kv_heads * DK), query_factors, centre,
-        kv_head, tile, scale, (threadgroup half*)query_words, row_scale, row_sum, row_shift,
+        kv_head, tile, scale, query_words, row_scale, row_sum, row_shift,
         simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -907,6 +931,7 @@ struct Decode {
     int key_chunk = min(chunk, DK / CHUNK - 1), value_chunk = min(chunk, DV / CHUNK - 1);
     int own_first = chunk * SCORES / LANES;
     int own_row = own_first / TOKENS, own_token = own_first % TOKENS;
+    int own_pair = own_token & ~1, own_place = own_token & 1;
     float own_scale[OWN_ROWS], own_sum[OWN_ROWS], own_shift[OWN_ROWS];
     int own_begin[OWN_ROWS], own_end[OWN_ROWS];
     SoftmaxState own[OWN_ROWS];
@@ -928,7 +953,9 @@ struct Decode {
     }
 
     // The keys of a run are read while the values of the run before are added up.
-    const threadgroup uint* query_chunk = query_words + chunk * 8;
+    threadgroup float* run_weights =  // [PAIRS, ROWS, 2]
+        scratch + (simdgroup * RUNS + run) * RUN_WEIGHTS;
+    const threadgroup uint* query_chunk = query_words + chunk * 4;
     int table_row = request * splits.max_blocks;
     int last_run = (split_end - 1) & ~(TOKENS - 1);
     int first = split_first + simdgroup * STEP;
@@ -944,13 +971,13 @@ struct Decode {
       uint slot = safe % Slots::block_size;
       Chunk<Slots::value_bits> value_codes[PAIRS];
       load_run<Slots::next_value>(value_codes, Slots::value_codes(page, slot, value_chunk));
-      uint key_scales[PAIRS], key_biases[PAIRS], value_scales[PAIRS];
+      uint key_scales[OWN_PAIRS], key_biases[OWN_PAIRS], value_scales[OWN_PAIRS];
       UNROLL
-      for (int p = 0; p < PAIRS; p++) {
-        key_scales[p] = load_pair(Slots::key_scale(page, slot) + 4 * p);
-        key_biases[p] =
-            Slots::key_has_bias ? load_pair(Slots::key_bias(page, slot) + 4 * p) : 0u;
-        value_scales[p] = load_pair(Slots::value_scale(page, slot) + 4 * p);
+      for (int p = 0; p < OWN_PAIRS; p++) {
+        uint pair = slot + own_pair + 2 * p;
+        key_scales[p] = load_pair(Slots::key_scale(page, pair));
+        key_biases[p] = Slots::key_has_bias ? load_pair(Slots::key_bias(page, pair)) : 0u;
+        value_scales[p] = load_pair(Slots::value_scale(page, pair));
       }
       safe = min(token + SIMDGROUPS * STEP, last_run);
       int next_block = block_table[table_row + int(safe / Slots::block_size)];
@@ -982,39 +1009,41 @@ struct Decode {
         }
         UNROLL
         for (int r = 0; r < R; r++) {
-          uint2 words = *(const threadgroup uint2*)(query_chunk + r * LANES * 8 + part * 2);
-          half2 low = as_type<half2>(words.x), high = as_type<half2>(words.y);
+          uint4 words = *(const threadgroup uint4*)(query_chunk + (r * 4 + part) * LANES * 4);
           UNROLL
           for (int p = 0; p < PAIRS; p++) {
-            dots[r][p] = fma(half2(low.x, low.x), keys[p][0], dots[r][p]);
-            dots[r][p] = fma(half2(low.y, low.y), keys[p][1], dots[r][p]);
-            dots[r][p] = fma(half2(high.x, high.x), keys[p][2], dots[r][p]);
-            dots[r][p] = fma(half2(high.y, high.y), keys[p][3], dots[r][p]);
+            dots[r][p] = fma(as_type<half2>(words.x), keys[p][0], dots[r][p]);
+            dots[r][p] = fma(as_type<half2>(words.y), keys[p][1], dots[r][p]);
+            dots[r][p] = fma(as_type<half2>(words.z), keys[p][2], dots[r][p]);
+            dots[r][p] = fma(as_type<half2>(words.w), keys[p][3], dots[r][p]);
           }
         }
       }
 
-      // Read the next keys.
-      page = Slots::head_page(pages, next_block, kv_head);
-      load_run<Slots::next_key>(
-          key_codes, Slots::key_codes(page, safe % Slots::block_size, key_chunk));
-
-      // Add up the chunks; each lane keeps its own scores, in powers of two.
-      float scores[SCORES];
+      // Add up the chunks, two neighbours while they are halves; each lane keeps its own scores,
+      // in powers of two.
+      constexpr int LEFT = SCORES / NEIGHBOURS;
+      float scores[LEFT];
       UNROLL
-      for (int i = 0; i < SCORES; i++) {
+      for (int i = 0; i < LEFT; i += 2) {
         half2 dot = dots[min(i / TOKENS, R - 1)][i % TOKENS / 2];
-        scores[i] = i / TOKENS < R ? float(i % 2 ? dot.y : dot.x) : 0.0f;
+        if (NEIGHBOURS == 2) {
+          int other = i + LEFT;
+          dot = fold_halves(
+              dot, dots[min(other / TOKENS, R - 1)][other % TOKENS / 2], lane, LANES / 2);
+        }
+        scores[i] = float(dot.x);
+        scores[i + 1] = float(dot.y);
       }
-      fold<SCORES, LANES>(scores, lane, 1);
+      fold<LEFT, LANES / NEIGHBOURS>(scores, lane, 1);
       bool visible[OWN];
       bool grows = false;
       UNROLL
       for (int i = 0; i < OWN; i++) {
-        int row = i / TOKENS, which = own_token + i % TOKENS;
-        scores[i] *= own_scale[row] * pick<PAIRS>(key_scales, which);
+        int row = i / TOKENS, which = own_token + i % TOKENS, place = own_place + i % TOKENS;
+        scores[i] *= own_scale[row] * pick(key_scales, place);
         if (Slots::key_has_bias) {
-          scores[i] += own_sum[row] * pick<PAIRS>(key_biases, which);
+          scores[i] += own_sum[row] * pick(key_biases, place);
         }
         if (SOFTCAP) {
           scores[i] = softcap * LOG2_E * precise::tanh(scores[i] + own_shift[row]);
@@ -1047,35 +1076,47 @@ struct Decode {
         }
       }
 
+      // Read the next keys. Not before the branch above: the compiler would hold them beside
+      // those of this run, and wait for them to arrive where it copies them over.
+      page = Slots::head_page(pages, next_block, kv_head);
+      load_run<Slots::next_key>(
+          key_codes, Slots::key_codes(page, safe % Slots::block_size, key_chunk));
+
       // Give every lane of the run all weights, value scales included.
-      float weights[SCORES];
       UNROLL
       for (int i = 0; i < OWN; i++) {
         float weight = own[i / TOKENS].update(scores[i]);
-        float value_scale = pick<PAIRS>(value_scales, own_token + i % TOKENS);
-        weights[i] = visible[i] ? weight * value_scale : 0.0f;
+        float value_scale = pick(value_scales, own_place + i % TOKENS);
+        if (chunk % SHARING == 0) {
+          int which = own_token + i % TOKENS, row = own_row + i / TOKENS;
+          run_weights[(which / 2 * ROWS + row) * 2 + which % 2] =
+              visible[i] ? weight * value_scale : 0.0f;
+        }
       }
-      spread<SCORES, LANES>(weights, lane);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
 
       // Add this chunk of the values to every row.
-      uint value_pairs[PAIRS][Slots::value_bits];
       UNROLL
       for (int p = 0; p < PAIRS; p++) {
-        value_codes[p].pairs(value_pairs[p]);
-      }
-      UNROLL
-      for (int i = 0; i < CHUNK; i++) {
+        uint value_pairs[Slots::value_bits];
+        value_codes[p].pairs(value_pairs);
+        float weights[2 * R];
         UNROLL
-        for (int p = 0; p < PAIRS; p++) {
-          half2 values = value_codebook.at(grid_point<Slots::value_bits>(value_pairs[p], i));
+        for (int i = 0; i < 2 * R; i++) {
+          weights[i] = run_weights[p * 2 * ROWS + i];
+        }
+        UNROLL
+        for (int i = 0; i < CHUNK; i++) {
+          half2 values = value_codebook.at(grid_point<Slots::value_bits>(value_pairs, i));
           float a = float(values.x), b = float(values.y);
           UNROLL
           for (int r = 0; r < R; r++) {
-            out[r * CHUNK + i] = fma(weights[r * TOKENS + 2 * p], a, out[r * CHUNK + i]);
-            out[r * CHUNK + i] = fma(weights[r * TOKENS + 2 * p + 1], b, out[r * CHUNK + i]);
+            out[r * CHUNK + i] = fma(weights[2 * r], a, out[r * CHUNK + i]);
+            out[r * CHUNK + i] = fma(weights[2 * r + 1], b, out[r * CHUNK + i]);
           }
         }
       }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
     }
 
     // Merge the runs of this simdgroup.
@@ -1223,7 +1264,7 @@ METAL_FUNC void merge_splits(
   }
 
   // Merge the simdgroups.
-  constexpr int STRIDE = Vector<DV>::M * Vector<DV>::W * SIMD_SIZE + 1;
+  constexpr int STRIDE = Vector<DV>::HELD + 1;
   UNROLL
   for (int block = 0; block < Vector<DV>::M; block++) {
     UNROLL

@@ -48,10 +48,12 @@ def test_vllm_reads_the_settings_under_its_names(make_config, tmp_path, model_ty
     config = {name: value for name, value in config.items() if value is not None}
     given = {
         "afm7": {"hidden_dim": 64, "num_layers": 4, "num_heads": 4},
-        "openelm": {"model_dim": 64, "num_transformer_layers": 3, "num_query_heads": [4, 4, 8]},
+        "openelm": {"model_dim": 64, "num_transformer_layers": 3, "num_query_heads": [4, 4, 8]}
+        | {"num_kv_heads": [1, 4, 2], "num_key_value_heads": None},
         "exaone": {"hidden_size": 64, "num_layers": 3, "num_attention_heads": 4},
     }[model_type]
-    config |= {"model_type": model_type, **given}
+    config = config | {"model_type": model_type, **given}
+    config = {name: value for name, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
     model = make_config(model=str(folder)).model_config
     assert model.hf_config.model_type == model_type

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from tests.tiny_configs import (
     FETCHED,
@@ -84,3 +85,13 @@ def save_checkpoint(
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer that reads characters: one for each token of the vocabulary."""
+    characters = {chr(32 + i): i for i in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
+    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

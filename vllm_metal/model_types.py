@@ -27,14 +27,22 @@ _STAND_IN = "vllm.model_executor.models.llama:LlamaForCausalLM"
 
 
 class MlxLmConfig(PretrainedConfig):
-    """The settings of a `config.json` as they are, under vLLM's names too."""
+    """The settings of a `config.json`, under vLLM's names too.
+
+    Where a model has another number in each layer, vLLM is told the largest; what the layers
+    really are is read off the model itself.
+    """
 
     def __post_init__(self, **settings: Any):
         super().__post_init__(**settings)
         for name, others in _NAMES.items():
-            given = next((settings[other] for other in others if other in settings), None)
-            if getattr(self, name, None) is None and given is not None:
-                setattr(self, name, max(given) if isinstance(given, list) else given)
+            for other in others:
+                given = settings.get(other)
+                if isinstance(given, list):
+                    given = max(given)
+                    setattr(self, other, given)
+                if given is not None and getattr(self, name, None) is None:
+                    setattr(self, name, given)
         register_architectures(self.architectures or [])
 
     def __reduce__(self):

@@ -18,7 +18,7 @@ from vllm_metal.blas import load_fast_blas
 from vllm_metal.errors import UserError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.metal.platform")
@@ -114,6 +114,8 @@ class MetalPlatform(Platform):
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        if vllm_config.model_config is not None:
+            text_only(vllm_config.model_config)
         _tolerate_missing_accelerator()
         _cache_no_prefixes_of_states(vllm_config)
 
@@ -163,8 +165,6 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
         reasons.append("encoder-decoder models are not supported")
     if model.enable_prompt_embeds:
         reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
-    if model.enable_sleep_mode:
-        reasons.append("sleep mode (--enable-sleep-mode) is not supported")
     if model.skip_tokenizer_init and compresses:
         reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
     if model.quantization is not None:
@@ -193,6 +193,12 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
         cache.mamba_cache_mode = "none"
         cache.mamba_block_size = model.max_model_len
         logger.info("Prefix caching is off: %s has recurrent state", model.model)
+
+
+def text_only(model: "ModelConfig") -> None:
+    """Makes vLLM refuse images and the like: the worker runs the language model alone."""
+    if model.multimodal_config is not None:
+        model.multimodal_config.language_model_only = True
 
 
 def _tolerate_missing_accelerator() -> None:

@@ -1,55 +1,100 @@
-"""Peak memory over 500 asynchronous steps of a 16-layer stack that stores and decodes in place.
+"""Peak memory over 500 asynchronous decode steps of an mlx-lm Llama on each kind of page.
 
     python benchmarks/gpu/peak_memory.py
 
-Needs MLX on a GPU. Each step's query depends on the step before; the host runs ahead, as a server
-does. The pages are written through an input of the store kernel; a copy of them would show.
+Needs MLX on a GPU and mlx-lm; no vLLM. The model is mlx-lm's own class with random weights, bound
+as it is served. Each step's tokens depend on the step before, and one step runs ahead of the host.
+A copy of one layer's pages would show in the peak.
 """
 
+import argparse
+import time
+
 import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models.llama import Model, ModelArgs
 
-from vllm_metal.metal_kernel_backend.kernel_library import available_target
-from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.attention.decode_graphs import DecodeGraphs
+from vllm_metal.attention.metadata import DecodeMetadata
+from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.config import TurboQuantConfig
+from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 
-LAYERS, BATCH, HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, BLOCKS = 16, 8, 32, 8, 128, 16, 4096
-STEPS = 500
+BATCH, BLOCK_SIZE, NUM_BLOCKS, BLOCKS_EACH, SETTLED = 8, 16, 4096, 64, 20
+LLAMA = ModelArgs(
+    model_type="llama",
+    hidden_size=1024,
+    num_hidden_layers=16,
+    intermediate_size=2816,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    vocab_size=32_000,
+)
+
+
+def random_model() -> Model:
+    mx.random.seed(0)
+    model = Model(LLAMA)
+    model.update(tree_map(lambda p: (p + mx.random.normal(p.shape) * 0.02).astype(mx.float16),
+                          model.parameters()))  # fmt: skip
+    mx.eval(model.parameters())
+    return model
+
+
+def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
+    binding = ModelBinding(random_model())
+    constants = neutral_constants(binding.layers)
+    backends = make_backends(binding.layers, BLOCK_SIZE, mx.float16, turboquant, constants)
+    kv_cache = KVCache(backends, NUM_BLOCKS)
+    binding.bind(kv_cache)
+    forward = DecodeGraphs(binding, kv_cache) if traced else binding.forward
+    table = 1 + mx.arange(BATCH * BLOCKS_EACH, dtype=mx.int32).reshape(BATCH, BLOCKS_EACH)
+    tokens = mx.arange(BATCH, dtype=mx.int32)
+    mx.eval(table, tokens)
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    settled, started = 0, 0.0
+    for step in range(steps):
+        metadata = DecodeMetadata(
+            block_table=table,
+            seq_lens=mx.full((BATCH,), step + 1, mx.int32),
+            slot_mapping=table[:, step // BLOCK_SIZE] * BLOCK_SIZE + step % BLOCK_SIZE,
+            offset=mx.full((BATCH,), step, mx.int32),
+            max_seq_len=BLOCKS_EACH * BLOCK_SIZE,
+        )
+        previous = tokens
+        logits = forward(tokens[:, None], metadata)
+        tokens = mx.argmax(logits[:, -1], axis=-1).astype(mx.int32)
+        mx.async_eval(tokens, kv_cache.arrays)
+        mx.eval(previous)
+        if step == SETTLED:
+            settled, started = mx.get_peak_memory(), time.perf_counter()
+    mx.eval(tokens)
+    milliseconds = (time.perf_counter() - started) / (steps - SETTLED - 1) * 1e3
+    growth, of_a_layer = mx.get_peak_memory() - settled, kv_cache.nbytes // len(backends)
+    print(
+        f"{backends[0].name}, {'replayed' if traced else 'built'}: peak over the"
+        f" {held >> 20} MiB held: {(settled - held) / 2**20:.1f} MiB after {SETTLED} steps,"
+        f" {growth / 2**20:+.1f} MiB from there to step {steps};"
+        f" pages of a layer: {of_a_layer >> 20} MiB; {milliseconds:.2f} ms a step",
+        flush=True,
+    )
+    if turboquant is not None:
+        assert settled - held + growth < of_a_layer, "the pages of a layer were copied"
+    assert mx.all(mx.isfinite(logits)).item(), "logits are no numbers"
 
 
 def main() -> None:
-    layout = SlotLayout.of("q8_0", "q3_0", HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
-    launcher = Launcher(layout, available_target())
-    pages = [mx.zeros(layout.pages_shape(BLOCKS), mx.uint16) for _ in range(LAYERS)]
-    ones = mx.ones((KV_HEADS, HEAD_SIZE))
-    constants = LayerConstants(mx.zeros_like(ones), ones, ones, mx.ones((HEAD_SIZE,)))
-    table = 1 + mx.arange(BATCH * 64, dtype=mx.int32).reshape(BATCH, 64)
-    tokens = [launcher.no_token()] * LAYERS
-    x = mx.random.normal((BATCH, HEADS, HEAD_SIZE)).astype(mx.float16)
-    mx.eval(pages, constants.centre, ones, constants.value_factors, table, x)
-    held = mx.get_active_memory()
-    peaks = {}
-    previous = x
-    for step in range(STEPS):
-        lengths = mx.full((BATCH,), step + 1, mx.int32)
-        slots = table[:, step // BLOCK_SIZE] * BLOCK_SIZE + step % BLOCK_SIZE
-        for layer in range(LAYERS):
-            new = x[:, :KV_HEADS]
-            args = pages[layer], new, new, slots, constants, tokens[layer]
-            tokens[layer] = launcher.store(*args)
-            arguments = constants, HEAD_SIZE**-0.5, step + 1, tokens[layer]
-            x = x + launcher.decode(pages[layer], x[:, None], table, lengths, *arguments)[:, 0]
-            x = x / mx.max(mx.abs(x))
-        mx.async_eval(x)
-        mx.eval(previous)
-        previous = x
-        if step in (20, STEPS - 1):
-            peaks[step] = mx.get_peak_memory()
-            print(f"step {step}: peak {peaks[step] - held} bytes over the {held} held", flush=True)
-    page_bytes = pages[0].nbytes
-    growth = peaks[STEPS - 1] - peaks[20]
-    assert bool(mx.all(mx.isfinite(x))) and bool(mx.any(pages[-1] != 0))
-    assert growth < page_bytes, "the pages of a layer were copied"
-    print(f"growth from step 20 to {STEPS - 1}: {growth} bytes; pages of a layer: {page_bytes}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=500)
+    arguments = parser.parse_args()
+    for turboquant in (TurboQuantConfig("q8_0", "q3_0"), None):
+        for traced in (False, True):
+            run(turboquant, traced, arguments.steps)
+            mx.clear_cache()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 import pydoc_data.topics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -42,12 +42,12 @@ def engine(model: Path, **settings) -> Iterator[LLM]:
         mx.clear_cache()
 
 
-def prompts(model: Path) -> list[list[int]]:
-    """One prompt of each of `PROMPT_LENGTHS`, from different places of Python's documentation."""
+def prompts(model: Path, lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
+    """One prompt of each length, from different places of Python's documentation."""
     _, tokenizer = mlx_lm.load(str(model), lazy=True)
     text = "".join(pydoc_data.topics.topics.values())
     token_ids = tokenizer.encode(text[:40000])
-    return [token_ids[900 * i : 900 * i + length] for i, length in enumerate(PROMPT_LENGTHS)]
+    return [token_ids[900 * i : 900 * i + length] for i, length in enumerate(lengths)]
 
 
 def mlx_lm_tokens(model: Path, token_ids: list[list[int]], new_tokens: int) -> list[list[int]]:

@@ -12,9 +12,9 @@ def test_haystack_holds_the_needles_in_order():
     tokens = needle._haystack(hay, 1000, encode)
     text = "".join(map(chr, tokens))
     assert len(tokens) == 1000
-    places = [text.index(f"The secret number of the {c} box is {n}.") for c, n in needle.NEEDLES]
+    places = [text.index(f"{beginning} {end}.") for beginning, end in needle.NEEDLES]
     assert places == sorted(places)
-    assert places[0] < 250 < places[-1]
+    assert places[0] < 100 and places[-1] > 850
 
 
 def test_an_answer_with_the_number_is_found(monkeypatch):
@@ -26,10 +26,10 @@ def test_an_answer_with_the_number_is_found(monkeypatch):
             return iter(())
 
         def greedy(self, question, new_tokens):
-            return encode(" 93 25, I think" if "blue" in "".join(map(chr, question)) else " none")
+            return encode(" 604." if "Lindqvist" in "".join(map(chr, question)) else " no, 604")
 
     monkeypatch.setattr(needle, "PagedSequence", Sequence)
     found = needle.find_needles(
         None, None, [1] * 1000, encode, lambda t: "".join(map(chr, t)), [500]
     )
-    assert [n.found for n in found] == [False, True, False, False]
+    assert [n.found for n in found] == [False, False, True, *5 * [False]]

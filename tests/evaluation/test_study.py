@@ -29,7 +29,7 @@ def test_every_candidate_has_every_figure(monkeypatch):
     assert list(figures["pairs"]) == ["q8_0/q8_0", "q3_0/q2_0", "block-affine 8/3"]
     for row in figures["pairs"].values():
         assert row["kld"] > 0 and row["long_window_kld"] > 0 and row["attention_error"] > 0
-        assert (row["needles"], row["needles_found_dense"]) == (4, 0)
+        assert (row["needles"], row["needles_found_dense"]) == (8, 0)
     fine, coarse, _ = figures["pairs"].values()
     assert fine["bits_per_element"] == 8 + 16 / 32  # one float16 scale for 32 elements
     assert all(fine[name] < coarse[name] for name in ("kld", "long_window_kld", "attention_error"))

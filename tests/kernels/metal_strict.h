@@ -34,6 +34,7 @@ struct ushort2 {
   ushort2() = default;
   ushort2(ushort, ushort);
 };
+half2 operator+(half2, half2);
 half2 operator*(half2, half2);
 
 namespace metal {

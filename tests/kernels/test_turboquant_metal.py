@@ -129,8 +129,8 @@ PLANTED = {
     "a double": ("float softcap = scales[1];", "double softcap = scales[1];"),
     "a double literal": ("float x = float(steps) + 0.5f;", "float x = float(steps) + 0.5;"),
     "threadgroup memory taken for device memory": (
-        "const threadgroup uint* query_chunk = query_words + chunk * 8;",
-        "const device uint* query_chunk = query_words + chunk * 8;",
+        "const threadgroup uint* query_chunk = query_words + chunk * 4;",
+        "const device uint* query_chunk = query_words + chunk * 4;",
     ),
     "a helper that takes device memory only": (
         "Lengths seq_lens, Sinks sinks,",

@@ -1,7 +1,8 @@
 """Needles in a haystack: is a fact in a long context still found through compressed pages?
 
-Each haystack holds several needles at different depths. It is read once, then every question is
-asked on top of it, so that the question and the answer read the haystack from the pages.
+Each haystack holds several sentences at different depths. It is read once; then the beginning of
+each sentence is put after it, and the model has to go on with its end, which it reads from the
+pages.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +15,17 @@ from vllm_metal.evaluation.sequence import PagedSequence
 HAYSTACKS = (1000, 2000, 3000, 4000)
 """Context lengths, tokens."""
 NEEDLES = (
-    ("red", "4178"),
-    ("blue", "9325"),
-    ("green", "6042"),
-    ("yellow", "7591"),
+    ("The password of the old library is", "4178"),
+    ("The night train to Vienna leaves at platform", "93"),
+    ("Professor Lindqvist lives in room", "604"),
+    ("The treasure is buried under the", "oak"),
+    ("The name of the captain's parrot is", "Hector"),
+    ("The best soup in the village is made of", "pumpkin"),
+    ("The winning horse of the spring race was", "Thunder"),
+    ("The museum keeps the crown in vault number", "27"),
 )
-"""The needles of each haystack: (colour, number)."""
-ANSWER_TOKENS = 8
+"""The sentences of each haystack: (beginning, end). The beginning is the question."""
+ANSWER_TOKENS = 5
 
 Encode = Callable[[str], Sequence[int]]
 Decode = Callable[[Sequence[int]], str]
@@ -58,13 +63,9 @@ def find_needles(
         sequence = PagedSequence(binding, backends, length + 128)
         for _ in sequence.prefill(_haystack(hay, length, encode)):
             pass
-        for i, (colour, number) in enumerate(NEEDLES):
-            question = encode(
-                f"\n\nQuestion: What is the secret number of the {colour} box?\n"
-                f"Answer: The secret number of the {colour} box is"
-            )
-            answer = decode(sequence.greedy(question, ANSWER_TOKENS))
-            needles.append(Needle(length, _depth(i), number in answer.replace(" ", "")))
+        for i, (beginning, end) in enumerate(NEEDLES):
+            answer = decode(sequence.greedy(encode(f"\n{beginning}"), ANSWER_TOKENS))
+            needles.append(Needle(length, _depth(i), answer.strip().startswith(end)))
     return needles
 
 
@@ -74,10 +75,7 @@ def _depth(i: int) -> float:
 
 def _haystack(hay: Sequence[int], length: int, encode: Encode) -> list[int]:
     """`length` tokens of hay with the needles at even depths."""
-    needles = [
-        encode(f"\nThe secret number of the {colour} box is {number}.\n")
-        for colour, number in NEEDLES
-    ]
+    needles = [encode(f"\n{beginning} {end}.\n") for beginning, end in NEEDLES]
     room = length - sum(map(len, needles))
     tokens: list[int] = []
     start = 0

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
+from vllm_metal.attention.metadata import DecodeMetadata
 
 SCORE_TILE_BYTES = 64 << 20
 """Bound on one tile of prefill scores where MLX has no fused attention (its CPU backend)."""
@@ -15,15 +15,6 @@ def finite(values: mx.array) -> mx.array:
     owner of its block.
     """
     return mx.where(values - values == 0, values, 0)
-
-
-def head_blocks(metadata: AttentionMetadata, num_kv_heads: int) -> mx.array:
-    """[B, H, N] int32: rows of pages `[num_blocks * H, ...]` that hold each request's heads."""
-
-    def rows() -> mx.array:
-        return metadata.block_table[:, None, :] * num_kv_heads + mx.arange(num_kv_heads)[:, None]
-
-    return metadata.derived.once(("head_blocks", num_kv_heads), rows)
 
 
 def valid_tokens(

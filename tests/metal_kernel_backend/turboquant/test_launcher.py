@@ -110,6 +110,17 @@ def test_ugly_keys_and_values(name):
     assert np.abs(got - expected).max() <= 2e-2 * max(np.abs(expected).max(), 1e-12)
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_stored_as_zeros(poison):
+    stored = Stored(Case(), [5])
+    values = np.array(stored.values)
+    values[1, 0, 3] = values[4] = poison
+    stored.values = mx.array(values)
+    stored.store(slice(None))
+    stored.values = mx.where(mx.isfinite(stored.values), stored.values, 0)
+    stored.check_bytes()
+
+
 def test_tokens_stored_together_or_singly_give_the_same_bytes():
     for case in (Case("q3_0", "q5_0", 64, 2), Case("q6_0", "q2_0", 80, 1)):
         stored = Stored(case, [17])

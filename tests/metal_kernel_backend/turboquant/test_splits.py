@@ -33,7 +33,7 @@ def test_many_requests_are_not_split_into_one_more_wave():
 
 
 def test_short_requests_are_not_split():
-    assert splits(100, 8, 396) == (SPLIT_STEP, 1)
+    assert splits(SPLIT_STEP, 8, 396) == (SPLIT_STEP, 1)
 
 
 def test_the_cpu_is_one_core_and_keeps_eight_rows():

@@ -67,7 +67,7 @@ MERGE = Kernel(
     ("output",),
     SLOTS
     + f"""
-  threadgroup float scratch[SIMDGROUPS * (2 * Slots::longer + 1)];
+  threadgroup float scratch[SIMDGROUPS * (Vector<Slots::value_head_size>::HELD + 1)];
   merge_splits<Slots, G, Q, SIMDGROUPS, SINKS>(
       partials, states, queries, centre, value_factors, seq_lens, sinks, params, scales, output,
       scratch, {POSITION});

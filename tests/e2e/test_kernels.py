@@ -1,0 +1,81 @@
+"""The engine on the kernels, run on the CPU, against the engine on MLX operations."""
+
+from collections.abc import Callable
+
+import pytest
+from vllm import SamplingParams
+
+from tests.e2e import engine as e2e
+from tests.e2e.test_turboquant import model  # noqa: F401
+from tests.test_model_runner import PROMPTS
+from vllm_metal.metal_kernel_backend import selection
+from vllm_metal.metal_kernel_backend.host_target import HostTarget
+
+PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
+
+Answer = list[tuple[int, float, float]]
+"""(token, its log-probability, its lead over the next best) of each step."""
+
+
+def generate(model, k_quant: str, v_quant: str) -> list[Answer]:  # noqa: F811
+    """Answers to all prompts, run together; long prompts come in chunks."""
+    settings = {"turboquant": True, "k_quant": k_quant, "v_quant": v_quant, "allow_lossy": True}
+    limits = {"max_model_len": 128, "max_num_batched_tokens": 32, "kv_cache_memory_bytes": 4 << 20}
+    with e2e.engine(model, additional_config=settings, **limits) as llm:
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
+    return [_answer(output.outputs[0]) for output in outputs]
+
+
+def _answer(completion) -> Answer:
+    answer = []
+    for token, step in zip(completion.token_ids, completion.logprobs, strict=True):
+        second = max(choice.logprob for other, choice in step.items() if other != token)
+        answer.append((token, step[token].logprob, step[token].logprob - second))
+    return answer
+
+
+@pytest.fixture
+def use_host_kernels(monkeypatch) -> Callable[[], list[str]]:
+    """Makes the next engines run the kernels on the CPU; gives the names of those it builds."""
+    built = []
+
+    class Recording(HostTarget):
+        def build(self, kernel, resident=None):
+            built.append(kernel.name)
+            return super().build(kernel, resident)
+
+    def use():
+        monkeypatch.setattr(selection, "available_target", Recording)
+        return built
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("k_quant", "v_quant", "tolerance"), [("q8_0", "q8_0", 0.03), ("q8_0", "q3_0", 0.3)]
+)
+def test_the_kernels_answer_as_the_reference_path(
+    model,  # noqa: F811
+    use_host_kernels,
+    k_quant,
+    v_quant,
+    tolerance,
+):
+    """Log-probabilities agree, and tokens part at near ties only; with 8 bits, nowhere.
+
+    The kernels round keys and queries to half. That moves a coordinate of a new token over the
+    edge of its cell now and then, by 1/128 of the largest coordinate with 8 bits, by 1/4 with 3.
+    """
+    expected = generate(model, k_quant, v_quant)
+    built = use_host_kernels()
+    answers = generate(model, k_quant, v_quant)
+    assert {"turboquant_store", "turboquant_decode", "turboquant_merge"} <= set(built)
+    for answer, reference in zip(answers, expected, strict=True):
+        for (token, logprob, _), (other, other_logprob, lead) in zip(
+            answer, reference, strict=True
+        ):
+            if token != other:
+                assert lead < tolerance and v_quant != "q8_0"
+                break
+            assert abs(logprob - other_logprob) < tolerance
