@@ -8,7 +8,9 @@ import numpy as np
 
 from tests import reference
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.kv_cache.groups import KVGroup
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Request:
     scale: float
     sinks: np.ndarray | None = None
     """[Hq] float32"""
+    sliding_window: int | None = None
 
     @property
     def seq_len(self) -> int:
@@ -45,6 +48,7 @@ class Request:
             self.values[:, :end],
             self.scale,
             self.sinks,
+            self.sliding_window or 0,
         )
 
 
@@ -53,6 +57,9 @@ class PagedLayer:
 
     def __init__(self, backend: AttentionBackend, num_blocks: int = 64, seed: int = 0):
         self.backend = backend
+        self.group = KVGroup(
+            backend.block_size, layers=(0,), sliding_window=backend.shape.sliding_window
+        )
         self.pages: Pages = backend.allocate(num_blocks)
         self.rng = np.random.default_rng(seed)
         self._free = list(self.rng.permutation(np.arange(1, num_blocks)))
@@ -76,6 +83,7 @@ class PagedLayer:
             block_ids,
             shape.head_size**-0.5,
             self._normal(num_heads) if sinks else None,
+            shape.sliding_window,
         )
 
     def prefill(self, request: Request, start: int, end: int, dtype: mx.Dtype = mx.float32):
@@ -137,13 +145,9 @@ class PagedLayer:
 
     def chunk(self, request: Request, start: int, end: int) -> PrefillMetadata:
         """Tokens `start` to `end` of a request as one chunk."""
-        block_size = self.backend.block_size
-        return PrefillMetadata(
-            block_table=mx.array([request.block_ids[: -(-end // block_size)]], mx.int32),
-            slot_mapping=mx.array(request.slots(block_size)[start:end], mx.int32),
-            context_len=start,
-            query_len=end - start,
-        )
+        table = np.array(request.block_ids, np.int32)
+        [metadata] = prefill_metadata([self.group], [table], start, end - start)
+        return metadata
 
     def rows(
         self, requests: Sequence[Request], lens: Sequence[int], padding: int = 0
@@ -155,15 +159,9 @@ class PagedLayer:
         for row, (request, seq_len) in enumerate(zip(requests, lens, strict=True)):
             block_ids = request.block_ids[: -(-seq_len // block_size)]
             table[row, : len(block_ids)] = block_ids
-        last = [seq_len - 1 for seq_len in lens]
-        slots = [r.slots(block_size)[i] for r, i in zip(requests, last, strict=True)]
-        return DecodeMetadata(
-            block_table=mx.array(table),
-            seq_lens=mx.array(lens, mx.int32),
-            slot_mapping=mx.array(np.array(slots), mx.int32),
-            offset=mx.array(last, mx.int32) if len(lens) > 1 else last[0],
-            max_seq_len=max(lens),
-        )
+        positions = np.array(lens, np.int32) - 1
+        [metadata] = decode_metadata([self.group], [table], positions)
+        return metadata
 
     def expected_decode(
         self, requests: Sequence[Request], lens: Sequence[int] | None = None
