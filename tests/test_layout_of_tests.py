@@ -19,6 +19,7 @@ MIRRORED_ELSEWHERE = {
 WITHOUT_MODULE = {
     "test_docs.py",
     "test_import_ladder.py",
+    "kv_cache/test_memory.py",
     "test_layout_of_tests.py",
 }
 """Tests about the repository rather than one module; those in `e2e` are about all of them."""
