@@ -1,13 +1,17 @@
 """The owner of the pages: written in place, copied exactly, counted truly."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from tests.dense_pages import keys_and_values
 from vllm_metal.attention.backend import LayerShape
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
+from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
 from vllm_metal.metal_kernel_backend.dense import DensePages
 
 BLOCK = 16
@@ -116,3 +120,82 @@ def test_copying_blocks_is_in_place():
     for source in range(1, 50):
         cache.copy_blocks([(source, source + 100)])
     assert mx.get_peak_memory() - before < cache.nbytes // 100
+
+
+WINDOW = replace(SHAPE, sliding_window=8)
+STATE = StateShape(((40, 25),), (mx.float32,))
+
+
+def shared_cache(num_blocks: int) -> KVCache:
+    """Two layers and a state in the same bytes, each a group of its own."""
+    backends = [DensePages(shape, BLOCK, mx.float32) for shape in (SHAPE, WINDOW)]
+    groups = (
+        KVGroup(BLOCK, layers=(0,)),
+        KVGroup(BLOCK, layers=(1,), sliding_window=8),
+        KVGroup(100, states=(0,)),
+    )
+    region = Region(backends[0].page_size_bytes, layers=(0, 1), states=(0,))
+    return KVCache(backends, num_blocks, [STATE], CacheLayout(num_blocks, groups, (region,)))
+
+
+def test_layers_that_share_bytes_keep_to_their_blocks():
+    cache = shared_cache(num_blocks=6)
+    assert cache.shares_arrays and cache.nbytes == 6 * cache.backends[0].page_size_bytes
+    metadata = [decode_metadata([3], blocks_each=1), decode_metadata([9], blocks_each=1)]
+    metadata[1] = replace(metadata[1], block_table=mx.array([[2]]), slot_mapping=mx.array([40]))
+    state = StateMetadata(mx.array([4]), begins=True)
+    cache.begin_forward((*metadata, state))
+    for layer in range(2):
+        cache.store(layer, *kv(1, seed=layer), metadata[layer])
+    cache.keep_state(0, [mx.arange(1000.0).reshape(1, 40, 25)])
+    cache.evaluate()
+    [array] = cache.arrays
+    assert array.dtype == mx.uint16
+    assert [block for block in range(6) if array[block].any()] == [1, 2, 4]
+    for layer, (block, token) in enumerate(((1, 2), (2, 8))):
+        pages = keys_and_values(cache.backends[layer], cache.pages(layer))
+        for page, new in zip(pages, kv(1, seed=layer), strict=True):
+            assert mx.array_equal(page[block, :, token], new[0])
+    cache.begin_forward((*metadata, replace(state, begins=False)))
+    [old] = cache.old_state(0)
+    assert mx.array_equal(old, mx.arange(1000.0).reshape(1, 40, 25))
+
+
+def test_shared_bytes_are_written_in_place():
+    """Several writes of one array in every forward, lazily, with readers in between."""
+    cache = shared_cache(num_blocks=4097)
+    query = mx.random.normal((2, 4, SHAPE.head_size))
+    mx.eval(query)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for step in range(1, 31):
+        rows = decode_metadata([step, step + 3], blocks_each=4)
+        state = StateMetadata(mx.array([4000, 4001]), begins=step == 1)
+        cache.begin_forward((rows, rows, state))
+        outs, out = [], query
+        for layer, backend in enumerate(cache.backends):
+            keys, values = kv(2, seed=step)
+            cache.store(layer, keys + mx.mean(out), values, rows)
+            out = backend.decode(cache.pages(layer), query, rows, 1.0, None)
+            outs.append(out)
+        cache.keep_state(0, [mx.full((2, 40, 25), step) + mx.mean(out)])
+        cache.evaluate(*outs)
+    assert mx.get_peak_memory() - before < cache.nbytes // 50
+
+
+def test_layers_of_one_region_that_store_through_it_need_no_evaluation():
+    class StoresThrough(DensePages):
+        stores_through = True
+
+    backends = [StoresThrough(shape, BLOCK, mx.float32) for shape in (SHAPE, WINDOW)]
+    groups = (KVGroup(BLOCK, (0,)), KVGroup(BLOCK, (1,), sliding_window=8))
+    region = Region(backends[0].page_size_bytes, layers=(0, 1))
+    assert not KVCache(backends, 3, (), CacheLayout(3, groups, (region,))).shares_arrays
+
+
+def test_taken_arrays_are_put_back():
+    cache = cache_of(num_blocks=4)
+    before = [id(array) for array in cache.arrays]
+    cache.put(cache.take())
+    assert [id(array) for array in cache.arrays] == before

@@ -5,6 +5,7 @@ import pytest
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity, elements_per_token
+from vllm_metal.kv_cache.groups import KVGroup
 from vllm_metal.metal_kernel_backend.dense import DensePages
 
 SHAPE = LayerShape(num_kv_heads=2, head_size=64, head_size_v=32)
@@ -32,3 +33,24 @@ def test_dense_16_bit_pages_have_ratio_one():
 
 def test_float32_pages_count_as_they_are():
     assert CacheSummary.of([DensePages(SHAPE, 16, mx.float32)]).ratio == 0.5
+
+
+def test_groups_draw_from_one_pool():
+    groups = (
+        KVGroup(16, layers=(0,)),
+        KVGroup(16, layers=(1,), sliding_window=33),
+        KVGroup(4096, states=(0,)),
+    )
+    capacity = Capacity(1050, 100, 16, groups, step_tokens=8)
+    assert capacity.blocks_for(16) == 1 + 2 + 1
+    assert capacity.blocks_for(1000) == 63 + 4 + 1  # 32 tokens and 8 in flight, and an edge
+    assert capacity.requests(16) == 9 / 4
+    assert capacity.tokens == 64
+    assert capacity.blocks_for(64) <= 9 < capacity.blocks_for(65)
+    assert capacity.bytes_for(16) == 400
+
+
+def test_requests_of_states_alone_are_of_any_length():
+    capacity = Capacity(1000, 100, 512, (KVGroup(512, states=(0, 1)),))
+    assert capacity.requests(512) == 9
+    assert capacity.tokens == 9 * 512

@@ -1,16 +1,31 @@
 """What vLLM's own planner makes of our specs: bytes and blocks as they are really allocated."""
 
+from dataclasses import replace
+from functools import partial
+
 import mlx.core as mx
 import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.kv_cache.spec import kv_cache_specs, layer_name
+from vllm_metal.kv_cache.groups import KVGroup, Region
+from vllm_metal.kv_cache.spec import (
+    TurboQuantAttentionSpec,
+    cache_layout,
+    kv_cache_specs,
+    layer_name,
+)
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -121,3 +136,61 @@ def test_names_are_in_model_order():
     names = list(kv_cache_specs(MIXES["float32"], torch.float32))
     assert names == [layer_name(i) for i in range(4)]
     assert len(set(names)) == 4
+
+
+def test_a_compressed_layer_says_its_formats():
+    specs = kv_cache_specs([turboquant("q8_0", "q3_0")] * 2, torch.float32)
+    [spec] = set(specs.values())
+    assert isinstance(spec, TurboQuantAttentionSpec)
+    assert (spec.k_quant, spec.v_quant) == ("q8_0", "q3_0")
+    merged = TurboQuantAttentionSpec.merge([spec, spec])
+    assert merged == spec
+
+
+@pytest.mark.parametrize("other", [turboquant("q8_0", "q4_0"), dense(mx.float16)], ids=["4", "16"])
+def test_layers_of_other_formats_are_not_merged(other):
+    """vLLM merges by trying; a merge of unlike layers would count one's bytes for the other."""
+    specs = kv_cache_specs([turboquant("q8_0", "q3_0"), other], torch.float32).values()
+    for order in (list(specs), list(specs)[::-1]):
+        with pytest.raises(AssertionError):
+            type(order[0]).merge(order)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_windows_are_groups_of_their_own(compressed, make_config):
+    """Equal pages, so that the window's blocks are the same bytes as the full layers'."""
+    shapes = [SHAPE, replace(SHAPE, sliding_window=32), replace(SHAPE, sliding_window=32)]
+    make = (lambda s: turboquant("q8_0", "q3_0", s)) if compressed else partial(dense, mx.float16)
+    backends = [make(shape) for shape in shapes]
+    specs = kv_cache_specs(backends, torch.float32)
+    assert isinstance(specs[layer_name(1)], SlidingWindowSpec)
+    planned = plan(make_config(), specs)
+    layout = cache_layout(planned)
+    assert layout.groups == (
+        KVGroup(BLOCK, layers=(0,)),
+        KVGroup(BLOCK, layers=(1,), sliding_window=32),
+        KVGroup(BLOCK, layers=(2,), sliding_window=32),
+    )
+    assert layout.regions == (Region(backends[0].page_size_bytes, layers=(0, 1, 2)),)
+
+
+def test_states_share_the_pages_of_attention(make_config):
+    state = StateShape(((5, 7), (3,)), (mx.float32, mx.bfloat16))
+    backends = [DensePages(SHAPE, BLOCK, mx.float16)] * 2
+    specs = kv_cache_specs(backends, torch.float32, [state] * 4, max_model_len=128)
+    layout = cache_layout(plan(make_config(), specs))
+    assert [(group.layers, group.states) for group in layout.groups] == [
+        ((0, 1), ()),
+        ((), (0, 2)),
+        ((), (1, 3)),
+    ]
+    page = backends[0].page_size_bytes
+    assert layout.regions == (Region(page, (0,), (0, 1)), Region(page, (1,), (2, 3)))
+
+
+@pytest.mark.parametrize("offset", [8, 100])
+def test_layers_that_overlap_by_part_are_refused(make_config, offset):
+    planned = plan(make_config(), kv_cache_specs([dense(mx.float16)] * 2, torch.float32))
+    planned.kv_cache_tensors[0].layer_stride = offset
+    with pytest.raises(ValueError, match="overlap"):
+        cache_layout(planned)
