@@ -55,9 +55,11 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "input_batch.py",
         "attention/metadata.py",
         "attention/model_binding.py",
+        "attention/layer_cache.py",
+        "attention/dry_forward.py",
+        "attention/backend.py",
         "kv_cache/cache.py",
         "metal_kernel_backend/dense.py",
-        "attention/backend.py",
         "metal_kernel_backend/turboquant/backend.py",
         "sampler.py",
     ]

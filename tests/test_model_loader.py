@@ -4,6 +4,7 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 import torch
 from mlx.utils import tree_flatten
@@ -37,6 +38,46 @@ def test_the_models_logits(make_config, dtype):
     reference.set_dtype(mlx_dtype(dtype))
     token_ids = mx.array([[5, 4, 3]])
     assert mx.array_equal(model(token_ids), reference(token_ids))
+
+
+QUANTIZATIONS = [
+    {"group_size": 32, "bits": 4},
+    {"group_size": 32, "bits": 8},
+    {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_quantised_weights_stay_quantised(make_config, tmp_path, quantization, dtype):
+    folder = save_checkpoint(tmp_path / "model", quantization=quantization)
+    model = load_model(make_config(model=str(folder), dtype=dtype).model_config)
+    own, _ = mlx_lm.utils.load_model(folder)
+    for (path, array), (_, expected) in zip(
+        tree_flatten(model.parameters()), tree_flatten(own.parameters()), strict=True
+    ):
+        if expected.dtype in (mx.uint8, mx.uint32):
+            assert mx.array_equal(array, expected), path
+        else:
+            assert array.dtype == mlx_dtype(dtype), path
+    assert model.layers[0].self_attn.q_proj.weight.dtype == mx.uint32
+    token_ids = mx.array([[5, 4, 3]])
+    logits, expected = model(token_ids), own(token_ids)
+    assert logits.dtype == mlx_dtype(dtype)
+    difference = mx.abs(logits - expected).max() / mx.std(expected)
+    assert difference.item() < (1e-5 if dtype == "float32" else 0.3)
+
+
+def test_what_a_model_excepts_keeps_its_type(make_config, tmp_path):
+    """The biases that choose experts, to which 8 bits of a mantissa are too few."""
+    architecture = {"architectures": ["DeepseekV3ForCausalLM"], "rope_scaling": None}
+    folder = save_checkpoint(tmp_path / "model", "deepseek_v3", **architecture)
+    model = load_model(make_config(model=str(folder), dtype="bfloat16").model_config)
+    kinds = {path: array.dtype for path, array in tree_flatten(model.parameters())}
+    biases = [path for path in kinds if "e_score_correction_bias" in path]
+    assert biases and all(kinds.pop(path) == mx.float32 for path in biases)
+    assert set(kinds.values()) == {mx.bfloat16}
 
 
 def test_bytes_of_the_weights(make_config):

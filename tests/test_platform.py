@@ -1,17 +1,23 @@
 """What is refused before anything is loaded, and what vLLM is told about the platform."""
 
 import inspect
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import CompilationMode, CUDAGraphMode
+from transformers import WhisperConfig
+from vllm.config import CompilationMode, CUDAGraphMode, MultiModalConfig
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 
 from vllm_metal import platform
 from vllm_metal.device import DEVICE_VARIABLE
 from vllm_metal.errors import UserError
-from vllm_metal.platform import MetalPlatform, unsupported
+from vllm_metal.platform import MetalPlatform, text_only, unsupported
+
+WHISPER = "WhisperForConditionalGeneration"
 
 
 def refusal(make_config, **settings) -> str:
@@ -58,6 +64,10 @@ def test_checking_twice_changes_nothing(make_config):
     [
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
         ({"data_parallel_size": 2}, "--data-parallel-size 2"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"runner": "pooling"}, "--runner pooling: only text generation"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"skip_tokenizer_init": True, "kv_cache_dtype": "turboquant_k8v4"}, "calibrate its keys"),
         ({"block_size": 256}, "--block-size 256 (allowed: 8, 16, 32, 64, 128)"),
         ({"block_size": 24}, "--block-size 24"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
@@ -82,6 +92,43 @@ def test_checking_twice_changes_nothing(make_config):
 )
 def test_settings_that_are_refused(make_config, settings, reason):
     assert reason in refusal(make_config, **settings)
+
+
+def config_file(folder: Path, **settings) -> str:
+    """A model folder that holds a configuration only."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def test_weights_quantised_in_another_way_are_refused(make_config, checkpoint, tmp_path):
+    settings = json.loads((checkpoint / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    folder = config_file(tmp_path / "model", **settings, quantization_config=quantization)
+    assert "quantised with fp8" in refusal(make_config, model=folder, dtype="bfloat16")
+
+
+def test_mlxs_own_quantisation_is_served(make_config, checkpoint, tmp_path):
+    settings = json.loads((checkpoint / "config.json").read_text())
+    quantization = {"group_size": 32, "bits": 4}
+    settings |= {"quantization": quantization, "quantization_config": quantization}
+    assert unsupported(make_config(model=config_file(tmp_path / "model", **settings))) == []
+
+
+def test_encoders_are_refused(make_config, tmp_path):
+    folder = config_file(
+        tmp_path / "model",
+        **WhisperConfig(max_target_positions=128, architectures=[WHISPER]).to_dict(),
+    )
+    assert "encoder-decoder models" in refusal(make_config, model=folder)
+
+
+def test_a_model_with_eyes_serves_text_only():
+    """vLLM then refuses images by name, which the worker would not see."""
+    multimodal = MultiModalConfig()
+    assert multimodal.get_limit_per_prompt("image") > 0
+    text_only(SimpleNamespace(multimodal_config=multimodal))
+    assert multimodal.get_limit_per_prompt("image") == 0
 
 
 def test_all_reasons_come_at_once(make_config):

@@ -5,7 +5,7 @@ import pytest
 
 from tests.serving import Serving
 from tests.tiny_models import save_checkpoint
-from vllm_metal.attention.model_binding import UnsupportedModelError
+from vllm_metal.attention.dry_forward import UnsupportedModelError
 from vllm_metal.errors import UserError
 from vllm_metal.worker import MetalWorker
 
@@ -109,8 +109,8 @@ def test_rows_are_decoded_together_where_the_model_allows(make_config):
 
 
 def test_an_unservable_model_is_refused_at_load(make_config, tmp_path):
-    folder = save_checkpoint(tmp_path / "model", "gemma2", architectures=["LlamaForCausalLM"])
-    with pytest.raises(UnsupportedModelError, match="'gemma2' cannot be served"):
+    folder = save_checkpoint(tmp_path / "model", "mamba", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UnsupportedModelError, match="'mamba' cannot be served"):
         loaded(make_config(model=str(folder)))
 
 

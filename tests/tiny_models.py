@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 VOCABULARY = 96
 LAYERS = 3
@@ -57,6 +58,27 @@ SERVED: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layer_interval": 2},
     "cohere": {"layer_norm_eps": 1e-5, "use_qk_norm": True},
+    "minicpm3": {
+        "num_key_value_heads": 4,
+        "dim_model_base": 32,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "scale_depth": 1.4,
+        "scale_emb": 12,
+        "rope_scaling": {"type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+        | {"original_max_position_embeddings": 64},
+    },
+    "openelm": {
+        "head_dim": 16,
+        "num_transformer_layers": LAYERS,
+        "model_dim": 64,
+        "ffn_dim_divisor": 16,
+        "num_query_heads": [4, 4, 8],
+        "num_kv_heads": [1, 2, 4],
+        "ffn_multipliers": [1.0, 1.5, 2.0],
+    },
 }
 """Architectures with plain attention: what each adds to `_PLAIN`."""
 
@@ -71,7 +93,9 @@ ONE_AT_A_TIME: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
 }
-"""Architectures with plain attention that take one position for all rows of a forward."""
+"""Architectures with plain attention that take one position for all rows of a forward.
+
+So do "afm7" of `SHARED` and "gemma2" of `FETCHED`, whose mask does not fit a batch of rows."""
 
 WINDOWED: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -109,23 +133,54 @@ RECURRENT: dict[str, dict[str, Any]] = {
         **_MIXTURE,
     },
 }
-OTHER_ATTENTION: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 48,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "kv_lora_rank": 32,
-        "q_lora_rank": 48,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
+_YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+FETCHED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy", "rope_scaling": _YARN},
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": {**_LATENT, "index_head_dim": 32, "index_n_heads": 2, "index_topk": 6},
+    "mistral4": {
+        **_LATENT,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "rope_parameters": {**_YARN, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1},
     },
-    "gemma2": {"head_dim": 16},
+    "longcat_flash": {
+        **_LATENT,
+        "attention_method": "MLA",
+        "zero_expert_type": "identity",
+        "zero_expert_num": 2,
+        "ffn_hidden_size": 96,
+        "moe_topk": 2,
+        "expert_ffn_hidden_size": 48,
+        "num_layers": 2,
+        "routed_scaling_factor": 1.0,
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "attention_bias": False,
+    },
     "stablelm": {
         "rope_traditional": False,
         "partial_rotary_factor": 0.25,
@@ -134,9 +189,33 @@ OTHER_ATTENTION: dict[str, dict[str, Any]] = {
         "rope_pct": 0.25,
         "norm_eps": 1e-5,
     },
+    "gemma2": {"head_dim": 16},
 }
+"""Architectures that compute on what their caches return."""
 
-_ALL = SERVED | ONE_AT_A_TIME | WINDOWED | RECURRENT | OTHER_ATTENTION
+SHARED: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "num_key_value_heads": 1,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "layer_types": ["full_attention"] * 4,
+        "tie_word_embeddings": True,
+    },
+    "afm7": {
+        "hidden_dim": 64,
+        "num_layers": 4,
+        "num_kv_reuse_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+}
+"""Architectures with layers that attend over the keys and values of other layers."""
+
+_ALL = SERVED | ONE_AT_A_TIME | FETCHED | SHARED | WINDOWED | RECURRENT
 
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -167,10 +246,34 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
     return model
 
 
-def save_checkpoint(folder: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """Writes config and weights as a Hugging Face folder without a tokenizer; returns it."""
+def save_checkpoint(
+    folder: Path,
+    model_type: str = "llama",
+    seed: int = 0,
+    quantization: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Writes config and weights as a Hugging Face folder without a tokenizer; returns it.
+
+    With `quantization` (`group_size`, `bits`, `mode`), as mlx-lm writes a quantised model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_of(model_type, **changes)))
-    weights = dict(tree_flatten(tiny_model(model_type, seed, **changes).parameters()))
+    config = config_of(model_type, **changes)
+    model = tiny_model(model_type, seed, **changes)
+    if quantization:
+        nn.quantize(model, **quantization)
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer that reads characters: one for each token of the vocabulary."""
+    characters = {chr(32 + i): i for i in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
+    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -5,6 +5,7 @@ exactly over the tokens at hand and notes its queries and keys, after RoPE.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.causal_attention import causal_attention
+from vllm_metal.metal_kernel_backend.turboquant.calibration import Sample
 
 
 class _Recorder(AttentionBackend):
@@ -24,8 +26,8 @@ class _Recorder(AttentionBackend):
 
     def __init__(self, shape: LayerShape):
         super().__init__(shape, block_size=1)
-        self.queries: mx.array | None = None  # [Hq, L, Dk]
-        self.keys: mx.array | None = None  # [H, L, Dk]
+        self.queries: list[mx.array] = []  # [H, G, L, Dk] of each attention over this layer
+        self.keys: mx.array | None = None  # [L, H, Dk]
 
     def allocate(self, num_blocks: int) -> Pages:
         return ()
@@ -37,7 +39,11 @@ class _Recorder(AttentionBackend):
         values: mx.array,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
+        self.keys = keys
         return pages
+
+    def read(self, *_) -> tuple[mx.array, mx.array]:
+        raise NotImplementedError("there are no pages")
 
     def prefill(
         self,
@@ -49,20 +55,41 @@ class _Recorder(AttentionBackend):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        self.queries, self.keys = queries, keys
+        self.queries.append(queries.reshape(self.shape.num_kv_heads, -1, *queries.shape[1:]))
         return causal_attention(queries[None], keys[None], values[None], scale, sinks)[0]
 
     def decode(self, *_) -> mx.array:
         raise NotImplementedError("samples are taken in a prefill")
 
-    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         return 0
+
+    def sample(self) -> Sample:
+        keys = _float32(self.keys)
+        if not self.queries:
+            return None, keys
+        queries = mx.concatenate(self.queries, axis=1)  # [H, G, L, Dk]
+        return _float32(queries.flatten(0, 1).swapaxes(0, 1)), keys
+
+
+@dataclass(frozen=True)
+class _Excerpt(PrefillMetadata):
+    """A chunk that stands somewhere in a text and sees nothing of what comes before."""
+
+    position: int = 0
+
+    @property
+    def offset(self) -> int:
+        return self.position
 
 
 def collect_key_samples(
     binding: ModelBinding, token_ids: Sequence[int], offset: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> list[Sample]:
     """Queries [T, Hq, Dk] and keys [T, H, Dk], float32, of each layer.
+
+    A layer that others share has the queries of all of them, and a layer whose keys are fetched
+    has None for its queries: the model keeps them to itself.
 
     Args:
         binding: the model; left bound to no pages.
@@ -72,14 +99,12 @@ def collect_key_samples(
     recorders = [_Recorder(shape) for shape in binding.layers]
     binding.bind(KVCache(recorders, 0))
     empty = mx.zeros((1, 0), mx.int32)
-    metadata = PrefillMetadata(empty, empty[0], context_len=offset, query_len=len(token_ids))
+    metadata = _Excerpt(empty, empty[0], 0, len(token_ids), position=offset)
     logits = binding.forward(mx.array([list(token_ids)]), metadata)
     mx.eval(logits, [(recorder.queries, recorder.keys) for recorder in recorders])
     binding.bind(None)
-    return [
-        tuple(
-            np.array(part.swapaxes(0, 1).astype(mx.float32))
-            for part in (recorder.queries, recorder.keys)
-        )
-        for recorder in recorders
-    ]
+    return [recorder.sample() for recorder in recorders]
+
+
+def _float32(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32))

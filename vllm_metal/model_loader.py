@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from vllm_metal.errors import UserError
@@ -24,14 +24,16 @@ def mlx_dtype(name: object) -> mx.Dtype:
 
 
 def load_model(model_config: "ModelConfig") -> nn.Module:
-    """The model in evaluation mode, its floating-point weights in `model_config.dtype`.
+    """The model in evaluation mode, computing in `model_config.dtype`.
+
+    Quantised weights stay quantised; their scales take the type, since activations follow them.
 
     Raises:
         UserError: the folder holds no model that mlx-lm can load.
     """
     path = _local_folder(model_config.model, model_config.revision, _WEIGHT_FILES)
     model = _load(path, model_config.trust_remote_code, strict=True)
-    model.set_dtype(mlx_dtype(model_config.dtype))
+    _cast(model, mlx_dtype(model_config.dtype))
     model.eval()
     mx.eval(model.parameters())
     return model
@@ -59,6 +61,23 @@ def weight_bytes(model: nn.Module) -> int:
 def weight_bytes_on_disk(model: str) -> int | None:
     """Bytes of a local folder's weight files; None where there are none."""
     return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) or None
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Floating-point parameters to `dtype`, but for those that must keep theirs.
+
+    These are the ones that the model itself excepts, such as the biases that choose experts, and
+    the float32 scale of a whole tensor in NVFP4.
+    """
+    may_cast = getattr(model, "cast_predicate", lambda path: True)
+
+    def cast(path: str, array: mx.array) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        if not floating or path.endswith("global_scale") or not may_cast(path):
+            return array
+        return array.astype(dtype)
+
+    model.update(tree_map_with_path(cast, model.parameters()))
 
 
 def _local_folder(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -16,7 +16,8 @@ from vllm_metal import config, device
 from vllm_metal.errors import UserError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 """Values of `--block-size` that are served."""
@@ -57,6 +58,13 @@ class MetalPlatform(Platform):
     @classmethod
     def inference_mode(cls):
         return torch.inference_mode()
+
+    @classmethod
+    def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
+        """vLLM calls it before it reads a model's configuration."""
+        from vllm_metal.model_types import register_model_types
+
+        register_model_types()
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
@@ -102,6 +110,8 @@ class MetalPlatform(Platform):
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        if vllm_config.model_config is not None:
+            text_only(vllm_config.model_config)
         _tolerate_missing_accelerator()
 
 
@@ -150,8 +160,6 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
         reasons.append("encoder-decoder models are not supported")
     if model.enable_prompt_embeds:
         reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
-    if model.enable_sleep_mode:
-        reasons.append("sleep mode (--enable-sleep-mode) is not supported")
     if model.skip_tokenizer_init and compresses:
         reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
     if model.quantization is not None:
@@ -160,6 +168,12 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
             "(MLX-quantised and unquantised checkpoints are)"
         )
     return reasons
+
+
+def text_only(model: "ModelConfig") -> None:
+    """Makes vLLM refuse images and the like: the worker runs the language model alone."""
+    if model.multimodal_config is not None:
+        model.multimodal_config.language_model_only = True
 
 
 def _tolerate_missing_accelerator() -> None:

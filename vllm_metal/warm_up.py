@@ -11,6 +11,7 @@ import mlx.core as mx
 from vllm_metal.attention.decode_graphs import DecodeGraphs
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
 
 WORKSPACE_PROBE_LENGTHS = (32, 96)
@@ -31,6 +32,9 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
     Args:
         binding: the model, bound to `kv_cache`.
         kv_cache: a small cache with blocks for the longest probe after block 0.
+
+    Raises:
+        UserError: MLX's backend lacks an operation of the model in this type.
     """
     block_size = kv_cache.backends[0].block_size
     peaks = {}
@@ -45,7 +49,13 @@ def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int,
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        _evaluate(binding.forward, kv_cache, mx.zeros((1, length), mx.int32), metadata)
+        try:
+            _evaluate(binding.forward, kv_cache, mx.zeros((1, length), mx.int32), metadata)
+        except RuntimeError as error:
+            raise UserError(
+                f"MLX cannot run model type {binding.model_type!r} on this device",
+                [f"{error} (another --dtype may do)"],
+            ) from error
         peaks[length] = mx.get_peak_memory() - before
     mx.clear_cache()
     return peaks
@@ -55,18 +65,27 @@ def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:
     """Whether a `(2, 1)` decode with an array of offsets gives what two `(1, 1)` decodes give.
 
     Uses blocks 1 and 2, which no request owns yet; False where there are none.
+
+    Raises:
+        UserError: the model's logits are no numbers.
     """
-    if kv_cache.num_blocks < 3:
+    if kv_cache.num_blocks < 3 or not binding.decodes_batches:
         return False
     alone = []
     for block, prompt in enumerate(_PROMPTS, start=1):
         _prefill(binding, kv_cache, prompt[:-1], block)
         alone.append(_decode(binding.forward, kv_cache, [prompt], [block]))
+    expected = mx.concatenate(alone)
+    if mx.isnan(expected).any().item():
+        raise UserError(
+            f"Model type {binding.model_type!r} computes logits that are no numbers",
+            ["its weights do not suit --dtype, are damaged, or it uses its cache in a way unseen"],
+        )
     try:
         together = _decode(binding.forward, kv_cache, list(_PROMPTS), [1, 2])
     except (TypeError, ValueError):
         return False
-    return _agree(together, mx.concatenate(alone))
+    return _agree(together, expected)
 
 
 def traced_decode(binding: ModelBinding, kv_cache: KVCache) -> DecodeGraphs | None:

@@ -105,6 +105,7 @@ class MetalWorker(WorkerBase):
             )
         )
 
+    @user_errors_end_child_process()
     def compile_or_warm_up_model(self) -> CompilationTimes:
         started, name = time.perf_counter(), self.binding.model_type
         batched = warm_up.takes_batched_offsets(self.binding, self.kv_cache)

@@ -80,13 +80,7 @@ class PagedLayer:
 
     def prefill(self, request: Request, start: int, end: int, dtype: mx.Dtype = mx.float32):
         """Stores tokens `start` to `end` as one chunk; their attention, [Hq, L, Dv]."""
-        block_size = self.backend.block_size
-        metadata = PrefillMetadata(
-            block_table=mx.array([request.block_ids[: -(-end // block_size)]], mx.int32),
-            slot_mapping=mx.array(request.slots(block_size)[start:end], mx.int32),
-            context_len=start,
-            query_len=end - start,
-        )
+        metadata = self.chunk(request, start, end)
         keys = mx.array(request.keys[:, start:end], dtype)
         values = mx.array(request.values[:, start:end], dtype)
         self.pages = self.backend.store(
@@ -117,22 +111,9 @@ class PagedLayer:
             padding: block id that fills the unused entries of the block table.
             lens: tokens of each request so far; all of them if not given.
         """
-        block_size = self.backend.block_size
         lens = [request.seq_len for request in requests] if lens is None else lens
-        longest = max(-(-seq_len // block_size) for seq_len in lens)
-        table = np.full((len(requests), longest), padding, np.int32)
-        for row, (request, seq_len) in enumerate(zip(requests, lens, strict=True)):
-            block_ids = request.block_ids[: -(-seq_len // block_size)]
-            table[row, : len(block_ids)] = block_ids
         last = [seq_len - 1 for seq_len in lens]
-        slots = [r.slots(block_size)[i] for r, i in zip(requests, last, strict=True)]
-        metadata = DecodeMetadata(
-            block_table=mx.array(table),
-            seq_lens=mx.array(lens, mx.int32),
-            slot_mapping=mx.array(np.array(slots), mx.int32),
-            offset=mx.array(last, mx.int32) if len(lens) > 1 else last[0],
-            max_seq_len=max(lens),
-        )
+        metadata = self.rows(requests, lens, padding)
 
         def newest(arrays: list[np.ndarray]) -> mx.array:
             rows = [array[:, i] for array, i in zip(arrays, last, strict=True)]
@@ -153,6 +134,36 @@ class PagedLayer:
         )
         mx.eval(out, *self.pages)
         return out
+
+    def chunk(self, request: Request, start: int, end: int) -> PrefillMetadata:
+        """Tokens `start` to `end` of a request as one chunk."""
+        block_size = self.backend.block_size
+        return PrefillMetadata(
+            block_table=mx.array([request.block_ids[: -(-end // block_size)]], mx.int32),
+            slot_mapping=mx.array(request.slots(block_size)[start:end], mx.int32),
+            context_len=start,
+            query_len=end - start,
+        )
+
+    def rows(
+        self, requests: Sequence[Request], lens: Sequence[int], padding: int = 0
+    ) -> DecodeMetadata:
+        """The last of `lens` tokens of each request as one decode step."""
+        block_size = self.backend.block_size
+        longest = max(-(-seq_len // block_size) for seq_len in lens)
+        table = np.full((len(requests), longest), padding, np.int32)
+        for row, (request, seq_len) in enumerate(zip(requests, lens, strict=True)):
+            block_ids = request.block_ids[: -(-seq_len // block_size)]
+            table[row, : len(block_ids)] = block_ids
+        last = [seq_len - 1 for seq_len in lens]
+        slots = [r.slots(block_size)[i] for r, i in zip(requests, last, strict=True)]
+        return DecodeMetadata(
+            block_table=mx.array(table),
+            seq_lens=mx.array(lens, mx.int32),
+            slot_mapping=mx.array(np.array(slots), mx.int32),
+            offset=mx.array(last, mx.int32) if len(lens) > 1 else last[0],
+            max_seq_len=max(lens),
+        )
 
     def expected_decode(
         self, requests: Sequence[Request], lens: Sequence[int] | None = None

@@ -253,3 +253,46 @@ def test_sharp_attention_is_finite(candidate, magnitude):
     out = np.array(layer.decode([request]))
     assert np.isfinite(out).all()
     assert np.abs(out).max() <= 1.01 * np.abs(request.values).max()
+
+
+def test_a_chunk_fetches_its_context_and_itself_as_it_is(candidate):
+    layer = layer_of(candidate, NARROW_VALUES)
+    request = layer.request(2 * BLOCK + 5, 4)
+    for start, end in ((0, BLOCK + 3), (BLOCK + 3, request.seq_len)):
+        layer.prefill(request, start, end)
+        own = [mx.array(part[None, :, start:end]) for part in (request.keys, request.values)]
+        fetched = layer.backend.fetch(layer.pages, *own, layer.chunk(request, start, end))
+        for part, new, whole in zip(fetched, own, (request.keys, request.values), strict=True):
+            assert part.shape[2] == end and part.dtype == new.dtype
+            assert mx.array_equal(part[:, :, start:], new)
+            difference = np.abs(np.array(part[0]) - whole[:, :end]).max()
+            assert difference < candidate.tolerance * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_decode_rows_fetch_their_tokens_and_zeros(candidate, dtype):
+    """Also where an earlier owner of the blocks left what is no number."""
+    layer = layer_of(candidate, NARROW_VALUES)
+    earlier = layer.request(4 * BLOCK, 4)
+    layer.prefill(replace(earlier, keys=np.full_like(earlier.keys, np.nan)), 0, 4 * BLOCK)
+    owned = earlier.block_ids
+    requests = [layer.request(BLOCK + 3, 4, block_ids=owned[:2]), layer.request(3 * BLOCK, 4)]
+    for request in requests:
+        fill(layer, request)
+    layer.decode(requests)
+    lens = [request.seq_len for request in requests]
+    new = [mx.zeros((2, 1, 1, size), dtype) for size in (64, 32)]
+    fetched = layer.backend.fetch(layer.pages, *new, layer.rows(requests, lens, owned[-1]))
+    for row, request in enumerate(requests):
+        for part, whole in zip(fetched, (request.keys, request.values), strict=True):
+            assert part.shape[2] == max(lens) and part.dtype == dtype
+            numbers = np.array(part[row].astype(mx.float32))
+            difference = np.abs(numbers[:, : request.seq_len] - whole).max()
+            assert difference < (candidate.tolerance + 1e-2) * np.abs(whole).max()
+            assert not numbers[:, request.seq_len :].any()
+
+
+def test_fetching_is_planned_with_room_for_what_comes_and_for_scores(candidate):
+    backend = candidate.make(replace(GROUPED, fetched=True), BLOCK)
+    scores = 4 * 4 * 7 * (100 + 7)
+    assert backend.prefill_workspace_bytes(100, 7, 4) >= 3 * scores + 4 * 107 * 2 * (64 + 64)

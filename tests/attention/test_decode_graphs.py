@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.tiny_models import SERVED, VOCABULARY, tiny_model
+from tests.tiny_models import FETCHED, SERVED, VOCABULARY, tiny_model
 from vllm_metal.attention import decode_graphs
 from vllm_metal.attention.decode_graphs import DecodeGraphs, rounded_blocks
 from vllm_metal.attention.metadata import DecodeMetadata
@@ -17,7 +17,9 @@ BLOCK = 8
 NUM_BLOCKS = 64
 COMPRESSED = TurboQuantConfig("q8_0", "q3_0")
 KINDS = [
-    *((model_type, None) for model_type in SERVED),
+    *((model_type, None) for model_type in (*SERVED, *(FETCHED.keys() - {"gemma2"}))),
+    ("gemma4_text", None),
+    ("gemma4_text", COMPRESSED),
     ("llama", COMPRESSED),
     ("llama", TurboQuantConfig("q4_0", "q2_0")),
 ]
@@ -70,6 +72,13 @@ def store_somewhere(decoder: Decoder, lens: list[int]) -> None:
 @pytest.mark.parametrize(("model_type", "turboquant"), KINDS, ids=str)
 def test_every_kind_of_model(model_type, turboquant):
     assert_replay_is_the_step(Decoder(model_type, turboquant), [5, 1, 9])
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32", "stablelm"])
+@pytest.mark.parametrize("lens", [[1], [9], [8, 3]], ids=str)
+def test_models_that_attend_themselves_see_no_more_than_their_tokens(model_type, lens):
+    """A trace gathers whole blocks, of one request as of many."""
+    assert_replay_is_the_step(Decoder(model_type), lens)
 
 
 @pytest.mark.parametrize("turboquant", [None, COMPRESSED], ids=["dense", "turboquant"])

@@ -18,12 +18,13 @@ def decode_metadata() -> DecodeMetadata:
 
 def test_lengths_of_a_prefill_chunk():
     metadata = PrefillMetadata(mx.array([[1, 2]]), mx.arange(16, 21), context_len=12, query_len=5)
-    assert metadata.seq_len == 17
+    assert metadata.seq_len == metadata.max_seq_len == 17
     assert metadata.offset == 12
 
 
-def test_requests_of_a_decode_step():
-    assert decode_metadata().num_requests == 3
+def test_rows_of_a_decode_step_may_be_unequal():
+    assert decode_metadata().is_ragged
+    assert not DecodeMetadata(mx.array([[1]]), mx.array([3]), mx.array([18]), 2, 3).is_ragged
 
 
 def test_derived_arrays_are_made_once_for_all_layers():

@@ -1,17 +1,15 @@
 """TurboQuant pages under vLLM's scheduler: the same tokens however the work is cut."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
 from tests.serving import Serving
 from tests.test_model_runner import NEW_TOKENS, PROMPTS
-from tests.tiny_models import VOCABULARY, save_checkpoint
+from tests.tiny_models import save_checkpoint, save_tokenizer
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 
 PAIRS = [
@@ -29,12 +27,7 @@ def settings(k_quant: str, v_quant: str, **more) -> dict:
 def model(tmp_path_factory) -> Path:
     """A tiny Llama that reads characters: calibration needs a tokenizer."""
     folder = save_checkpoint(tmp_path_factory.mktemp("models") / "characters")
-    characters = {chr(32 + i): i for i in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
-    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    save_tokenizer(folder)
     return folder
 
 

@@ -96,3 +96,18 @@ def test_the_workspace_of_a_prefill_is_not_underestimated(context_len):
     mx.eval(backend.prefill(pages, queries, keys, values, metadata, 1.0, None))
     used = mx.get_peak_memory() - before
     assert used <= backend.prefill_workspace_bytes(context_len, query_len, num_heads) * 1.1
+
+
+def test_a_layer_that_caches_one_array_takes_no_bytes_for_the_other():
+    backend = DensePages(LayerShape(1, 8, 0, fetched=True), BLOCK, mx.float32)
+    assert backend.page_size_bytes == BLOCK * 8 * 4
+    pages = backend.allocate(3)
+    assert sum(page.nbytes for page in pages) == 3 * backend.page_size_bytes
+    metadata = PrefillMetadata(mx.array([[2, 1]]), mx.array([8, 9, 10, 11, 4]), 0, 5)
+    keys, values = mx.random.normal((5, 1, 8)), mx.zeros((5, 1, 0))
+    pages = backend.store(pages, keys, values, metadata)
+    later = PrefillMetadata(mx.array([[2, 1]]), mx.array([5]), 5, 1)
+    new = mx.ones((1, 1, 1, 8)), mx.zeros((1, 1, 1, 0))
+    fetched_keys, fetched_values = backend.fetch(pages, *new, later)
+    assert mx.array_equal(fetched_keys[0, 0, :5], keys[:, 0])
+    assert fetched_values.shape == (1, 1, 6, 0)

@@ -48,3 +48,22 @@ def test_a_head_size_without_rotation_is_refused_with_its_layer():
         kinds(TurboQuantConfig("q8_0", "q3_0"), shapes)
     skipping = TurboQuantConfig("q8_0", "q3_0", skip_layers=(1,))
     assert kinds(skipping, shapes) == [TurboQuantReference, DensePages]
+
+
+MLA = LayerShape(1, 512, 64, fetched=True)
+INDEX = LayerShape(1, 128, 0, fetched=True)
+
+
+@pytest.mark.parametrize("shape", [MLA, INDEX], ids=str)
+def test_a_latent_is_refused_by_name_and_served_dense(shape):
+    with pytest.raises(UserError, match="layer 0: its cache holds a latent .MLA."):
+        kinds(TurboQuantConfig("q8_0", "q3_0"), [shape] * 5)
+    assert kinds(None, [shape] * 5) == [DensePages] * 5
+    skipping = TurboQuantConfig("q8_0", "q3_0", skip_layers=(0,))
+    assert kinds(skipping, [shape, SHAPES[0]]) == [DensePages, TurboQuantReference]
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_ordinary_heads_that_are_fetched_are_compressed(num_kv_heads):
+    shapes = [LayerShape(num_kv_heads, 256, 256, fetched=True)]
+    assert kinds(TurboQuantConfig("q8_0", "q3_0"), shapes) == [TurboQuantReference]

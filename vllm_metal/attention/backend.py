@@ -4,7 +4,8 @@ A backend instance belongs to one layer. It holds constants only; the pages belo
 `vllm_metal.kv_cache.cache.KVCache`, which passes them in and rebinds what `store` returns, so
 that MLX can write them in place.
 
-Letters: T new tokens, Hq query heads, H KV heads, Dk and Dv head sizes, L query tokens.
+Letters: B requests, T new tokens, Hq query heads, H KV heads, Dk and Dv head sizes, L query
+tokens, S tokens of the longest request, N blocks of a block table.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.masks import causal_mask
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class LayerShape:
     head_size: int
     """Dk, elements of one key."""
     head_size_v: int
-    """Dv, elements of one value."""
+    """Dv, elements of one value; 0 where a layer caches one array only."""
+    fetched: bool = False
+    """Whether the model computes on its cached keys and values, so that they are fetched from the
+    pages; else the backend attends."""
 
 
 Pages = Any
@@ -38,6 +43,8 @@ class AttentionBackend(ABC):
     """Shown to the user, e.g. `dense bfloat16`."""
     compressed: bool = False
     """Whether pages hold fewer bytes than the keys and values themselves; for reports."""
+    reproducible: bool = False
+    """Whether a prefill chunk reads its own keys and values as the pages have them."""
 
     def __init__(self, shape: LayerShape, block_size: int):
         self.shape = shape
@@ -99,5 +106,59 @@ class AttentionBackend(ABC):
         """The chunk attends over its context in the pages and causally over itself."""
 
     @abstractmethod
+    def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
+        """Keys [B, H, N * block_size, Dk] and values [B, H, N * block_size, Dv] in the pages.
+
+        What lies beyond a request's length is anything, of any float type.
+        """
+
+    def fetch(
+        self,
+        pages: Pages,
+        keys: mx.array,  # [B, H, L, Dk], of the forward itself, stored before
+        values: mx.array,  # [B, H, L, Dv]
+        metadata: AttentionMetadata,
+    ) -> tuple[mx.array, mx.array]:  # [B, H, S, Dk], [B, H, S, Dv]
+        """All keys and values of the requests, in the type of the new ones.
+
+        A prefill chunk gets its own as they are, unless `reproducible`. Rows of shorter requests
+        end in zeros, so that a masked token adds nothing even where an earlier owner of its block
+        left a NaN.
+        """
+        context_len = metadata.max_seq_len
+        if isinstance(metadata, PrefillMetadata) and not self.reproducible:
+            context_len = metadata.context_len
+        if not context_len:
+            return keys, values
+        fetched = []
+        for stored, new in zip(self.read(pages, metadata), (keys, values), strict=True):
+            stored = stored[:, :, :context_len].astype(new.dtype)
+            if isinstance(metadata, PrefillMetadata):
+                exact = new[:, :, context_len - metadata.context_len :]
+                stored = mx.concatenate([stored, exact], axis=2)
+            elif metadata.is_ragged:
+                written = causal_mask(metadata).swapaxes(2, 3)
+                stored = mx.where(written, stored, mx.zeros((), new.dtype))
+            fetched.append(stored)
+        return tuple(fetched)
+
     def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        """Temporary memory that `prefill` needs for its context, beyond the model's own."""
+        """Temporary memory that a chunk needs for its context, beyond the model's own."""
+        if not self.shape.fetched:
+            return self.attention_workspace_bytes(context_len, query_len, num_heads)
+        seq_len = context_len + query_len
+        elements = self.shape.head_size + self.shape.head_size_v
+        fetched = _FETCH_COPIES * 4 * seq_len * self.shape.num_kv_heads * elements
+        expanded = 4 * seq_len * num_heads * elements
+        return fetched + expanded + _SCORE_COPIES * 4 * num_heads * query_len * seq_len
+
+    @abstractmethod
+    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+        """Temporary memory that `prefill` needs for its context."""
+
+
+_FETCH_COPIES = 3
+"""Arrays of all keys and values that exist at once while they are fetched, in 32 bits."""
+_SCORE_COPIES = 3
+"""Arrays of all scores that exist at once where a model computes attention itself: before and
+after the mask, and probabilities."""

@@ -41,12 +41,13 @@ class DecodeMetadata:
     offset: mx.array | int
     """Position of the new token: [B] int32, or a plain int when B is 1."""
     max_seq_len: int
-    """Largest entry of `seq_lens`."""
+    """Largest entry of `seq_lens`, or more; just that where `offset` is an int."""
     derived: _StepArrays = field(default_factory=_StepArrays)
 
     @property
-    def num_requests(self) -> int:
-        return self.block_table.shape[0]
+    def is_ragged(self) -> bool:
+        """Whether a request may be shorter than `max_seq_len`."""
+        return not isinstance(self.offset, int)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class PrefillMetadata:
     @property
     def seq_len(self) -> int:
         return self.context_len + self.query_len
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.seq_len
 
 
 AttentionMetadata = DecodeMetadata | PrefillMetadata

@@ -6,13 +6,14 @@ Every mlx-lm attention module does its projections, norms and RoPE, then calls
     scaled_dot_product_attention(queries, keys, values, cache=cache, scale=, mask=, sinks=)
 
 `LayerKVCache` is what the model sees as `cache`; the one rebound name is
-`scaled_dot_product_attention`, which asks a `LayerKVCache` to attend and leaves every other
-cache to mlx-lm. A dry forward at load, never evaluated, checks that the model keeps to the
-protocol and yields the shape of each layer.
+`scaled_dot_product_attention`, which lets the backend attend where keys and values stand for
+pages, and leaves all others to mlx-lm. `dry_forward` finds out at load what the model does with
+each cache.
 """
 
+import itertools
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -21,126 +22,33 @@ from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models import cache as mlx_lm_cache
 
 from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.dry_forward import (
+    UnsupportedModelError,
+    dry_logits,
+    observe,
+    summarise,
+)
 from vllm_metal.attention.head_rows import slice_rows_before_head
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
-from vllm_metal.errors import UserError
+from vllm_metal.attention.layer_cache import (
+    Forward,
+    LayerKVCache,
+    UnusedCache,
+    forget_layers,
+    paged_layer,
+)
+from vllm_metal.attention.metadata import AttentionMetadata
 from vllm_metal.kv_cache.cache import KVCache
 
 _mlx_lm_attention = mlx_lm_base.scaled_dot_product_attention
+
+_PAGED_CACHES = (mlx_lm_cache.KVCache, mlx_lm_cache.ConcatenateKVCache)
 
 _UNSUPPORTED_CACHES = {
     "RotatingKVCache": "sliding-window attention",
     "ChunkedKVCache": "chunked attention",
     "ArraysCache": "recurrent state",
     "MambaCache": "recurrent state",
-    "CacheList": "several caches in one layer",
 }
-
-
-class UnsupportedModelError(UserError):
-    """The model cannot be served; the message gives all reasons."""
-
-    def __init__(self, model_type: str, reasons: list[str]):
-        self._model_type = model_type
-        super().__init__(f"Model type {model_type!r} cannot be served", reasons)
-
-    def _arguments(self) -> tuple:
-        return self._model_type, self.reasons
-
-
-@dataclass
-class _Forward:
-    """What all layers share during one forward pass."""
-
-    metadata: AttentionMetadata | None = None
-    kv_cache: KVCache | None = None
-    last_rows_only: bool = False
-
-
-class LayerKVCache:
-    """The cache of one attention layer, as an mlx-lm model sees it."""
-
-    def __init__(self, layer: int, forward: _Forward):
-        self._layer = layer
-        self._forward = forward
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
-
-    @property
-    def offset(self) -> int | mx.array:
-        """Position of the first token of this forward: an int, or [B] int32."""
-        return self._forward.metadata.offset
-
-    def make_mask(self, query_len: int, **_: Any) -> str | None:
-        """The backend masks by position; this only tells the model that attention is causal."""
-        return None if query_len == 1 else "causal"
-
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:  # [B, H, L, D] each
-        """Takes this forward's K/V and hands the same arrays on, to be recognised in `attend`."""
-        self._keys, self._values = keys, values
-        return keys, values
-
-    def attend(
-        self,
-        queries: mx.array,  # [B, Hq, L, Dk]
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
-    ) -> mx.array:  # [B, Hq, L, Dv]
-        """Stores this forward's K/V in their slots and attends over the pages."""
-        self._keys = self._values = None
-        metadata, kv_cache = self._forward.metadata, self._forward.kv_cache
-        backend = kv_cache.backends[self._layer]
-        if isinstance(metadata, DecodeMetadata):
-            kv_cache.store(self._layer, keys[:, :, 0], values[:, :, 0], metadata)
-            pages = kv_cache.pages(self._layer)
-            out = backend.decode(pages, queries[:, :, 0], metadata, scale, sinks)
-            return out[:, :, None]
-        kv_cache.store(self._layer, keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1), metadata)
-        pages = kv_cache.pages(self._layer)
-        return backend.prefill(pages, queries[0], keys[0], values[0], metadata, scale, sinks)[None]
-
-
-class _DryCache(LayerKVCache):
-    """Stands in for `LayerKVCache` in the dry forward and notes how the model uses it."""
-
-    offset = 0
-
-    def __init__(self) -> None:
-        super().__init__(0, _Forward())
-        self.shape: LayerShape | None = None
-        self.updates = 0
-        self.attends = 0
-        self.reasons: list[str] = []
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.updates += 1
-        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
-        return super().update_and_fetch(keys, values)
-
-    def attend(self, queries, keys, values, scale, mask, sinks):
-        self.attends += 1
-        if keys is not self._keys or values is not self._values:
-            self.reasons.append("attends to other keys or values than its cache returned")
-        if mask is not None and not isinstance(mask, str):
-            self.reasons.append("brings an attention mask of its own")
-        return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
-
-    def problems(self) -> list[str]:
-        """Everything that breaks the protocol, in words that follow 'layer N ...'."""
-        found = list(self.reasons)
-        if self.updates != 1:
-            found.append(f"updates its cache {self.updates} times in one forward, not once")
-        if self.attends != 1:
-            found.append(
-                f"calls mlx-lm's scaled_dot_product_attention {self.attends} times with its "
-                "cache, not once (its attention is computed in another way)"
-            )
-        return found
 
 
 def scaled_dot_product_attention(
@@ -152,9 +60,10 @@ def scaled_dot_product_attention(
     mask: Any,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """mlx-lm's function of that name, for models whose cache may be a `LayerKVCache`."""
-    if isinstance(cache, LayerKVCache):
-        return cache.attend(queries, keys, values, scale, mask, sinks)
+    """mlx-lm's function of that name, for keys and values that may stand for pages."""
+    layer = paged_layer(keys, values)
+    if layer is not None:
+        return layer.attend(queries, scale, mask, sinks)
     return _mlx_lm_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
 
@@ -170,6 +79,9 @@ def _rebind_attention(model: nn.Module) -> None:
 class ModelBinding:
     """An mlx-lm model whose attention layers read and write a `KVCache`.
 
+    A layer is one cache in use: models with several in one decoder layer (an indexer, double
+    attention) have more layers here, those that share keys and values or skip attention fewer.
+
     Args:
         model: a model loaded by mlx-lm.
 
@@ -180,14 +92,22 @@ class ModelBinding:
     def __init__(self, model: nn.Module):
         self.model = model
         self.model_type = getattr(model, "model_type", type(model).__module__)
-        self._forward = _Forward()
+        self._forward = Forward()
         _rebind_attention(model)
-        self.layers = self._dry_forward()
-        self._caches = [LayerKVCache(layer, self._forward) for layer in range(len(self.layers))]
+        own_caches = mlx_lm_cache.make_prompt_cache(model)
+        num_caches = self._count_caches(own_caches)
+
+        def run(token_ids: mx.array, caches: list[LayerKVCache]) -> mx.array:
+            return model(token_ids, cache=_arrange(own_caches, iter(caches)))
+
+        use = observe(run, num_caches, self.model_type)
+        self.layers = [shape for shape in use.shapes if shape is not None]
+        self.decodes_batches = not use.changes_with_length
+        """Whether a probe with short requests can tell that rows may be decoded together."""
+        self._caches = self._make_caches(use.shapes)
+        self._run = run
         self.slices_before_head = slice_rows_before_head(
-            model,
-            lambda: _dry_run(model, [_DryCache() for _ in self.layers]),
-            lambda: self._forward.last_rows_only,
+            model, lambda: dry_logits(run, num_caches), lambda: self._forward.last_rows_only
         )
 
     def bind(self, kv_cache: KVCache | None) -> None:
@@ -203,44 +123,49 @@ class ModelBinding:
         """One lazy forward pass; logits of the last token of each row, or of every token."""
         self._forward.metadata = metadata
         self._forward.last_rows_only = not all_rows
-        logits = self.model(token_ids, cache=self._caches)
-        self._forward.last_rows_only = False
+        try:
+            logits = self._run(token_ids, self._caches)
+        finally:
+            self._forward.last_rows_only = False
+            forget_layers(self._caches)
         return logits if all_rows else logits[:, -1:]
 
-    def _dry_forward(self) -> list[LayerShape]:
-        own_caches = mlx_lm_cache.make_prompt_cache(self.model)
-        reasons = []
-        for layer, cache in enumerate(own_caches):
-            if type(cache) is not mlx_lm_cache.KVCache:
-                kind = type(cache).__name__
-                reasons.append(f"layer {layer} needs {_UNSUPPORTED_CACHES.get(kind, kind)}")
+    def _make_caches(self, shapes: list[LayerShape | None]) -> list[LayerKVCache]:
+        fetches = any(shape.fetched for shape in self.layers)
+        layers = itertools.count()
+        return [
+            LayerKVCache(next(layers), shape, self._forward, masks_rows=fetches)
+            if shape
+            else UnusedCache(self._forward, masks_rows=fetches)
+            for shape in shapes
+        ]
+
+    def _count_caches(self, own_caches: list[Any]) -> int:
+        leaves = list(_leaves(own_caches))
+        reasons = [
+            f"layer {layer} needs {_UNSUPPORTED_CACHES.get(kind, kind)}"
+            for layer, kind in enumerate(type(cache).__name__ for cache in leaves)
+            if type(leaves[layer]) not in _PAGED_CACHES
+        ]
         if reasons:
-            raise UnsupportedModelError(self.model_type, _summarise(reasons))
-        dry = [_DryCache() for _ in own_caches]
-        try:
-            _dry_run(self.model, dry)
-        except Exception as error:
-            raise UnsupportedModelError(
-                self.model_type,
-                [
-                    "its forward pass failed on a paged cache, so its attention is computed in "
-                    f"another way than by mlx-lm's scaled_dot_product_attention ({error})"
-                ],
-            ) from error
-        for layer, cache in enumerate(dry):
-            reasons += [f"layer {layer} {problem}" for problem in cache.problems()]
-        if reasons:
-            raise UnsupportedModelError(self.model_type, _summarise(reasons))
-        return [cache.shape for cache in dry]
+            raise UnsupportedModelError(self.model_type, summarise(reasons))
+        return len(leaves)
 
 
-def _summarise(reasons: list[str], most: int = 4) -> list[str]:
-    shown = reasons[:most]
-    if len(reasons) > most:
-        shown.append(f"and {len(reasons) - most} more like these")
-    return shown
+def _leaves(caches: list[Any]) -> Iterator[Any]:
+    """The caches in model order, those of a `CacheList` one by one."""
+    for cache in caches:
+        if isinstance(cache, mlx_lm_cache.CacheList):
+            yield from _leaves(cache.caches)
+        else:
+            yield cache
 
 
-def _dry_run(model: nn.Module, caches: list[_DryCache]) -> mx.array:
-    """A lazy forward of three tokens; nothing is evaluated."""
-    return model(mx.zeros((1, 3), mx.int32), cache=caches)
+def _arrange(like: list[Any], leaves: Iterator[Any]) -> list[Any]:
+    """`leaves` in the places where `like` has its own."""
+    return [
+        mlx_lm_cache.CacheList(*_arrange(cache.caches, leaves))
+        if isinstance(cache, mlx_lm_cache.CacheList)
+        else next(leaves)
+        for cache in like
+    ]

@@ -1,5 +1,6 @@
 """How far attention over compressed pages is from exact attention over the same keys and values."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ class WithAttentionError:
 def attention_error(
     binding: ModelBinding, observed: Sequence[WithAttentionError], token_ids: Sequence[int]
 ) -> float:
-    """Relative error of the attention outputs, root mean square over the layers.
+    """Relative error of the attention outputs, root mean square over the layers that attend here.
+
+    NaN where none does: the model computes attention itself.
 
     Args:
         binding: the model.
@@ -42,5 +45,5 @@ def attention_error(
     chunk = token_ids[:PREFILL_CHUNK]
     for _ in PagedSequence(binding, observed, len(chunk)).prefill(chunk):
         pass
-    errors = mx.stack([backend.error for backend in observed])
-    return mx.sqrt(mx.mean(errors)).item()
+    errors = [backend.error for backend in observed if backend.error is not None]
+    return mx.sqrt(mx.mean(mx.stack(errors))).item() if errors else math.nan

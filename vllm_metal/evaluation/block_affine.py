@@ -21,6 +21,8 @@ GAUSSIAN = 1 << 12
 class BlockAffine(DensePages):
     """Reads every key and value as the block formats would give it back."""
 
+    reproducible = True
+
     def __init__(self, shape: LayerShape, block_size: int, key_bits: int, value_bits: int):
         super().__init__(shape, block_size, mx.float32)
         self.name = f"block-affine {key_bits} bit / Lloyd-Max {value_bits} bit"
@@ -39,10 +41,6 @@ class BlockAffine(DensePages):
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
         return super().store(pages, self.read_keys(keys), self.read_values(values), metadata)
-
-    def prefill(self, pages, queries, keys, values, metadata, scale, sinks) -> mx.array:
-        keys, values = self.read_keys(keys), self.read_values(values)
-        return super().prefill(pages, queries, keys, values, metadata, scale, sinks)
 
     def read_keys(self, keys: mx.array) -> mx.array:
         """Keys [..., D] as stored and read back."""

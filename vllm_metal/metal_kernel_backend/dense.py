@@ -8,7 +8,7 @@ request's context is gathered by whole rows straight into the layout attention w
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     finite,
@@ -64,7 +64,7 @@ class DensePages(AttentionBackend):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        keys, values = (self._gather(page, metadata, queries.dtype) for page in pages)
+        keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
         mask = valid_tokens(metadata, self.block_size)
         return mx.fast.scaled_dot_product_attention(
             queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
@@ -80,16 +80,13 @@ class DensePages(AttentionBackend):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        keys, values = keys[None], values[None]
-        if context_len := metadata.context_len:
-            context = [self._gather(page, metadata, queries.dtype) for page in pages]
-            keys, values = (
-                mx.concatenate([past[:, :, :context_len], new], axis=2)
-                for past, new in zip(context, (keys, values), strict=True)
-            )
+        keys, values = self.fetch(pages, keys[None], values[None], metadata)
         return causal_attention(queries[None], keys, values, scale, sinks)[0]
 
-    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+    def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
+        return tuple(self._gather(page, metadata) for page in pages)
+
+    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         gathered = 2 * (context_len + query_len) * self.shape.num_kv_heads * self.slot_size
         return gathered + score_workspace_bytes(context_len + query_len, query_len, num_heads)
 
@@ -105,18 +102,22 @@ class DensePages(AttentionBackend):
         return rows
 
     def _gather(
-        self, page: mx.array, metadata: DecodeMetadata | PrefillMetadata, dtype: mx.Dtype
+        self, page: mx.array, metadata: AttentionMetadata
     ) -> mx.array:  # [B, H, N * block_size, D]
-        heads = self.shape.num_kv_heads
-        index = head_blocks(metadata, heads)
-        gathered = page.reshape(-1, self.block_size, page.shape[-1])[index]
-        batch, _, blocks = index.shape
-        return gathered.reshape(batch, heads, blocks * self.block_size, -1).astype(dtype)
+        size = page.shape[-1]
+        index = head_blocks(metadata, self.shape.num_kv_heads)
+        batch, heads, blocks = index.shape
+        if not size:
+            return mx.zeros((batch, heads, blocks * self.block_size, 0), page.dtype)
+        gathered = page.reshape(-1, self.block_size, size)[index]
+        return gathered.reshape(batch, heads, blocks * self.block_size, size)
 
 
 def _scatter_rows(page: mx.array, rows: mx.array, new: mx.array) -> mx.array:
     """Writes new [T, H, D] to rows [T, H] of a page array, in place where MLX may."""
     shape = page.shape
+    if not page.size:
+        return page
     page = page.reshape(-1, shape[-1])
     page[rows] = new
     return page.reshape(shape)

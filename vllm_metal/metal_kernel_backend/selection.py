@@ -34,7 +34,7 @@ def make_backends(
     if turboquant is None:
         return [DensePages(shape, block_size, dense_dtype) for shape in shapes]
     skipped = turboquant.skipped(len(shapes))
-    _require_rotations(shapes, skipped)
+    _require_compressible(shapes, skipped)
     formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
     constants = calibrate()
     target = available_target()
@@ -56,14 +56,28 @@ def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:
     return lambda: [KeyConstants.neutral(s.num_kv_heads, s.head_size) for s in shapes]
 
 
-def _require_rotations(shapes: Sequence[LayerShape], skipped: frozenset[int]) -> None:
-    reasons = []
-    for layer, shape in enumerate(shapes):
-        for size in sorted({shape.head_size, shape.head_size_v}):
-            try:
-                check_head_size(size)
-            except ValueError as error:
-                if layer not in skipped:
-                    reasons.append(f"layer {layer}: {error}")
+def _require_compressible(shapes: Sequence[LayerShape], skipped: frozenset[int]) -> None:
+    reasons = [
+        f"layer {layer}: {reason}"
+        for layer, shape in enumerate(shapes)
+        if layer not in skipped
+        for reason in _obstacles(shape)
+    ]
     if reasons:
         raise UserError("TurboQuant cannot compress this model", reasons[:4])
+
+
+def _obstacles(shape: LayerShape) -> list[str]:
+    """Why a layer cannot be compressed."""
+    if shape.fetched and shape.num_kv_heads == 1 and shape.head_size != shape.head_size_v:
+        return [
+            "its cache holds a latent (MLA) or the keys of an index, whose loss by compression is "
+            "not measured: serve it without TurboQuant, or name the layer in skip_layers"
+        ]
+    reasons = []
+    for size in sorted({shape.head_size, shape.head_size_v}):
+        try:
+            check_head_size(size)
+        except ValueError as error:
+            reasons.append(str(error))
+    return reasons

@@ -53,6 +53,13 @@ def test_multiplier_is_the_least_of_the_noise():
     assert (noise(found) < 0.5 * noise(np.ones_like(found))).all()
 
 
+def test_without_queries_only_the_centre_is_known():
+    queries, keys = sample(4)
+    found = constants((None, keys))
+    np.testing.assert_array_equal(found.centre, constants((queries, keys)).centre)
+    assert (found.multiplier == 1).all()
+
+
 def test_multiplier_has_geometric_mean_one():
     multiplier = constants(sample(3)).multiplier
     np.testing.assert_allclose(np.log(multiplier).mean(axis=-1), 0, atol=1e-5)

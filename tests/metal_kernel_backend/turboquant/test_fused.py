@@ -84,6 +84,20 @@ def test_chunks_and_decode_match_the_reference_path(reproducible, sinks):
         close(out, wanted)
 
 
+def test_what_is_read_back_matches_the_reference_path():
+    """Keys and values as the model had them, of a chunk and of rows in blocks of any order."""
+    rows = DecodeMetadata(
+        mx.array([[3, 1, 4], [2, 0, 0]]), mx.array([40, 9]), mx.array([0, 0]), mx.array([39, 8]), 40
+    )
+    results = []
+    for backend in pair():
+        pages, _ = prefill(backend, backend.allocate(7), 0, 70, None)
+        results.append([*backend.read(pages, prefill_metadata(70, 71)), *backend.read(pages, rows)])
+    for part, wanted in zip(*results, strict=True):
+        assert part.shape == wanted.shape
+        close(np.array(part), np.array(wanted))
+
+
 def test_a_context_of_many_tiles_gives_what_one_tile_gives(monkeypatch):
     _, backend = pair()
     pages, _ = prefill(backend, backend.allocate(7), 0, 70, None)

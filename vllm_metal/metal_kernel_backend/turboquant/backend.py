@@ -26,7 +26,7 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
     valid_tokens,
 )
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, Quantized, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.products import (
@@ -186,7 +186,14 @@ class TurboQuantReference(TurboQuantAttention):
         out = causal_attention(rotated[None], stored_keys, stored_values, 1.0, sinks)[0]
         return self._unrotate(out).astype(queries.dtype)
 
-    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+    def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
+        keys, values = self.slots.load(pages[0], metadata.block_table)
+        biases = None if keys.biases is None else keys.biases.swapaxes(1, 2)
+        tokens_first = Quantized(keys.codes.swapaxes(1, 2), keys.scales.swapaxes(1, 2), biases)
+        keys = self.key_codec.dequantize(tokens_first)
+        return keys.swapaxes(1, 2), self.value_codec.dequantize(values)
+
+    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         seq_len = context_len + query_len
         sizes = self.shape.head_size + self.shape.head_size_v
         dequantized = 3 * 4 * seq_len * self.shape.num_kv_heads * sizes

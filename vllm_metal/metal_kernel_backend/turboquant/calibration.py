@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-Sample = tuple[np.ndarray, np.ndarray]
-"""Queries [T, Hq, D] and keys [T, H, D] of one layer, after RoPE."""
+Sample = tuple[np.ndarray | None, np.ndarray]
+"""Queries [T, Hq, D] and keys [T, H, D] of one layer, after RoPE; None for queries not seen."""
 
 Collect = Callable[[Sequence[int], int], Sequence[Sample]]
 """Runs the model on token ids at positions offset, offset + 1, ...; a sample for each layer."""
@@ -126,25 +126,32 @@ class Moments:
     tokens: int = 0
     keys: np.ndarray = field(default_factory=lambda: np.zeros(1))
     squared_keys: np.ndarray = field(default_factory=lambda: np.zeros(1))
-    squared_queries: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    squared_queries: np.ndarray | None = None
 
     def add(self, sample: Sample) -> None:
-        """Adds queries [T, Hq, D] and keys [T, H, D]."""
-        queries, keys = (np.asarray(x, np.float64) for x in sample)
+        """Adds queries [T, Hq, D], or None, and keys [T, H, D]."""
+        queries, keys = sample
+        keys = np.asarray(keys, np.float64)
         tokens, num_kv_heads, head_size = keys.shape
-        grouped = queries.reshape(tokens, num_kv_heads, -1, head_size)
         self.tokens += tokens
         self.keys = self.keys + keys.sum(axis=0)
         self.squared_keys = self.squared_keys + (keys**2).sum(axis=0)
-        self.squared_queries = self.squared_queries + (grouped**2).mean(axis=2).sum(axis=0)
+        if queries is not None:
+            grouped = np.asarray(queries, np.float64).reshape(tokens, num_kv_heads, -1, head_size)
+            squared = (grouped**2).mean(axis=2).sum(axis=0)
+            before = self.squared_queries
+            self.squared_queries = squared if before is None else before + squared
 
     def constants(self) -> KeyConstants:
-        """Centre and multiplier. Raises ValueError if nothing was added."""
+        """Centre and multiplier; 1 without queries. Raises ValueError if nothing was added."""
         if not self.tokens:
             raise ValueError("no calibration samples")
         centre = self.keys / self.tokens
         variance = np.maximum(self.squared_keys / self.tokens - centre**2, 0)
-        multiplier = _weights(self.squared_queries / self.tokens, variance)
+        if self.squared_queries is None:
+            multiplier = np.ones_like(centre)
+        else:
+            multiplier = _weights(self.squared_queries / self.tokens, variance)
         return KeyConstants(centre.astype(np.float32), multiplier.astype(np.float32))
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape, Pages
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -113,7 +113,24 @@ class TurboQuantFused(TurboQuantAttention):
         out = state.output().reshape(*queries.shape[:2], -1)
         return self.value_codec.unrotate_outputs(out).astype(queries.dtype)
 
-    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
+    def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
+        array, token = pages
+        batch, blocks = metadata.block_table.shape
+        count = blocks * self.block_size
+        parts = self.launcher.dequantize(
+            array,
+            metadata.block_table.reshape(-1),
+            self._constants,
+            0,
+            batch * count,
+            token,
+            mx.float32,
+        )
+        return tuple(
+            part.reshape(self.shape.num_kv_heads, batch, count, -1).swapaxes(0, 1) for part in parts
+        )
+
+    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         sizes = self.shape.head_size + self.shape.head_size_v
         outputs = 4 * query_len * num_heads * (self.shape.head_size + 2 * self.shape.head_size_v)
         return 4 * TILE_BYTES + outputs + 8 * query_len * self.shape.num_kv_heads * sizes

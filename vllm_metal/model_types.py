@@ -1,0 +1,100 @@
+"""Lets vLLM accept models that mlx-lm knows and transformers or vLLM does not.
+
+vLLM reads a model's `config.json` through transformers and wants the architecture in its own
+registry, though it never builds the model here. What either lacks is registered, nothing that
+they know is replaced.
+"""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_NAMES = {
+    "hidden_size": ("hidden_dim", "model_dim", "n_embd", "dim"),
+    "num_hidden_layers": ("num_layers", "num_transformer_layers", "n_layer", "n_layers"),
+    "num_attention_heads": ("num_heads", "num_query_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_kv_heads"),
+    "max_position_embeddings": ("max_context_length", "n_positions", "max_seq_len"),
+}
+"""What vLLM asks for, and the other names under which models have it."""
+
+_STAND_IN = "vllm.model_executor.models.llama:LlamaForCausalLM"
+"""What the registry names for an architecture that vLLM will never build."""
+
+
+class MlxLmConfig(PretrainedConfig):
+    """The settings of a `config.json`, under vLLM's names too.
+
+    Where a model has another number in each layer, vLLM is told the largest; what the layers
+    really are is read off the model itself.
+    """
+
+    def __post_init__(self, **settings: Any):
+        super().__post_init__(**settings)
+        for name, others in _NAMES.items():
+            for other in others:
+                given = settings.get(other)
+                if isinstance(given, list):
+                    given = max(given)
+                    setattr(self, other, given)
+                if given is not None and getattr(self, name, None) is None:
+                    setattr(self, name, given)
+        register_architectures(self.architectures or [])
+
+    def __reduce__(self):
+        return _restore, (self.model_type, self.__dict__)
+
+
+def register_model_types() -> list[str]:
+    """Registers the model types that are unknown; gives their names. Cheap when done again."""
+    known = set(CONFIG_MAPPING.keys()) | _vllm_types()
+    unknown = sorted(mlx_lm_model_types() - known)
+    for model_type in unknown:
+        AutoConfig.register(model_type, _config_class(model_type))
+    return unknown
+
+
+def register_architectures(architectures: list[str]) -> None:
+    """Registers the names that vLLM's registry lacks."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture in set(architectures) - set(ModelRegistry.get_supported_archs()):
+        ModelRegistry.register_model(architecture, _STAND_IN)
+
+
+@cache
+def mlx_lm_model_types() -> frozenset[str]:
+    """Names of mlx-lm's model files; MLX is not imported."""
+    package = importlib.util.find_spec("mlx_lm")
+    folders = package.submodule_search_locations if package else []
+    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
+    return frozenset(file.stem for file in files if b"\nclass Model(" in file.read_bytes())
+
+
+def _vllm_types() -> set[str]:
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    return set(_CONFIG_REGISTRY)
+
+
+@cache
+def _config_class(model_type: str) -> type[MlxLmConfig]:
+    """transformers takes a class of its own package for its second choice.
+
+    Its first is then the code that comes with a checkpoint, if the user trusts that.
+    """
+    of_transformers = {"__module__": "transformers.models", "model_type": model_type}
+    return type("MlxLmConfig", (MlxLmConfig,), of_transformers)
+
+
+def _restore(model_type: str, settings: dict[str, Any]) -> MlxLmConfig:
+    """The reverse of pickling, in a process that may have registered nothing yet."""
+    register_model_types()
+    config = _config_class(model_type).__new__(_config_class(model_type))
+    config.__dict__.update(settings)
+    register_architectures(config.architectures or [])
+    return config
