@@ -3,8 +3,8 @@
 #
 #   usage: benchmarks/gpu/run_all.sh OUTPUT_FOLDER
 #
-# Needs Python with MLX (CUDA), CuPy, PyTorch and pytest, a CUDA toolkit, and this repository as the
-# current folder. Takes about five minutes.
+# Needs Python with MLX (CUDA), mlx-lm, CuPy, PyTorch and pytest, a CUDA toolkit, and this repository
+# as the current folder. Takes about five minutes.
 set -uo pipefail
 out=${1:?usage: run_all.sh OUTPUT_FOLDER}
 mkdir -p "$out"
@@ -12,7 +12,9 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 {
   echo "== speed"
   python3 benchmarks/gpu/attention.py --output "$out/attention.json"
-  echo "== peak memory"
+  echo "== prefill over a compressed context"
+  python3 benchmarks/gpu/prefill.py --output "$out/prefill.json"
+  echo "== peak memory of a model"
   python3 benchmarks/gpu/peak_memory.py
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"

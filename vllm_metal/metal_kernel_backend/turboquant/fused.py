@@ -25,6 +25,7 @@ TILE_BYTES = 64 << 20
 """Bound on the scores of one tile of a context, and on the tile itself."""
 
 MIN_TILE_TOKENS = 256
+"""Tokens of a tile at least, whatever its scores take."""
 
 LOWEST_SCORE = -1e30
 """Largest score before the first token: finite, so that a row that sees nothing yet stays one."""
@@ -109,12 +110,15 @@ class TurboQuantFused(TurboQuantAttention):
         rows = _Rows(metadata.context_len, metadata.query_len, self.shape.sliding_window)
         state = _SoftmaxState.empty(rotated, rows, self.shape.head_size_v)
         for first, count in self._tiles(metadata.context_len, *queries.shape[:2]):
-            state = state.update(rotated, *self._stored(pages, metadata, first, count), first)
+            stored = self._stored(pages, metadata, first, count)
+            state = state.then(state.update(rotated, *stored, first))
         own_keys, own_values = self._chunk(pages, keys, values, metadata)
         for first, count in self._tiles(metadata.query_len, *queries.shape[:2]):
             own = slice(first, first + count)
             position = metadata.context_len + first
-            state = state.update(rotated, own_keys[:, own], own_values[:, own], position)
+            state = state.then(
+                state.update(rotated, own_keys[:, own], own_values[:, own], position)
+            )
         if sinks is not None:
             state = state.with_sinks(sinks, rotated, self.key_codec.rotated_centre)
         out = state.output().reshape(*queries.shape[:2], -1)
@@ -139,8 +143,10 @@ class TurboQuantFused(TurboQuantAttention):
 
     def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
         sizes = self.shape.head_size + self.shape.head_size_v
-        outputs = 4 * query_len * num_heads * (self.shape.head_size + 2 * self.shape.head_size_v)
-        return 4 * TILE_BYTES + outputs + 8 * query_len * self.shape.num_kv_heads * sizes
+        rows = 4 * query_len * num_heads
+        tile = max(TILE_BYTES, rows * MIN_TILE_TOKENS)
+        outputs = rows * (self.shape.head_size + 6 * self.shape.head_size_v)
+        return 8 * tile + outputs + 8 * query_len * self.shape.num_kv_heads * sizes
 
     def _tiles(self, length: int, num_heads: int, query_len: int) -> list[tuple[int, int]]:
         """(first token, tokens) of each tile of a run of tokens; first tokens are even."""
@@ -232,6 +238,15 @@ class _SoftmaxState:
         logits = mx.repeat(logits, rows // logits.shape[1], axis=1)
         logits = logits - mx.sum(queries * rotated_centre[:, None], axis=-1, keepdims=True)
         return self._add(logits, logits, mx.zeros((heads, 1, self.out.shape[-1])))
+
+    def then(self, following: "_SoftmaxState") -> "_SoftmaxState":
+        """The following state, started, once this one is done: so that two tiles are in flight.
+
+        MLX would dequantise all tiles of a context before it attends over the first.
+        """
+        mx.async_eval(following.top, following.total, following.out)
+        mx.eval(self.top, self.total, self.out)
+        return following
 
     def output(self) -> mx.array:
         return self.out / self.total
