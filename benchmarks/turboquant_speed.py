@@ -69,7 +69,7 @@ class Decoder:
 
     def step(self) -> None:
         wall, processor = time.perf_counter(), time.process_time()
-        logits = self._graphs(mx.array([[11]]), self._metadata)
+        logits = self._graphs(mx.array([[11]]), [self._metadata])
         mx.eval(mx.argmax(logits, axis=-1), self.kv_cache.arrays)
         self.wall.append(time.perf_counter() - wall)
         self.processor.append(time.process_time() - processor)

@@ -145,7 +145,7 @@ class PagedModel:
 
     def __init__(self, binding: ModelBinding, backends: Sequence[AttentionBackend]):
         self.binding, self.backends = binding, backends
-        probe = KVCache(backends, 3)
+        probe = KVCache(backends, 16, binding.states)
         binding.bind(probe)
         self.batched_decode = takes_batched_offsets(binding, probe)
         """Whether rows at several positions are decoded together."""

@@ -67,7 +67,7 @@ def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
             max_seq_len=BLOCKS_EACH * BLOCK_SIZE,
         )
         previous = tokens
-        logits = forward(tokens[:, None], metadata)
+        logits = forward(tokens[:, None], [metadata])
         tokens = mx.argmax(logits[:, -1], axis=-1).astype(mx.int32)
         mx.async_eval(tokens, kv_cache.arrays)
         mx.eval(previous)
