@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_configs,
     get_request_block_hasher,
     init_none_hash,
+    resolve_kv_cache_block_sizes,
 )
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request
@@ -44,17 +45,17 @@ class Serving:
         config.cache_config.num_gpu_blocks = planned.num_blocks
         self.worker.initialize_from_config(configs[0])
         self.worker.compile_or_warm_up_model()
-        block_size = config.cache_config.block_size
+        block_size, hash_block_size = resolve_kv_cache_block_sizes(planned, config)
         self.scheduler = config.scheduler_config.get_scheduler_cls()(
             vllm_config=config,
             kv_cache_config=planned,
             structured_output_manager=StructuredOutputManager(config),
             block_size=block_size,
-            hash_block_size=block_size,
+            hash_block_size=hash_block_size,
         )
         hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_function)
-        self._hasher = get_request_block_hasher(block_size, hash_function)
+        self._hasher = get_request_block_hasher(hash_block_size, hash_function)
         self._ahead = 1 if config.scheduler_config.async_scheduling else 0
         self._in_flight: deque = deque()
         self.outputs: list[ModelRunnerOutput] = []

@@ -10,7 +10,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from tests.serving import Serving
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_models import VOCABULARY, save_checkpoint, tiny_model
 from vllm_metal.model_runner import PendingTokens
 
 NEW_TOKENS = 20
@@ -216,6 +216,33 @@ def test_no_step_copies_an_array_of_pages(make_config, async_scheduling, budget)
     serving.generate(PROMPTS[:6], max_tokens=40)
     page_array = serving.worker.kv_cache.nbytes // len(serving.worker.kv_cache.arrays)
     assert mx.get_peak_memory() - before < page_array // 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [("gemma3_text", "Gemma3ForCausalLM"), ("jamba", "JambaForCausalLM")],
+)
+def test_no_step_copies_an_array_that_layers_share(
+    make_config, tmp_path, async_scheduling, model_type, architecture
+):
+    folder = save_checkpoint(tmp_path / "model", model_type, architectures=[architecture])
+    config = make_config(
+        model=str(folder),
+        async_scheduling=async_scheduling,
+        max_num_batched_tokens=16,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    serving = Serving(config)
+    cache = serving.worker.kv_cache
+    assert cache.shares_arrays and cache.nbytes <= 64 << 20
+    first = serving.generate(PROMPTS[3:6], max_tokens=20)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert serving.generate(PROMPTS[3:6], max_tokens=20) == first
+    smallest = min(array.nbytes for array in cache.arrays)
+    assert mx.get_peak_memory() - before < smallest // 4
 
 
 def test_copied_blocks_are_copied_before_the_step(make_config):

@@ -186,6 +186,7 @@ class ModelRunner:
             step.logits[row] = logits[-1:]
             self.kv_cache.evaluate(step.logits[row])
         else:
+            del logits  # what is not computed still holds arrays that are written next
             self.kv_cache.evaluate()
 
     def _decode(self, decode_rows: list[int], pending: PendingTokens | None) -> mx.array:
