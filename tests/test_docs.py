@@ -54,6 +54,8 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "request_batch.py",
         "input_batch.py",
         "attention/metadata.py",
+        "kv_cache/groups.py",
+        "attention/group_metadata.py",
         "attention/model_binding.py",
         "attention/layer_cache.py",
         "attention/dry_forward.py",

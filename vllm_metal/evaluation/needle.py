@@ -59,12 +59,15 @@ def find_needles(
         haystacks: context lengths.
     """
     needles = []
+    questions = [encode(f"\n{beginning}") for beginning, _ in NEEDLES]
+    room = max(map(len, questions)) + ANSWER_TOKENS
     for length in haystacks:
-        sequence = PagedSequence(binding, backends, length + 128)
-        for _ in sequence.prefill(_haystack(hay, length, encode)):
+        haystack = _haystack(hay, length, encode)
+        sequence = PagedSequence(binding, backends, len(haystack) + room)
+        for _ in sequence.prefill(haystack):
             pass
-        for i, (beginning, end) in enumerate(NEEDLES):
-            answer = decode(sequence.greedy(encode(f"\n{beginning}"), ANSWER_TOKENS))
+        for i, (_, end) in enumerate(NEEDLES):
+            answer = decode(sequence.greedy(questions[i], ANSWER_TOKENS))
             needles.append(Needle(length, _depth(i), answer.strip().startswith(end)))
     return needles
 

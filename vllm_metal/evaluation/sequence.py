@@ -13,15 +13,14 @@ from vllm_metal.kv_cache.cache import KVCache
 
 PREFILL_CHUNK = 512
 
-MAX_STATES = 8
-"""Rows of a decode step that have a recurrent state of their own."""
+MAX_ROWS = 8
+"""Requests that are computed anew at a time, each with pages of its own."""
 
 
 class PagedSequence:
     """One request that owns blocks 1, 2, 3, ... of a cache of its own.
 
-    Recurrent states are in the blocks after those: one for the sequence, one to save it in, and
-    `MAX_STATES` for decode steps at other positions.
+    A recurrent state is in the first of them, and saved in one after the last.
 
     Args:
         binding: the model.
@@ -33,18 +32,17 @@ class PagedSequence:
         self, binding: ModelBinding, backends: Sequence[AttentionBackend], max_tokens: int
     ):
         self.binding = binding
-        block_sizes = [backend.block_size for backend in backends]
-        self.num_blocks = -(-max_tokens // min(block_sizes, default=max_tokens))
-        self._own_state, self._saved_state = self.num_blocks + 1, self.num_blocks + 2
-        last_block = self._saved_state + MAX_STATES if binding.states else self.num_blocks
-        self.kv_cache = KVCache(backends, last_block + 1, binding.states)
+        self._backends = backends
+        self._num_blocks = self._blocks_for(max_tokens)
+        self.kv_cache = self._cache(self._num_blocks + bool(binding.states))
         self.length = 0
         self._state_length = 0
         """Tokens that the recurrent states have seen."""
 
     def prefill(self, token_ids: Sequence[int]) -> Iterator[mx.array]:
         """Appends tokens in chunks; yields the float32 logits [L, vocabulary] of each chunk."""
-        for logits in self._prefill(token_ids, self.length, self._own_state):
+        table = _blocks(1, self._num_blocks)
+        for logits in self._prefill(self.kv_cache, token_ids, self.length, table):
             yield logits
             self.length += logits.shape[0]
             self._state_length = self.length
@@ -52,30 +50,21 @@ class PagedSequence:
     def decode_at(self, token_ids: Sequence[int], positions: Sequence[int]) -> mx.array:
         """Logits [B, vocabulary] of a decode step at each of several positions already stored.
 
-        Each row is the request as it was when its newest token stood at that position. Recurrent
-        states exist for one position only, so for others they are computed anew.
+        Each row is the request as it was when its newest token stood at that position. A recurrent
+        state is at one position only, so at others the rows are computed anew.
         """
-        states = np.full(len(positions), self._own_state, np.int32)
         if self.binding.states and list(positions) != [self._state_length]:
-            if len(positions) > MAX_STATES:
-                halves = positions[:MAX_STATES], positions[MAX_STATES:]
-                return mx.concatenate([self.decode_at(token_ids, half) for half in halves])
-            states = self._saved_state + 1 + np.arange(len(positions), dtype=np.int32)
-            for position, state in zip(positions, states.tolist(), strict=True):
-                for _ in self._prefill(token_ids[:position], 0, state):
-                    pass
-        else:
-            self._state_length = positions[0] + 1
-        blocks = np.tile(self._blocks(), (len(positions), 1))
-        tables = self._tables(blocks, states[:, None])
-        metadata = decode_metadata(self.kv_cache.groups, tables, np.array(positions, np.int32))
-        return self._forward([[token_ids[p]] for p in positions], metadata)[:, -1]
+            starts = range(0, len(positions), MAX_ROWS)
+            parts = [positions[start : start + MAX_ROWS] for start in starts]
+            return mx.concatenate([self._decode_anew(token_ids, part) for part in parts])
+        self._state_length = positions[0] + 1
+        table = np.tile(_blocks(1, self._num_blocks), (len(positions), 1))
+        return self._decode(self.kv_cache, token_ids, positions, table)
 
     def greedy(self, token_ids: Sequence[int], new_tokens: int) -> list[int]:
         """Appends `token_ids` and generates; the sequence keeps what it had before."""
-        before = self.length
-        if self.binding.states:
-            self.kv_cache.copy_blocks([(self._own_state, self._saved_state)])
+        before, saved = self.length, self._num_blocks + 1
+        self._copy_state(1, saved)
         *_, logits = self.prefill(token_ids)
         tokens = list(token_ids)
         generated: list[int] = []
@@ -89,32 +78,62 @@ class PagedSequence:
             row = [0] * before + tokens
             logits = self.decode_at(row, [position])
         self.length = self._state_length = before
-        if self.binding.states:
-            self.kv_cache.copy_blocks([(self._saved_state, self._own_state)])
+        self._copy_state(saved, 1)
         return generated
 
-    def _prefill(self, token_ids: Sequence[int], start: int, state: int) -> Iterator[mx.array]:
-        tables = self._tables(self._blocks(), np.array([state], np.int32))
+    def _decode_anew(self, token_ids: Sequence[int], positions: Sequence[int]) -> mx.array:
+        """As `decode_at`, from the first token on and in pages for this purpose."""
+        each = self._blocks_for(max(positions) + 1)
+        kv_cache = self._cache(len(positions) * each)
+        table = np.stack([_blocks(1 + row * each, each) for row in range(len(positions))])
+        for row, position in zip(table, positions, strict=True):
+            for _ in self._prefill(kv_cache, token_ids[:position], 0, row):
+                pass
+        return self._decode(kv_cache, token_ids, positions, table)
+
+    def _decode(
+        self,
+        kv_cache: KVCache,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        table: np.ndarray,
+    ) -> mx.array:
+        tables = [table] * len(kv_cache.groups)
+        metadata = decode_metadata(kv_cache.groups, tables, np.array(positions, np.int32))
+        return self._forward(kv_cache, [[token_ids[p]] for p in positions], metadata)[:, -1]
+
+    def _prefill(
+        self, kv_cache: KVCache, token_ids: Sequence[int], start: int, table: np.ndarray
+    ) -> Iterator[mx.array]:
+        tables = [table] * len(kv_cache.groups)
         for first in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = list(token_ids[first : first + PREFILL_CHUNK])
-            groups = self.kv_cache.groups
-            metadata = prefill_metadata(groups, tables, start + first, len(chunk))
-            yield self._forward([chunk], metadata, all_rows=True)[0]
-
-    def _blocks(self) -> np.ndarray:
-        return np.arange(1, self.num_blocks + 1, dtype=np.int32)
-
-    def _tables(self, blocks: np.ndarray, states: np.ndarray) -> list[np.ndarray]:
-        """The block table of each group."""
-        return [states if group.states else blocks for group in self.kv_cache.groups]
+            metadata = prefill_metadata(kv_cache.groups, tables, start + first, len(chunk))
+            yield self._forward(kv_cache, [chunk], metadata, all_rows=True)[0]
 
     def _forward(
         self,
+        kv_cache: KVCache,
         token_ids: list[list[int]],
         metadata: Sequence[GroupMetadata],
         all_rows: bool = False,
     ) -> mx.array:
-        self.binding.bind(self.kv_cache)
+        self.binding.bind(kv_cache)
         logits = self.binding.forward(mx.array(token_ids), metadata, all_rows).astype(mx.float32)
-        self.kv_cache.evaluate(logits)
+        kv_cache.evaluate(logits)
         return logits
+
+    def _copy_state(self, source: int, destination: int) -> None:
+        if self.binding.states:
+            self.kv_cache.copy_states(source, destination)
+
+    def _cache(self, num_blocks: int) -> KVCache:
+        return KVCache(self._backends, num_blocks + 1, self.binding.states)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        smallest = min((backend.block_size for backend in self._backends), default=num_tokens)
+        return -(-num_tokens // smallest)
+
+
+def _blocks(first: int, count: int) -> np.ndarray:
+    return np.arange(first, first + count, dtype=np.int32)

@@ -172,7 +172,14 @@ class KVCache:
         """Copies whole blocks (source, destination) of every region."""
         source = mx.array([src for src, _ in copies])
         destination = mx.array([dst for _, dst in copies])
-        for region in self._regions:
+        self._copy(self._regions, source, destination)
+
+    def copy_states(self, source: int, destination: int) -> None:
+        """Copies one block of the regions that hold recurrent states."""
+        self._copy(list(self._states_of_region), mx.array([source]), mx.array([destination]))
+
+    def _copy(self, regions: list[_Region], source: mx.array, destination: mx.array) -> None:
+        for region in regions:
             blocks = region.array[source]
             mx.eval(blocks)  # read before the write, or MLX copies the whole array
             region.array[destination] = blocks
