@@ -1,5 +1,7 @@
 """Haystacks hold every needle at its depth and have the length asked for."""
 
+import pytest
+
 from vllm_metal.evaluation import needle
 
 
@@ -33,3 +35,8 @@ def test_an_answer_with_the_number_is_found(monkeypatch):
         None, None, [1] * 1000, encode, lambda t: "".join(map(chr, t)), [500]
     )
     assert [n.found for n in found] == [False, False, True, *5 * [False]]
+
+
+def test_a_haystack_too_short_for_its_needles():
+    with pytest.raises(ValueError, match="200 tokens do not hold"):
+        needle._haystack([1] * 1000, 200, encode)

@@ -13,7 +13,7 @@ def encode(text: str) -> list[int]:
     return [ord(character) % VOCABULARY for character in text]
 
 
-def run(study: Study, text: str = "the quick brown fox " * 20) -> dict:
+def run(study: Study, text: str = "the quick brown fox " * 40) -> dict:
     told: list[str] = []
     binding = ModelBinding(tiny_model("qwen3"))
     figures = measure(study, binding, encode(text), encode, lambda _: "", told.append)
@@ -22,7 +22,7 @@ def run(study: Study, text: str = "the quick brown fox " * 20) -> dict:
 
 
 def test_every_candidate_has_every_figure(monkeypatch):
-    monkeypatch.setattr(needle.find_needles, "__defaults__", ((200,),))
+    monkeypatch.setattr(needle.find_needles, "__defaults__", ((600,),))
     study = Study([("q8_0", "q8_0"), ("q3_0", "q2_0")], [(8, 3)], 2, 40, 60)
     figures = run(study)
     assert figures["dense_perplexity"] > 1
@@ -36,5 +36,5 @@ def test_every_candidate_has_every_figure(monkeypatch):
 
 
 def test_a_text_shorter_than_the_long_window():
-    with pytest.raises(UserError, match="400 tokens; 500 are needed"):
-        run(Study([("q8_0", "q8_0")], windows=1, window_tokens=40, long_window_tokens=500))
+    with pytest.raises(UserError, match="800 tokens; 900 are needed"):
+        run(Study([("q8_0", "q8_0")], windows=1, window_tokens=40, long_window_tokens=900))

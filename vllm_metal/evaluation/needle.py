@@ -77,9 +77,11 @@ def _depth(i: int) -> float:
 
 
 def _haystack(hay: Sequence[int], length: int, encode: Encode) -> list[int]:
-    """`length` tokens of hay with the needles at even depths."""
+    """`length` tokens of hay with the needles at even depths. ValueError if they do not fit."""
     needles = [encode(f"\n{beginning} {end}.\n") for beginning, end in NEEDLES]
     room = length - sum(map(len, needles))
+    if room < 0:
+        raise ValueError(f"{length} tokens do not hold the sentences, which take {length - room}")
     tokens: list[int] = []
     start = 0
     for i, needle in enumerate(needles):
