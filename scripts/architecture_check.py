@@ -159,13 +159,19 @@ class PagedModel:
 
     def decode_together(self, tokens: Sequence[int]) -> np.ndarray:  # [len(BATCH), vocabulary]
         """One decode step at the positions of BATCH."""
-        sequence, _ = self._prefilled(tokens)
+        sequence = self._stored(tokens)
         return np.array(sequence.decode_at(tokens, BATCH))
 
     def decode_in_turn(self, tokens: Sequence[int]) -> np.ndarray:  # [len(BATCH), vocabulary]
         """A decode step for each position of BATCH."""
-        sequence, _ = self._prefilled(tokens)
+        sequence = self._stored(tokens)
         return np.array(mx.concatenate([sequence.decode_at(tokens, [p]) for p in BATCH]))
+
+    def _stored(self, tokens: Sequence[int]) -> PagedSequence:
+        """A sequence to decode from, empty where a recurrent state has each row computed anew."""
+        if self.binding.states:
+            return PagedSequence(self.binding, self.backends, LENGTH)
+        return self._prefilled(tokens)[0]
 
     def _prefilled(self, tokens: Sequence[int]) -> tuple[PagedSequence, list[mx.array]]:
         sequence = PagedSequence(self.binding, self.backends, LENGTH)
