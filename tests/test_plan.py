@@ -57,6 +57,15 @@ def test_weights_that_leave_no_room_are_an_error_with_the_sum(folder):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "kind"), [("gemma3_text", "sliding windows"), ("jamba", "recurrent state")]
+)
+def test_models_whose_layers_share_memory_are_refused(tmp_path, model_type, kind):
+    (tmp_path / "config.json").write_text(json.dumps(config_of(model_type)))
+    with pytest.raises(UserError, match=f"has {kind}; the server prints its plan"):
+        run(tmp_path, "--memory", "1GiB")
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [("16GiB", 16 << 30), ("1.5g", 3 << 29), ("512MB", 512 << 20), ("2048", 2048)],
 )

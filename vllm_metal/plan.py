@@ -66,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns the exit code."""
     model = model_loader.load_structure(args.model, args.trust_remote_code)
-    shapes = ModelBinding(model).layers
+    shapes = _full_attention_layers(args.model, ModelBinding(model))
     weights = args.weights or model_loader.weight_bytes_on_disk(args.model)
     if weights is None:
         weights = model_loader.weight_bytes(model)
@@ -94,6 +94,20 @@ def run(args: argparse.Namespace) -> int:
         )
         print(render(rows, args.max_model_len))
     return 0
+
+
+def _full_attention_layers(name: str, binding: ModelBinding) -> list[LayerShape]:
+    """Raises UserError where layers of other kinds share the memory: vLLM's planner divides it."""
+    kinds = {
+        "sliding windows": any(shape.sliding_window is not None for shape in binding.layers),
+        "recurrent state": bool(binding.states),
+    }
+    if found := [kind for kind, is_there in kinds.items() if is_there]:
+        raise UserError(
+            "`vllm-metal plan` counts models of full attention only",
+            [f"{name} has {' and '.join(found)}; the server prints its plan when it starts"],
+        )
+    return binding.layers
 
 
 def table(

@@ -208,7 +208,8 @@ class MetalWorker(WorkerBase):
     def _measure_workspace(self) -> int:
         """Activations of the largest prefill, plus what attention over a full context adds."""
         longest = max(warm_up.WORKSPACE_PROBE_LENGTHS)
-        num_blocks = -(-longest // self.cache_config.block_size)
+        smallest = min((backend.block_size for backend in self.backends), default=longest)
+        num_blocks = -(-longest // smallest)
         kv_cache = KVCache(self.backends, num_blocks + 1, self.binding.states)
         self.binding.bind(kv_cache)
         peaks = warm_up.measure_prefill_peaks(self.binding, kv_cache)
