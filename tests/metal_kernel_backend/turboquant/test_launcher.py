@@ -141,7 +141,7 @@ def test_store_touches_its_slots_alone_and_skips_negative_ones():
     np.testing.assert_array_equal(np.array(stored.pages), untouched)
     layout = stored.layout
     block = stored.table[0, 0]
-    page_bytes = before.view(np.uint8)
+    page_bytes = before.view(np.uint8).reshape(len(before), layout.num_kv_heads, -1)
     others = np.delete(before, block, axis=0)
     assert (others == 0xABCD).all()
     tail = page_bytes[block, :, 5 * layout.key_codes_bytes : layout.value_codes_offset]

@@ -111,14 +111,13 @@ class TurboQuantFused(TurboQuantAttention):
         state = _SoftmaxState.empty(rotated, rows, self.shape.head_size_v)
         for first, count in self._tiles(metadata.context_len, *queries.shape[:2]):
             stored = self._stored(pages, metadata, first, count)
-            state = state.then(state.update(rotated, *stored, first))
+            state = state.update(rotated, *stored, first).evaluated()
         own_keys, own_values = self._chunk(pages, keys, values, metadata)
         for first, count in self._tiles(metadata.query_len, *queries.shape[:2]):
             own = slice(first, first + count)
             position = metadata.context_len + first
-            state = state.then(
-                state.update(rotated, own_keys[:, own], own_values[:, own], position)
-            )
+            state = state.update(rotated, own_keys[:, own], own_values[:, own], position)
+            state = state.evaluated()
         if sinks is not None:
             state = state.with_sinks(sinks, rotated, self.key_codec.rotated_centre)
         out = state.output().reshape(*queries.shape[:2], -1)
@@ -239,14 +238,10 @@ class _SoftmaxState:
         logits = logits - mx.sum(queries * rotated_centre[:, None], axis=-1, keepdims=True)
         return self._add(logits, logits, mx.zeros((heads, 1, self.out.shape[-1])))
 
-    def then(self, following: "_SoftmaxState") -> "_SoftmaxState":
-        """The following state, started, once this one is done: so that two tiles are in flight.
-
-        MLX would dequantise all tiles of a context before it attends over the first.
-        """
-        mx.async_eval(following.top, following.total, following.out)
+    def evaluated(self) -> "_SoftmaxState":
+        """Itself. Left to later, MLX would hold all tiles of a context at a time."""
         mx.eval(self.top, self.total, self.out)
-        return following
+        return self
 
     def output(self) -> mx.array:
         return self.out / self.total
