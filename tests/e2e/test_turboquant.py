@@ -105,7 +105,7 @@ def test_alone_is_as_in_a_batch(make_config, model, k_quant, v_quant):
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-def test_tokens_grow_by_the_printed_ratio(make_config, model, k_quant, v_quant, capfd):
+def test_tokens_grow_by_the_printed_ratio(make_config, model, k_quant, v_quant, caplog):
     """What vLLM's scheduler hands out, against 16-bit pages in the same bytes."""
 
     def tokens(**more) -> int:
@@ -114,9 +114,9 @@ def test_tokens_grow_by_the_printed_ratio(make_config, model, k_quant, v_quant, 
         return (serving.scheduler.kv_cache_config.num_blocks - 1) * 16
 
     dense = tokens(kv_cache_dtype="float16")
-    capfd.readouterr()
+    caplog.clear()
     compressed = tokens(additional_config=settings(k_quant, v_quant))
-    printed = re.search(r"ratio +([\d.]+)x over the whole cache", "".join(capfd.readouterr()))
+    printed = re.search(r"ratio +([\d.]+)x over the whole cache", caplog.text)
     assert compressed / dense == pytest.approx(float(printed[1]), rel=0.01)
 
 
