@@ -32,7 +32,7 @@ def unpacking(bits: int, terms: int) -> int:
     bitwise = 2 * CHUNK + rest * bits
     shifts = 4 * (shifted + (bits + rest if spare else 0))
     doubled = bits
-    polynomial = {1: 0, 2: 3, 3: 4}[terms]
+    polynomial = {1: 0, 2: 2, 3: 3}[terms]
     return bitwise + shifts + doubled + 2 * CHUNK * (1 + polynomial)
 
 
@@ -41,12 +41,12 @@ def cycles_per_pair(k_quant: str, v_quant: str) -> float:
     key, value = key_format(k_quant), value_format(v_quant)
     products = 2 * GROUP * CHUNK * TOKENS
     scores = GROUP * TOKENS
-    fold = (LANES - 1) * (2 + 2 + 1)
-    spread = (LANES - 1) * (2 + 2)
+    halves = GROUP * TOKENS // 4 * (2 + 2 + 2)  # the first step, two scores at a time
+    fold = halves + (LANES // 2 - 1) * (2 + 2 + 1)
     softmax = 25
     addresses_and_loads = 40
     total = unpacking(key.bits, key.num_terms) + unpacking(value.bits, value.num_terms)
-    total += products + scores + fold + spread + softmax + addresses_and_loads
+    total += products + scores + fold + softmax + addresses_and_loads
     return total / (CHUNK * TOKENS)
 
 
