@@ -17,6 +17,9 @@ from vllm_metal.attention.backend import AttentionBackend
 class CacheUse:
     """How a model used its caches of keys and values."""
 
+    forwards: int = 0
+    layers: set[int] = field(default_factory=set)
+    """Decoder layers that updated one."""
     updates: int = 0
     attends: int = 0
     """Calls of MLX's attention."""
@@ -32,22 +35,26 @@ class ObservedCache:
     prefill chunk itself.
     """
 
-    def __init__(self, cache: Any, use: CacheUse, backend: AttentionBackend | None):
-        self._cache, self._use, self._backend = cache, use, backend
+    def __init__(self, cache: Any, layer: int, use: CacheUse, backend: AttentionBackend | None):
+        self._cache, self._layer, self._use, self._backend = cache, layer, use, backend
         self._returned: tuple[mx.array, mx.array] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._use.layers.add(self._layer)
         self._use.updates += 1
         self._use.sizes.add((keys.shape[1], keys.shape[3], values.shape[3]))
-        new = keys.shape[2]
+        new, one_array = keys.shape[2], values is keys
         keys, values = self._cache.update_and_fetch(keys, values)
         if self._backend is not None:
             exact = new if new > 1 else 0
             keys = _through(self._backend.key_codec, keys, exact)
-            values = _through(self._backend.value_codec, values, exact)
+            if one_array:
+                values = keys
+            elif values.shape[3]:
+                values = _through(self._backend.value_codec, values, exact)
         self._returned = keys, values
         return keys, values
 
@@ -70,38 +77,39 @@ def reference_logits(
     use = CacheUse()
     remaining = iter(backends)
 
-    def observed(cache: Any) -> Any:
+    def observed(layer: int, cache: Any) -> Any:
         if isinstance(cache, mlx_lm_cache.CacheList):
-            return mlx_lm_cache.CacheList(*map(observed, cache.caches))
+            return mlx_lm_cache.CacheList(*(observed(layer, part) for part in cache.caches))
         if not hasattr(cache, "update_and_fetch"):
             return cache
         backend = next(remaining, None)
-        return ObservedCache(cache, use, backend if backend and backend.compressed else None)
+        compressed = backend is not None and backend.compressed
+        return ObservedCache(cache, layer, use, backend if compressed else None)
 
-    caches = [observed(cache) for cache in mlx_lm_cache.make_prompt_cache(model)]
+    own_caches = mlx_lm_cache.make_prompt_cache(model)
+    caches = [observed(layer, cache) for layer, cache in enumerate(own_caches)]
     rows = []
     with _attention_observed(use):
         for chunk in chunks:
+            use.forwards += 1
             rows.append(model(mx.array([list(chunk)]), cache=caches)[0].astype(mx.float32))
             mx.eval(rows)
     return np.array(mx.concatenate(rows)), use
 
 
-def kinds(model: nn.Module, config: dict[str, Any], use: CacheUse, forwards: int) -> list[str]:
+def kinds(model: nn.Module, config: dict[str, Any], use: CacheUse) -> list[str]:
     """What distinguishes a model, in the field's terms; nothing for a plain decoder.
 
     Args:
         model: the model.
         config: its `config.json`.
         use: of its caches.
-        forwards: how many forwards `use` counts.
     """
-    layers = [
-        {type(leaf).__name__ for leaf in getattr(cache, "caches", [cache])}
+    caches = {
+        type(leaf).__name__
         for cache in mlx_lm_cache.make_prompt_cache(model)
-    ]
-    caches = set().union(*layers)
-    attention_layers = sum(bool(layer - {"ArraysCache"}) for layer in layers)
+        for leaf in getattr(cache, "caches", [cache])
+    }
     modules = {type(module).__name__ for module in model.modules()}
     found = {
         "recurrent state only": caches == {"ArraysCache"},
@@ -111,7 +119,7 @@ def kinds(model: nn.Module, config: dict[str, Any], use: CacheUse, forwards: int
         "chunked attention": "ChunkedKVCache" in caches,
         "sinks": use.sinks,
         "shared KV": 0 < use.updates < use.attends,
-        "own attention": use.attends < attention_layers * forwards,
+        "own attention": use.attends < len(use.layers) * use.forwards,
         "own cache": not caches <= _CACHES,
         "mixed head sizes": len(use.sizes) > 1,
         "MoE": bool(modules & {"SwitchGLU", "SwitchMLP"}),

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     RESULTS.write_text(json.dumps(committed, indent=1) + "\n")
     PAGE.write_text(page(committed))
-    wrong = [name for name, result in results.items() if "wrong" in _statuses(result)]
+    wrong = [name for name, result in results.items() if "wrong" in statuses(result)]
     if wrong:
         print("wrong: " + ", ".join(wrong), file=sys.stderr)
     return int(bool(wrong))
@@ -118,7 +118,7 @@ def _run_one(context: Any, name: str) -> dict[str, Any]:
         process.kill()
         process.join()
     outcome = {"status": "wrong", "reasons": [problem]}
-    return {"kinds": [], "dense": outcome, "turboquant": outcome}
+    return {"kinds": [], "notes": [], "dense": outcome, "turboquant": outcome}
 
 
 def _send_result(name: str, sender: Connection) -> None:
@@ -142,7 +142,7 @@ def _aliases() -> dict[str, str]:
     return dict(sorted(MODEL_REMAPPING.items()))
 
 
-def _statuses(result: dict[str, Any]) -> set[str]:
+def statuses(result: dict[str, Any]) -> set[str]:
     return {result["dense"]["status"], result["turboquant"]["status"]}
 
 

@@ -9,12 +9,12 @@ _INTRODUCTION = """\
 
 Written by `scripts/supported_models.py`; do not edit. mlx-lm {mlx_lm} has {total} model files. For
 each one the script builds a tiny random float32 model with every kind of layer the architecture
-has, runs it through the plugin's own binding and pages, and compares logits with those of mlx-lm's
-own caches: a prompt in three unequal chunks that cross the sliding windows, then decode steps, at
-several positions together where the model allows it.
+has, serves it three requests of unequal length through the plugin's own binding and pages, and
+compares all logits with those of mlx-lm's own caches. Prompts come in unequal chunks that cross
+the sliding windows; the requests are then decoded together, in blocks that had another owner.
 
-| | served | refused | not checked |{wrong_head}
-| --- | --- | --- | --- |{wrong_rule}
+| | {head} |
+| --- | {rule} |
 | dense | {dense} |
 | TurboQuant | {turboquant} |
 
@@ -22,10 +22,9 @@ several positions together where the model allows it.
   largest difference found is {dense_difference:.0e}.
 - *TurboQuant* is served where the logits, with `q8_0/q4_0` and with `q4_0/q4_0`, are those of
   mlx-lm's own caches with keys and values through the codec: within 1e-4 standard deviations for
-  the better half of the tokens, and within 5e-2 for all, since a rounding error now and then tips
-  a code over (the largest difference: {turboquant_difference:.0e}); and where a request decoded in
-  a batch gets, to the bit, the logits it gets alone. What the codec itself costs a real model is
-  in [TurboQuant](turboquant.md).
+  the better half of the tokens, and for all within a tenth of what the codec itself does, since a
+  rounding error now and then tips a code over; and where a request gets, to the bit, the logits
+  that it gets alone. What the codec costs a real model is in [TurboQuant](turboquant.md).
 - *One at a time*: the model takes one position for all rows of a forward, so decode runs one
   request after the other. This is found at start and needs no setting.
 - A refused model is refused by name when the server starts, with the reason given here.
@@ -37,7 +36,7 @@ decoding.
 """
 
 _TABLE_HEAD = """\
-| model file | kind | dense | TurboQuant | why not |
+| model file | kind | dense | TurboQuant | reasons and notes |
 | --- | --- | --- | --- | --- |
 """
 
@@ -51,19 +50,19 @@ defines for this model alone. Text part: the file holds a language model taken o
 one. No kind: a plain decoder with full attention.
 """
 
-_STATUSES = ("served", "refused", "not checked", "wrong")
+_STATUSES = ("served", "refused", "nothing to compress", "not checked", "wrong")
 
 
 def page(results: dict[str, Any]) -> str:
     """Markdown."""
     architectures = results["architectures"]
-    any_wrong = any(r[m]["status"] == "wrong" for r in architectures.values() for m in _MODES)
-    statuses = _STATUSES if any_wrong else _STATUSES[:-1]
+    found = {result[mode]["status"] for result in architectures.values() for mode in _MODES}
+    statuses = [status for status in _STATUSES if status in found]
     head = _INTRODUCTION.format(
         mlx_lm=results["versions"]["mlx-lm"],
         total=len(architectures),
-        wrong_head=" wrong |" if any_wrong else "",
-        wrong_rule=" --- |" if any_wrong else "",
+        head=" | ".join(statuses),
+        rule=" | ".join(["---"] * len(statuses)),
         **{mode: _counts(architectures.values(), mode, statuses) for mode in _MODES},
         **{f"{mode}_difference": _largest(architectures.values(), mode) for mode in _MODES},
     )
@@ -88,7 +87,7 @@ def _largest(results: Any, mode: str) -> float:
 def _row(name: str, result: dict[str, Any]) -> str:
     cells = [f"`{name}`", ", ".join(result["kinds"])]
     cells += [_status(result[mode]) for mode in _MODES]
-    cells.append(_reasons(result))
+    cells.append("; ".join(filter(None, [_reasons(result), *result["notes"]])))
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -115,9 +114,9 @@ def _merged(reasons: Sequence[str]) -> str:
     """The reasons in one line; what several layers have in common is said once."""
     layers: dict[str, list[str]] = {}
     for reason in reasons:
-        match = re.fullmatch(r"layer (\d+):? (.*)", reason, re.DOTALL)
-        number, text = match.groups() if match else ("", reason)
-        layers.setdefault(text, []).extend([number] if number else [])
+        match = re.fullmatch(r"layer (\d+(?: and \d+ more)?):? (.*)", reason, re.DOTALL)
+        layer, text = match.groups() if match else ("", reason)
+        layers.setdefault(text, []).extend([layer] if layer else [])
     return "; ".join(
         f"{text} (layer{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else text
         for text, numbers in layers.items()

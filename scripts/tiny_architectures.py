@@ -31,10 +31,10 @@ HELPERS = frozenset(
 """Files beside them that hold no model."""
 
 STAND_INS = {
-    "bitnet": "Checked with plain MLX operations in place of mlx-lm's Metal kernel for ternary "
-    "weights.",
-    "olmo": "Checked without the package `hf_olmo`, whose presence mlx-lm asks for and whose code "
-    "it does not use.",
+    "bitnet": "checked with plain MLX operations in place of mlx-lm's Metal kernel for ternary "
+    "weights",
+    "olmo": "checked without the package `hf_olmo`, whose presence mlx-lm asks for and whose code "
+    "it does not use",
 }
 """What `tiny_model` replaces where it cannot run, by architecture."""
 

@@ -24,8 +24,8 @@ def script(monkeypatch):
     return importlib.import_module("supported_models")
 
 
-def result(dense, turboquant, kinds=()):
-    return {"kinds": list(kinds), "dense": dense, "turboquant": turboquant}
+def result(dense, turboquant, kinds=(), notes=()):
+    return {"kinds": list(kinds), "notes": list(notes), "dense": dense, "turboquant": turboquant}
 
 
 def make_page(script, **architectures) -> str:
@@ -47,7 +47,7 @@ def test_the_page_is_current():
 
 def test_nothing_that_is_wrong_is_committed(script):
     committed = json.loads(script.RESULTS.read_text())["architectures"]
-    wrong = [name for name, result in committed.items() if "wrong" in script._statuses(result)]
+    wrong = [name for name, result in committed.items() if "wrong" in script.statuses(result)]
     assert wrong == []
 
 
@@ -72,18 +72,19 @@ def test_the_page_counts_and_says_why(script):
     page = make_page(
         script,
         a=result(SERVED, REFUSED, ["MoE"]),
-        b=result(SERVED | {"batched_decode": False, "difference": 3e-6}, SERVED),
+        b=result(SERVED | {"batched_decode": False, "difference": 3e-6}, SERVED, [], ["odd"]),
     )
-    assert "| dense | 2 | 0 | 0 |\n| TurboQuant | 1 | 1 | 0 |\n" in page
+    assert "| | served | refused |\n| --- | --- | --- |\n| dense | 2 | 0 |\n" in page
+    assert "| TurboQuant | 1 | 1 |\n" in page
     assert (
         "| `a` | MoE | served | refused | TurboQuant: is odd (layers 0, 2); so is the model |\n"
     ) in page
-    assert "| `b` |  | served, one at a time | served |  |\n" in page
+    assert "| `b` |  | served, one at a time | served | odd |\n" in page
     assert "difference found is 3e-06." in page
     assert "`new` (old)" in page
 
 
 def test_what_is_wrong_stands_out(script):
     page = make_page(script, a=result(WRONG, WRONG))
-    assert "| dense | 0 | 0 | 0 | 1 |" in page
+    assert "| | wrong |\n| --- | --- |\n| dense | 1 |\n" in page
     assert "| `a` |  | **wrong** | **wrong** | a \\| b c |\n" in page
