@@ -56,6 +56,7 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "kv_cache/groups.py",
         "attention/group_metadata.py",
         "attention/metadata.py",
+        "attention/decode_graphs.py",
         "attention/model_binding.py",
         "attention/layer_cache.py",
         "attention/dry_forward.py",

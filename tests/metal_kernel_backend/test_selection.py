@@ -42,6 +42,16 @@ def test_a_layer_that_does_not_exist_is_named():
         kinds(TurboQuantConfig("q8_0", "q3_0", skip_layers=(6,)))
 
 
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [([], "it has no keys and values"), ([LayerShape(2, 64, 64)], "all its layers are in skip")],
+)
+def test_a_model_with_nothing_to_compress_is_refused(shapes, reason):
+    config = TurboQuantConfig("q8_0", "q3_0", boundary=1)
+    with pytest.raises(UserError, match=reason):
+        make_backends(shapes, 16, mx.float16, config, neutral_constants(shapes))
+
+
 def test_a_head_size_without_rotation_is_refused_with_its_layer():
     shapes = [LayerShape(2, 64, 64), LayerShape(2, 72, 64)]
     with pytest.raises(UserError, match="layer 1: head size 72"):

@@ -106,6 +106,8 @@ def _require_compressible(shapes: Sequence[LayerShape], skipped: frozenset[int])
         if layer not in skipped
         for reason in _obstacles(shape)
     ]
+    if not reasons and len(skipped) == len(shapes):
+        reasons = ["all its layers are in skip_layers" if shapes else "it has no keys and values"]
     if reasons:
         raise UserError("TurboQuant cannot compress this model", reasons[:4])
 
