@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
 from tests.serving import Serving
@@ -39,7 +40,7 @@ def test_what_is_known_is_not_replaced():
 @pytest.mark.parametrize(
     ("model_type", "heads", "layers"), [("afm7", 4, 4), ("openelm", 8, 3), ("exaone", 4, 3)]
 )
-def test_vllm_reads_the_settings_under_its_names(make_config, tmp_path, model_type, heads, layers):
+def test_vllm_reads_the_settings_under_its_names(tmp_path, model_type, heads, layers):
     settings = {"architectures": [f"{model_type}OnlyHere"], "max_position_embeddings": 512}
     for name in ("num_attention_heads", "num_hidden_layers", "hidden_size"):
         settings[name] = None
@@ -55,7 +56,7 @@ def test_vllm_reads_the_settings_under_its_names(make_config, tmp_path, model_ty
     config = config | {"model_type": model_type, **given}
     config = {name: value for name, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
-    model = make_config(model=str(folder)).model_config
+    model = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_model_config()
     assert model.hf_config.model_type == model_type
     assert model.get_hidden_size() == 64
     assert model.model_arch_config.total_num_attention_heads == heads

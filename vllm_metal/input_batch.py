@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
@@ -29,9 +30,7 @@ def decode_inputs(
         token ids [B, 1] and the metadata of each group.
     """
     positions = rows.num_computed_tokens_cpu[decode_rows]
-    token_ids = mx.array(rows.token_ids_cpu[decode_rows, positions])
-    if pending is not None:
-        token_ids = _take_pending(token_ids, [rows.req_ids[row] for row in decode_rows], *pending)
+    token_ids = _newest_tokens(rows, decode_rows, positions, pending)
     tables = [rows.block_table[i].block_table.np[decode_rows] for i in range(len(groups))]
     return token_ids[:, None], decode_metadata(groups, tables, positions)
 
@@ -50,12 +49,19 @@ def prefill_inputs(
     return token_ids[None], prefill_metadata(groups, tables, start, query_len)
 
 
-def _take_pending(
-    token_ids: mx.array, req_ids: list[str], pending: mx.array, index_of: dict[str, int]
-) -> mx.array:
-    """Replaces the placeholder of each pending request by its lazy token."""
-    indices = [index_of.get(req_id, -1) for req_id in req_ids]
-    if indices == list(range(pending.shape[0])):
-        return pending
+def _newest_tokens(
+    rows: InputBatch,
+    decode_rows: list[int],
+    positions: np.ndarray,
+    pending: tuple[mx.array, dict[str, int]] | None,
+) -> mx.array:  # [B] int32
+    """Tokens at `positions`; those that are pending stay lazy."""
+    if pending is None:
+        return mx.array(rows.token_ids_cpu[decode_rows, positions])
+    tokens, index_of = pending
+    indices = [index_of.get(rows.req_ids[row], -1) for row in decode_rows]
+    if indices == list(range(tokens.shape[0])):
+        return tokens
     index = mx.array(indices)
-    return mx.where(index >= 0, pending[mx.maximum(index, 0)], token_ids)
+    known = mx.array(rows.token_ids_cpu[decode_rows, positions])
+    return mx.where(index >= 0, tokens[mx.maximum(index, 0)], known)

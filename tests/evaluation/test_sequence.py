@@ -13,6 +13,7 @@ from vllm_metal.evaluation.sequence import PagedSequence
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 
+COMPRESSED = TurboQuantConfig("q8_0", "q8_0")
 TOKENS = [(7 * i + 3) % 60 for i in range(45)]
 
 
@@ -57,8 +58,12 @@ def test_greedy_leaves_the_sequence_as_it_was(sequence, model):
         tokens.append(token)
 
 
-@pytest.mark.parametrize("turboquant", [None, TurboQuantConfig("q8_0", "q8_0")], ids=["", "tq"])
-@pytest.mark.parametrize("model_type", [*WINDOWED, *RECURRENT])
+@pytest.mark.parametrize(
+    ("model_type", "turboquant"),
+    [(kind, None) for kind in (*WINDOWED, *RECURRENT)]
+    + [(kind, COMPRESSED) for kind in (*WINDOWED, *RECURRENT) if kind != "mamba"],
+    ids=str,
+)
 def test_every_kind_of_layer(model_type, turboquant, monkeypatch):
     """Chunks shorter than a window, decode at the end, at other positions, and after all."""
     monkeypatch.setattr(sequence_module, "PREFILL_CHUNK", 13)
