@@ -7,6 +7,7 @@ import pytest
 from tests.tiny_models import FETCHED, SERVED, VOCABULARY, tiny_model
 from vllm_metal.attention import decode_graphs
 from vllm_metal.attention.decode_graphs import DecodeGraphs, rounded_blocks
+from vllm_metal.attention.group_metadata import decode_metadata
 from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.config import TurboQuantConfig
@@ -42,15 +43,8 @@ class Decoder:
         """Requests of these lengths, each with blocks of its own."""
         most = -(-max(lens) // BLOCK)
         table = self.blocks[: len(lens) * most].reshape(len(lens), most)
-        last = np.array(lens) - 1
-        slots = table[np.arange(len(lens)), last // BLOCK] * BLOCK + last % BLOCK
-        return DecodeMetadata(
-            block_table=mx.array(table),
-            seq_lens=mx.array(lens),
-            slot_mapping=mx.array(slots),
-            offset=mx.array(last),
-            max_seq_len=max(lens),
-        )
+        [metadata] = decode_metadata(self.kv_cache.groups, [table], np.array(lens, np.int32) - 1)
+        return metadata
 
     def run(self, forward, lens: list[int], seed: int) -> mx.array:
         tokens = np.random.default_rng([seed, *lens]).integers(0, VOCABULARY, (len(lens), 1))

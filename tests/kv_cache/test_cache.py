@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.dense_pages import keys_and_values
+from vllm_metal.attention import group_metadata
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.attention.state_shape import StateShape
@@ -25,15 +26,9 @@ def cache_of(num_blocks: int, layers: int = 2, dtype: mx.Dtype = mx.float32) -> 
 def decode_metadata(seq_lens: list[int], blocks_each: int) -> DecodeMetadata:
     """Request i owns the `blocks_each` blocks after block `1 + i * blocks_each`."""
     table = 1 + np.arange(len(seq_lens) * blocks_each, dtype=np.int32).reshape(len(seq_lens), -1)
-    last = np.array(seq_lens) - 1
-    slots = table[np.arange(len(last)), last // BLOCK] * BLOCK + last % BLOCK
-    return DecodeMetadata(
-        block_table=mx.array(table),
-        seq_lens=mx.array(seq_lens),
-        slot_mapping=mx.array(slots),
-        offset=mx.array(last),
-        max_seq_len=max(seq_lens),
-    )
+    positions = np.array(seq_lens, np.int32) - 1
+    [metadata] = group_metadata.decode_metadata([KVGroup(BLOCK)], [table], positions)
+    return metadata
 
 
 def kv(count: int, seed: int = 0) -> tuple[mx.array, mx.array]:

@@ -1,17 +1,29 @@
-"""Causal masks by position, for models that compute attention themselves.
-
-Backends mask by position on their own and need none of these.
-"""
+"""Causal masks by position: the one rule of which keys a query sees."""
 
 import mlx.core as mx
 
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
 
 
-def causal_mask(metadata: AttentionMetadata, window: int | None = None) -> mx.array:
-    """True where a query sees a key: bool [L, S] of a chunk, [B, 1, 1, S] of decode rows.
+def seen_keys(
+    rows: mx.array,  # [L] or [L, 1] positions of queries
+    first: int,
+    count: int,
+    sliding_window: int | None,
+) -> mx.array:  # [L, count] bool
+    """Which of the keys at positions first .. first + count - 1 each query sees."""
+    rows, keys = rows.reshape(-1, 1), mx.arange(first, first + count)[None, :]
+    seen = keys <= rows
+    if sliding_window is not None:
+        seen = seen & (keys > rows - sliding_window)
+    return seen
 
-    S counts the tokens of the longest request. Made once for all layers of a forward pass.
+
+def causal_mask(metadata: AttentionMetadata, window: int | None = None) -> mx.array:
+    """For models that compute attention themselves; backends mask on their own.
+
+    True where a query sees a key: bool [L, S] of a chunk, [B, 1, 1, S] of decode rows. S counts the
+    tokens of the longest request. Made once for all layers of a forward pass.
 
     Args:
         metadata: of the forward pass.
@@ -19,12 +31,10 @@ def causal_mask(metadata: AttentionMetadata, window: int | None = None) -> mx.ar
     """
 
     def mask() -> mx.array:
-        keys = mx.arange(metadata.max_seq_len)
         if isinstance(metadata, DecodeMetadata):
-            queries = (metadata.seq_lens - 1)[:, None, None, None]
-        else:
-            queries = mx.arange(metadata.context_len, metadata.seq_len)[:, None]
-        seen = keys <= queries
-        return seen if window is None else seen & (keys > queries - window)
+            seen = seen_keys(metadata.seq_lens - 1, 0, metadata.max_seq_len, window)
+            return seen[:, None, None, :]
+        rows = mx.arange(metadata.context_len, metadata.seq_len)
+        return seen_keys(rows, 0, metadata.max_seq_len, window)
 
     return metadata.derived.once(("causal_mask", window), mask)

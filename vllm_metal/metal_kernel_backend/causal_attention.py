@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import DecodeMetadata
 
 SCORE_TILE_BYTES = 64 << 20
@@ -23,28 +24,11 @@ def valid_tokens(
     """[B, 1, 1, N * block_size] bool, true where the newest token sees a gathered one."""
 
     def mask() -> mx.array:
-        positions = mx.arange(metadata.block_table.shape[1] * block_size)[None, :]
-        seq_lens = metadata.seq_lens[:, None]
-        seen = positions < seq_lens
-        if sliding_window is not None:
-            seen = seen & (positions >= seq_lens - sliding_window)
+        num_tokens = metadata.block_table.shape[1] * block_size
+        seen = seen_keys(metadata.seq_lens - 1, 0, num_tokens, sliding_window)
         return seen[:, None, None, :]
 
     return metadata.derived.once(("valid_tokens", block_size, sliding_window), mask)
-
-
-def seen_keys(
-    rows: mx.array,  # [L] or [L, 1] positions of queries
-    first: int,
-    count: int,
-    sliding_window: int | None,
-) -> mx.array:  # [L, count] bool
-    """Which of the keys at positions first .. first + count - 1 each query sees."""
-    rows, keys = rows.reshape(-1, 1), mx.arange(first, first + count)[None, :]
-    seen = keys <= rows
-    if sliding_window is not None:
-        seen = seen & (keys > rows - sliding_window)
-    return seen
 
 
 def causal_attention(

@@ -12,8 +12,8 @@ from functools import cache
 import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape, Pages
+from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from vllm_metal.metal_kernel_backend.causal_attention import seen_keys
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
