@@ -14,7 +14,7 @@ from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import Format, key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout, check_head_size
 
@@ -72,9 +72,14 @@ def make_backends(
     ]
 
 
+def _formats(turboquant: TurboQuantConfig) -> tuple[Format, Format]:
+    return key_format(turboquant.k_quant), value_format(turboquant.v_quant)
+
+
 def _compressed_slot_size(shape: LayerShape, turboquant: TurboQuantConfig) -> int:
-    formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
-    return SlotLayout(*formats, shape.head_size, shape.head_size_v, 1, TOKEN_STEP).slot_size
+    return SlotLayout(
+        *_formats(turboquant), shape.head_size, shape.head_size_v, 1, TOKEN_STEP
+    ).slot_size
 
 
 def _compressed(
@@ -84,7 +89,7 @@ def _compressed(
     constants: KeyConstants,
     target: Target | None,
 ) -> AttentionBackend:
-    formats = key_format(turboquant.k_quant), value_format(turboquant.v_quant)
+    formats = _formats(turboquant)
     if target is None:
         return TurboQuantReference(
             shape, page.block_size, formats, constants, turboquant.reproducible, page.page_bytes
