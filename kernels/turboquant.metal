@@ -658,8 +658,8 @@ METAL_FUNC void store_vectors(
 
 // ------------------------------------------------------------------------------------ dequantize
 
-// Two neighbouring stored vectors back to numbers, [n, D]: still rotated, or as the model had them.
-template <int D, int BITS, int TERMS, bool UNROTATE, typename T>
+// Two neighbouring stored vectors as the model had them, [n, D].
+template <int D, int BITS, int TERMS, typename T>
 METAL_FUNC void dequantize_pair(
     const device uchar* a, const device uchar* b, uint scales, uint biases,
     const device float* codebook, const device float* factors, const device float* centre,
@@ -691,29 +691,24 @@ METAL_FUNC void dequantize_pair(
             ? scratch[which * D + Vector<D>::index(lane, block, i)] : 0.0f;
       }
     }
-    if (UNROTATE) {
-      y.rotate(lane);
-    }
+    y.rotate(lane);
     UNROLL
     for (int block = 0; block < Vector<D>::M; block++) {
       UNROLL
       for (int i = 0; i < Vector<D>::W; i++) {
         if (Vector<D>::holds(lane)) {
           int index = Vector<D>::index(lane, block, i);
-          float element = y.x[block][i];
-          if (UNROTATE) {
-            element = element * factors[index] + (has_centre ? centre[index] : 0.0f);
-          }
-          output[which * D + index] = T(element);
+          output[which * D + index] =
+              T(y.x[block][i] * factors[index] + (has_centre ? centre[index] : 0.0f));
         }
       }
     }
   }
 }
 
-// Tokens first .. first + n - 1 (first even) of one request: keys [H, n, Dk], values [H, n, Dv].
-template <
-    typename Slots, int SIMDGROUPS, bool UNROTATE, typename T, typename Table, typename Params>
+// Tokens first .. first + n - 1 (first even) of one request, in the KV heads from first_head on:
+// keys [heads, n, Dk], values [heads, n, Dv].
+template <typename Slots, int SIMDGROUPS, typename T, typename Table, typename Params>
 METAL_FUNC void dequantize_tokens(
     const device ushort* pages, Table block_table, const device float* centre,
     const device float* query_factors, const device float* value_factors,
@@ -722,9 +717,9 @@ METAL_FUNC void dequantize_tokens(
     int lane) {
   constexpr int DK = Slots::key_head_size;
   constexpr int DV = Slots::value_head_size;
-  int first = params[0], n = params[1];
+  int first = params[0], n = params[1], first_head = params[2];
   int vector = int(group.x) * SIMDGROUPS + simdgroup;
-  int offset = vector / 2 * 2, head = group.y;
+  int offset = vector / 2 * 2, row = group.y, head = first_head + row;
   if (offset >= n) {
     return;
   }
@@ -734,17 +729,17 @@ METAL_FUNC void dequantize_tokens(
   uint slot = token % Slots::block_size;
   threadgroup float* own_scratch = scratch + simdgroup * 2 * Slots::longer;
   if (vector % 2 == 0) {
-    dequantize_pair<DK, Slots::key_bits, Slots::key_terms, UNROTATE>(
+    dequantize_pair<DK, Slots::key_bits, Slots::key_terms>(
         Slots::key_codes(page, slot, 0), Slots::key_codes(page, slot + 1, 0),
         load_pair(Slots::key_scale(page, slot)),
         Slots::key_has_bias ? load_pair(Slots::key_bias(page, slot)) : 0u, key_codebook,
         query_factors + head * DK, centre + head * DK, true, offset + 1 < n,
-        keys + (ulong(head) * n + offset) * DK, own_scratch, lane);
+        keys + (ulong(row) * n + offset) * DK, own_scratch, lane);
   } else {
-    dequantize_pair<DV, Slots::value_bits, Slots::value_terms, UNROTATE>(
+    dequantize_pair<DV, Slots::value_bits, Slots::value_terms>(
         Slots::value_codes(page, slot, 0), Slots::value_codes(page, slot + 1, 0),
         load_pair(Slots::value_scale(page, slot)), 0u, value_codebook, value_factors, centre,
-        false, offset + 1 < n, values + (ulong(head) * n + offset) * DV, own_scratch, lane);
+        false, offset + 1 < n, values + (ulong(row) * n + offset) * DV, own_scratch, lane);
   }
 }
 

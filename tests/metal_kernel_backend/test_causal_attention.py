@@ -18,7 +18,7 @@ def qkv(query_len: int, seq_len: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("query_len", "seq_len"), [(50, 50), (50, 83), (33, 70), (1, 40)])
 def test_row_tiles_give_the_whole(monkeypatch, query_len, seq_len, with_sinks):
-    """With tiles of 16 rows, the smallest there are."""
+    """With tiles of one row, the smallest there are."""
     monkeypatch.setattr(module, "SCORE_TILE_BYTES", 1)
     queries, keys, values = qkv(query_len, seq_len)
     sinks = np.array([0.5, -1, 2, 0], np.float32) if with_sinks else None

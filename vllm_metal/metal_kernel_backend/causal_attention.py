@@ -6,7 +6,11 @@ from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import DecodeMetadata
 
 SCORE_TILE_BYTES = 64 << 20
-"""Bound on one tile of prefill scores where MLX has no fused attention (its CPU backend)."""
+"""Bound on one tile of prefill scores where MLX has no fused attention."""
+
+FUSED_HEAD_SIZES = (64, 80, 128)
+"""Equal head sizes of keys and values for which MLX's GPU backends, Metal and CUDA alike, attend to
+16-bit chunks without holding their scores."""
 
 
 def finite(values: mx.array) -> mx.array:
@@ -43,7 +47,7 @@ def causal_attention(
     heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
     context_len = seq_len - query_len
     rows = query_len
-    if mx.default_device() == mx.Device(mx.cpu):
+    if not _is_fused(queries, values):
         rows = max(1, SCORE_TILE_BYTES // (4 * heads * seq_len))
     tiles = []
     for start in range(0, query_len, rows):
@@ -66,6 +70,12 @@ def causal_attention(
         if rows < query_len:
             mx.eval(tiles[-1])  # or MLX allocates the scores of all tiles at once
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+
+
+def _is_fused(queries: mx.array, values: mx.array) -> bool:
+    on_gpu = mx.default_device() != mx.Device(mx.cpu)
+    fused_sizes = queries.shape[-1] == values.shape[-1] in FUSED_HEAD_SIZES
+    return on_gpu and queries.dtype.size == 2 and fused_sizes
 
 
 def score_workspace_bytes(seq_len: int, query_len: int, num_heads: int) -> int:

@@ -98,22 +98,42 @@ def test_what_is_read_back_matches_the_reference_path():
         close(np.array(part), np.array(wanted))
 
 
-def test_a_context_of_many_tiles_gives_what_one_tile_gives(monkeypatch):
-    _, backend = pair()
+@pytest.mark.parametrize("window", [None, 1, 9, 40, 1000])
+def test_a_tile_for_each_head_gives_what_one_tile_gives(monkeypatch, window):
+    shape = LayerShape(HEADS, SIZE, SIZE, sliding_window=window)
+    reference = TurboQuantReference(shape, BLOCK, FORMATS, constants())
+    pages, _ = prefill(reference, reference.allocate(7), 0, 70, None)
+    _, expected = prefill(reference, pages, 70, 96, None)
+    backend = TurboQuantFused(shape, BLOCK, FORMATS, constants(), TARGET)
     pages, _ = prefill(backend, backend.allocate(7), 0, 70, None)
-    _, expected = prefill(backend, pages, 70, 96, None)
+    assert len(backend._head_tiles(96, 4)) == 1
+    _, out = prefill(backend, pages, 70, 96, None)
+    close(out, expected)
     monkeypatch.setattr(fused, "TILE_BYTES", 1)
-    monkeypatch.setattr(fused, "MIN_TILE_TOKENS", 6)
-    assert len(backend._tiles(70, HEADS * GROUP, 26)) == 12
+    assert backend._head_tiles(96, 4) == [slice(0, 1), slice(1, 2)]
     _, tiled = prefill(backend, pages, 70, 96, None)
-    np.testing.assert_allclose(tiled, expected, atol=1e-5)
+    np.testing.assert_allclose(tiled, out, atol=1e-5)
 
 
-def test_workspace_does_not_grow_with_the_context():
+def test_a_window_bounds_what_is_dequantised():
+    shape = LayerShape(HEADS, SIZE, SIZE, sliding_window=9)
+    backend = TurboQuantFused(shape, BLOCK, FORMATS, constants(), TARGET)
+    assert backend._visible(prefill_metadata(70, 80)) == (62, 18)
+    assert backend._visible(prefill_metadata(4, 12)) == (0, 12)
+
+
+def test_workspace_is_bounded_until_one_head_alone_is_more():
     _, backend = pair()
-    assert backend.prefill_workspace_bytes(10**6, 64, 6) == backend.prefill_workspace_bytes(
-        0, 64, 6
-    )
+    head = 4 * 2 * SIZE
+    lengths = [2**10, 2**16, 2**20]
+    workspace = [backend.prefill_workspace_bytes(length - 64, 64, 6) for length in lengths]
+    scores = [2 * min(4 * 6 * 64 * length, 64 << 20) for length in lengths]
+    rows = 4 * 64 * 6 * 2 * SIZE
+    assert workspace == [
+        HEADS * head * 2**10 + rows + scores[0],
+        HEADS * head * 2**16 + rows + scores[1],
+        head * 2**20 + rows + scores[2],
+    ]
 
 
 def test_pages_hold_what_the_layout_says():

@@ -1,19 +1,22 @@
 """TurboQuant pages behind the attention boundary, on the fused kernels.
 
 A layer's pages are the array and the token of its last store, which orders the store before
-every reader (see `launcher`). Decode reads the compressed pages. Prefill attends over its context
-in the rotated space, dequantised by tiles of a bounded size: each row of a chunk would otherwise
-dequantise the context again, and a tile is shared by all rows and heads.
+every reader (see `launcher`). Decode reads the compressed pages. Prefill dequantises its context
+once, for as many KV heads at a time as a bounded tile holds, and hands it to MLX's attention: a
+tile is shared by all rows of the chunk and all query heads of its KV heads, and a row needs the
+whole context of a head but of one head only, so nothing is merged.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape, Pages
-from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
+from vllm_metal.metal_kernel_backend.causal_attention import (
+    causal_attention,
+    score_workspace_bytes,
+)
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -21,14 +24,9 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 
-TILE_BYTES = 64 << 20
-"""Bound on the scores of one tile of a context, and on the tile itself."""
-
-MIN_TILE_TOKENS = 256
-"""Tokens of a tile at least, whatever its scores take."""
-
-LOWEST_SCORE = -1e30
-"""Largest score before the first token: finite, so that a row that sees nothing yet stays one."""
+TILE_BYTES = 128 << 20
+"""Bound on the keys and values that a chunk has in plain form at a time. One KV head is the least:
+in 16 bits with head size 128 it reaches the bound at 262,144 tokens."""
 
 
 @cache
@@ -105,23 +103,22 @@ class TurboQuantFused(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        rotated = self.key_codec.rotate_queries(queries.swapaxes(0, 1)).swapaxes(0, 1)
-        rotated = (rotated * scale).reshape(self.shape.num_kv_heads, -1, rotated.shape[-1])
-        rows = _Rows(metadata.context_len, metadata.query_len, self.shape.sliding_window)
-        state = _SoftmaxState.empty(rotated, rows, self.shape.head_size_v)
-        for first, count in self._tiles(metadata.context_len, *queries.shape[:2]):
-            stored = self._stored(pages, metadata, first, count)
-            state = state.update(rotated, *stored, first).evaluated()
-        own_keys, own_values = self._chunk(pages, keys, values, metadata)
-        for first, count in self._tiles(metadata.query_len, *queries.shape[:2]):
-            own = slice(first, first + count)
-            position = metadata.context_len + first
-            state = state.update(rotated, own_keys[:, own], own_values[:, own], position)
-            state = state.evaluated()
-        if sinks is not None:
-            state = state.with_sinks(sinks, rotated, self.key_codec.rotated_centre)
-        out = state.output().reshape(*queries.shape[:2], -1)
-        return self.value_codec.unrotate_outputs(out).astype(queries.dtype)
+        first, count = self._visible(metadata)
+        tiles = []
+        for heads in self._head_tiles(count, queries.dtype.size):
+            group = queries.shape[0] // self.shape.num_kv_heads
+            rows = slice(heads.start * group, heads.stop * group)
+            tiles.append(
+                causal_attention(
+                    queries[None, rows],
+                    *self._plain(pages, keys, values, metadata, heads, queries.dtype),
+                    scale,
+                    None if sinks is None else sinks[rows],
+                    self.shape.sliding_window,
+                )[0]
+            )
+            mx.eval(tiles[-1])  # left to later, MLX would hold all tiles at a time
+        return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         array, token = pages
@@ -141,113 +138,43 @@ class TurboQuantFused(TurboQuantAttention):
         )
 
     def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        sizes = self.shape.head_size + self.shape.head_size_v
-        rows = 4 * query_len * num_heads
-        tile = max(TILE_BYTES, rows * MIN_TILE_TOKENS)
-        outputs = rows * (self.shape.head_size + 6 * self.shape.head_size_v)
-        return 8 * tile + outputs + 8 * query_len * self.shape.num_kv_heads * sizes
+        seq_len, width = context_len + query_len, self.shape.head_size + self.shape.head_size_v
+        head = 4 * seq_len * width
+        tile = max(head, min(TILE_BYTES, head * self.shape.num_kv_heads))
+        rows = 4 * query_len * num_heads * width
+        return tile + rows + score_workspace_bytes(seq_len, query_len, num_heads)
 
-    def _tiles(self, length: int, num_heads: int, query_len: int) -> list[tuple[int, int]]:
-        """(first token, tokens) of each tile of a run of tokens; first tokens are even."""
-        vector_bytes = 4 * (self.shape.head_size + self.shape.head_size_v)
-        token_bytes = max(4 * num_heads * query_len, vector_bytes * self.shape.num_kv_heads)
-        tokens = max(MIN_TILE_TOKENS, TILE_BYTES // token_bytes // 2 * 2)
-        starts = range(0, length, tokens)
-        return [(start, min(tokens, length - start)) for start in starts]
+    def _head_tiles(self, count: int, itemsize: int) -> list[slice]:
+        """KV heads whose `count` plain tokens are held at a time."""
+        heads = self.shape.num_kv_heads
+        head_bytes = count * itemsize * (self.shape.head_size + self.shape.head_size_v)
+        each = max(1, TILE_BYTES // head_bytes)
+        return [slice(head, min(head + each, heads)) for head in range(0, heads, each)]
 
-    def _stored(
-        self, pages: Pages, metadata: PrefillMetadata, first: int, count: int
-    ) -> tuple[mx.array, mx.array]:  # [H, count, D] each
-        """Rotated keys and values of a run of tokens as the pages have them."""
-        array, token = pages
-        table = metadata.block_table[0]
-        arguments = array, table, self._constants, first, count, token, mx.float32
-        return self.launcher.dequantize(*arguments, rotated=True)
+    def _visible(self, metadata: PrefillMetadata) -> tuple[int, int]:
+        """First token that a row of the chunk sees, rounded down to even, and tokens from there."""
+        window = self.shape.sliding_window or metadata.seq_len
+        first = max(0, metadata.context_len + 1 - window) // 2 * 2
+        return first, metadata.seq_len - first
 
-    def _chunk(
-        self, pages: Pages, keys: mx.array, values: mx.array, metadata: PrefillMetadata
-    ) -> tuple[mx.array, mx.array]:  # [H, L, D] each
-        """Rotated keys and values of the chunk itself: exact, or as stored."""
-        if not self.reproducible:
-            rotated = self.key_codec.rotate_keys(keys.swapaxes(0, 1)).swapaxes(0, 1)
-            return rotated, self.value_codec.rotate_values(values)
-        odd = metadata.context_len % 2
-        first, count = metadata.context_len - odd, metadata.query_len + odd
-        stored_keys, stored_values = self._stored(pages, metadata, first, count)
-        return stored_keys[:, odd:], stored_values[:, odd:]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Where the query rows of a chunk stand."""
-
-    context_len: int
-    query_len: int
-    """L."""
-    sliding_window: int | None
-
-    def seen(self, first: int, count: int) -> mx.array | None:
-        """Which keys first .. first + count - 1 each row sees, bool [L, count]; None: all."""
-        last = self.context_len + self.query_len - 1
-        hidden = self.sliding_window is not None and last - self.sliding_window >= first
-        if first + count <= self.context_len + 1 and not hidden:
-            return None
-        positions = mx.arange(self.context_len, last + 1)
-        return seen_keys(positions, first, count, self.sliding_window)
-
-
-@dataclass(frozen=True)
-class _SoftmaxState:
-    """Attention of query rows over the tokens seen so far, not yet normalised."""
-
-    rows: _Rows
-    top: mx.array
-    """[H, G * L, 1], largest score."""
-    total: mx.array
-    """[H, G * L, 1], sum of exp(score - top)."""
-    out: mx.array
-    """[H, G * L, Dv], sum of exp(score - top) * value."""
-
-    @classmethod
-    def empty(cls, queries: mx.array, rows: _Rows, value_size: int) -> "_SoftmaxState":
-        shape = queries.shape[:2]
-        top = mx.full((*shape, 1), LOWEST_SCORE)
-        return cls(rows, top, mx.zeros((*shape, 1)), mx.zeros((*shape, value_size)))
-
-    def update(
+    def _plain(
         self,
-        queries: mx.array,  # [H, G * L, Dk], query heads outermost
-        keys: mx.array,  # [H, S, Dk]
-        values: mx.array,  # [H, S, Dv]
-        first: int,  # position of the first key
-    ) -> "_SoftmaxState":
-        scores = queries @ keys.swapaxes(1, 2)
-        seen = self.rows.seen(first, keys.shape[1])
-        if seen is not None:
-            group = scores.reshape(scores.shape[0], -1, *seen.shape)
-            scores = mx.where(seen, group, -mx.inf).reshape(scores.shape)
-        return self._add(mx.max(scores, axis=-1, keepdims=True), scores, values)
-
-    def with_sinks(
-        self, sinks: mx.array, queries: mx.array, rotated_centre: mx.array
-    ) -> "_SoftmaxState":
-        """Each sink [Hq] is a logit without a value. Stored keys lack their centre, so do sinks."""
-        heads, rows, _ = queries.shape
-        logits = sinks.astype(mx.float32).reshape(heads, -1, 1)
-        logits = mx.repeat(logits, rows // logits.shape[1], axis=1)
-        logits = logits - mx.sum(queries * rotated_centre[:, None], axis=-1, keepdims=True)
-        return self._add(logits, logits, mx.zeros((heads, 1, self.out.shape[-1])))
-
-    def evaluated(self) -> "_SoftmaxState":
-        """Itself. Left to later, MLX would hold all tiles of a context at a time."""
-        mx.eval(self.top, self.total, self.out)
-        return self
-
-    def output(self) -> mx.array:
-        return self.out / self.total
-
-    def _add(self, largest: mx.array, scores: mx.array, values: mx.array) -> "_SoftmaxState":
-        top = mx.maximum(self.top, largest)
-        before, weights = mx.exp(self.top - top), mx.exp(scores - top)
-        total = self.total * before + mx.sum(weights, axis=-1, keepdims=True)
-        return _SoftmaxState(self.rows, top, total, self.out * before + weights @ values)
+        pages: Pages,
+        keys: mx.array,
+        values: mx.array,
+        metadata: PrefillMetadata,
+        heads: slice,
+        dtype: mx.Dtype,
+    ) -> list[mx.array]:  # [1, heads, S, Dk], [1, heads, S, Dv]
+        """What the chunk sees of its context, dequantised, and the chunk: exact, or as stored."""
+        array, token = pages
+        first, count = self._visible(metadata)
+        arguments = array, metadata.block_table[0], self._constants, first, count, token
+        plain = []
+        for stored, own in zip(
+            self.launcher.dequantize(*arguments, dtype, heads), (keys, values), strict=True
+        ):
+            if not self.reproducible:
+                stored[:, count - metadata.query_len :] = own[heads]
+            plain.append(stored[None])
+        return plain

@@ -84,7 +84,7 @@ DEQUANTIZE = Kernel(
     SLOTS
     + f"""
   threadgroup float scratch[SIMDGROUPS * 2 * Slots::longer];
-  dequantize_tokens<Slots, SIMDGROUPS, UNROTATE>(
+  dequantize_tokens<Slots, SIMDGROUPS>(
       pages, block_table, centre, query_factors, value_factors, key_codebook, value_codebook,
       params, keys, values, scratch, {POSITION});
 """,

@@ -218,16 +218,17 @@ class Launcher:
         count: int,
         token: mx.array,  # uint32 [8], from the last store
         dtype: mx.Dtype,
-        rotated: bool = False,
-    ) -> tuple[mx.array, mx.array]:  # [H, count, Dk], [H, count, Dv]
+        heads: slice = slice(None),  # of the H KV heads, without a step
+    ) -> tuple[mx.array, mx.array]:  # [heads, count, Dk], [heads, count, Dv]
         """Tokens first .. first + count - 1 of a request, as the model had them.
 
-        `rotated` leaves out the last step: k' and v' of codec.py, for rotated queries.
         Raises ValueError if `first` is odd.
         """
         if first % 2:
             raise ValueError(f"first token {first} is odd")
         layout = self.layout
+        first_head, end_head, _ = heads.indices(layout.num_kv_heads)
+        num_heads = end_head - first_head
         pairs = -(-count // 2)
         groups = -(-2 * pairs // STORE_SIMDGROUPS)
         keys, values = self._kernels[DEQUANTIZE.name](
@@ -239,19 +240,15 @@ class Launcher:
                 constants.value_factors,
                 self.key_codebook,
                 self.value_codebook,
-                _integers((first, count, 0, 0, 0, 0, 0, 0)),
+                _integers((first, count, first_head, 0, 0, 0, 0, 0)),
                 token,
             ],
-            template=[
-                *self._template,
-                ("SIMDGROUPS", STORE_SIMDGROUPS),
-                ("UNROTATE", int(not rotated)),
-            ],
-            grid=(groups * STORE_SIMDGROUPS * SIMD_SIZE, layout.num_kv_heads, 1),
+            template=[*self._template, ("SIMDGROUPS", STORE_SIMDGROUPS)],
+            grid=(groups * STORE_SIMDGROUPS * SIMD_SIZE, num_heads, 1),
             threadgroup=(STORE_SIMDGROUPS * SIMD_SIZE, 1, 1),
             output_shapes=[
-                (layout.num_kv_heads, count, layout.key_head_size),
-                (layout.num_kv_heads, count, layout.value_head_size),
+                (num_heads, count, layout.key_head_size),
+                (num_heads, count, layout.value_head_size),
             ],
             output_dtypes=[dtype, dtype],
         )
