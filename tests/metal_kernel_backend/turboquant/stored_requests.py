@@ -5,7 +5,7 @@ defines the bytes.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,7 @@ from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget, MetalTarget
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, Quantized, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 
@@ -30,7 +31,8 @@ TOLERANCE = 3e-3
 
 @dataclass(frozen=True)
 class Case:
-    """One instantiation: formats, head size, KV heads, block size, query heads per KV head."""
+    """One instantiation: formats, head sizes, KV heads, block size, query heads per KV head, and
+    unused bytes at the end of a page."""
 
     k_quant: str = "q8_0"
     v_quant: str = "q3_0"
@@ -40,13 +42,25 @@ class Case:
     group: int = 4
     dtype: mx.Dtype = mx.float16
     options: dict = field(default_factory=dict, hash=False)
+    head_size_v: int = 0
+    """0: as the keys'."""
+    padding: int = 0
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("mlx.core.")
+        sizes = f"{self.head_size}+{self.head_size_v}" if self.head_size_v else self.head_size
         return (
-            f"{self.k_quant}/{self.v_quant}-D{self.head_size}-H{self.num_kv_heads}"
+            f"{self.k_quant}/{self.v_quant}-D{sizes}-H{self.num_kv_heads}"
             f"-block{self.block_size}-G{self.group}-{kind}"
         )
+
+    def layout(self) -> SlotLayout:
+        formats = key_format(self.k_quant), value_format(self.v_quant)
+        sizes = self.head_size, self.head_size_v or self.head_size
+        unpadded = SlotLayout(*formats, *sizes, self.num_kv_heads, self.block_size)
+        if not self.padding:
+            return unpadded
+        return replace(unpadded, padded_page_bytes=unpadded.page_size_bytes + self.padding)
 
 
 class Stored:
@@ -56,12 +70,11 @@ class Stored:
         rng = np.random.default_rng(seed)
         self.case, self.lengths = case, lengths
         heads, size = case.num_kv_heads, case.head_size
-        layout = SlotLayout.of(case.k_quant, case.v_quant, size, heads, case.block_size)
-        self.layout = layout
+        self.layout = layout = case.layout()
         centre = rng.standard_normal((heads, size)).astype(np.float32)
         multiplier = np.exp(0.2 * rng.standard_normal((heads, size))).astype(np.float32)
         self.key_codec = KeyCodec(layout.key_format, centre, multiplier)
-        self.value_codec = ValueCodec(layout.value_format, size)
+        self.value_codec = ValueCodec(layout.value_format, layout.value_head_size)
         self.constants = LayerConstants(
             self.key_codec.centre,
             self.key_codec.key_factors,
@@ -79,10 +92,12 @@ class Stored:
             + np.arange(n) % case.block_size
             for i, n in enumerate(lengths)
         ]
-        shape = (sum(lengths), heads, size)
-        values = rng.standard_normal(shape).astype(np.float32) if keys is None else keys[::-1]
+        rows = sum(lengths), heads
         if keys is None:
-            keys = rng.standard_normal(shape).astype(np.float32) + centre
+            keys = rng.standard_normal((*rows, size)).astype(np.float32) + centre
+            values = rng.standard_normal((*rows, layout.value_head_size)).astype(np.float32)
+        else:
+            values = keys[::-1]
         self.keys = mx.array(keys).astype(case.dtype)
         self.values = mx.array(np.ascontiguousarray(values)).astype(case.dtype)
         self.token = self.store(slice(None))

@@ -24,8 +24,11 @@ CASES = [
     Case("uint8", "q5_0", 64, 1, 16, 1),
     Case("uint4", "q6_0", 192, 1, 16, 2),
     Case("uint2", "q8_0", 128, 1, 8, 1, mx.float32),
+    Case("q8_0", "q4_0", 192, 2, 16, 2, head_size_v=128, padding=48),
+    Case("uint4", "q3_0", 64, 3, 8, 4, mx.float32, head_size_v=96, padding=16),
 ]
-"""Every format, and every head size, block size, group and type, in one case or another."""
+"""Every format, head size, block size, group and type in one case or another, keys longer than
+values, the reverse, and padded pages."""
 
 
 def random_cases(count: int) -> list[Case]:
@@ -45,6 +48,8 @@ def random_cases(count: int) -> list[Case]:
             one([1, 2, 4, 6, 8, 12]),
             one([mx.float16, mx.bfloat16, mx.float32]),
             {"max_rows": one([1, 2, 4, 8]), "run_tokens": one([2, 4])},
+            head_size_v=one([0, 0, 0, 64, 128]),
+            padding=one([0, 0, 16, 4096]),
         )
         for _ in range(count)
     ]
