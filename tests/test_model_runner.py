@@ -12,6 +12,7 @@ from vllm.v1.request import RequestStatus
 from tests.serving import Serving
 from tests.tiny_models import VOCABULARY, save_checkpoint, tiny_model
 from vllm_metal.model_runner import PendingTokens
+from vllm_metal.request_batch import PLACEHOLDER
 
 NEW_TOKENS = 20
 LENGTHS = (1, 2, 15, 16, 17, 50, 33)
@@ -182,6 +183,37 @@ def test_a_greedy_step_is_handed_back_before_it_is_computed(make_config):
     assert serving.runner.batch.requests["r"].output_token_ids[-1] == -1
     [[token]] = output.get_output().sampled_token_ids
     assert 0 <= token < VOCABULARY
+
+
+def test_one_step_is_computed_at_a_time(make_config, monkeypatch, expected):
+    serving = Serving(make_config(async_scheduling=True))
+    dispatch, running = serving.runner._dispatch, []
+
+    def checked(*arrays):
+        assert not running
+        running.append(arrays)
+        wait = dispatch(*arrays)
+
+        def waited():
+            wait()
+            running.clear()
+
+        return waited
+
+    monkeypatch.setattr(serving.runner, "_dispatch", checked)
+    assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == expected
+
+
+def test_a_step_that_a_request_joins_waits_for_the_one_before(make_config):
+    """Its name may be that of a request whose token is still in flight."""
+    serving = Serving(make_config(async_scheduling=True))
+    for name in ("first", "second"):
+        serving.add(name, prompt(1))
+        scheduled = serving.scheduler.schedule()
+        serving.worker.execute_model(scheduled)
+        assert PLACEHOLDER not in serving.runner.batch.requests["first"].output_token_ids
+        serving.worker.sample_tokens(None)
+        assert serving.runner.batch.requests["first"].output_token_ids[-1] == PLACEHOLDER
 
 
 def test_pending_tokens_find_their_rows():
