@@ -49,6 +49,18 @@ def test_a_difference_fails(capsys, monkeypatch):
     assert "FAILED: q8_0/q3_0" in capsys.readouterr().out
 
 
+def test_what_prefill_dequantises_is_checked_too(capsys, monkeypatch):
+    dequantize = doctor.Trial.dequantize
+
+    def off(self, token):
+        keys, values = dequantize(self, token)
+        return keys, values * 1.1
+
+    monkeypatch.setattr(doctor.Trial, "dequantize", off)
+    assert examine("--formats", "q8_0/q3_0") == 1
+    assert "numbers are off by 1.0e-01" in capsys.readouterr().out
+
+
 def test_a_kernel_that_cannot_be_compiled_fails(capsys, monkeypatch):
     def broken(*_):
         raise RuntimeError("no compiler")
@@ -56,6 +68,16 @@ def test_a_kernel_that_cannot_be_compiled_fails(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "check", broken)
     assert examine("--formats", "q8_0/q3_0") == 1
     assert "no compiler" in capsys.readouterr().out
+
+
+def test_speeds_are_a_table():
+    speed = doctor.Speed(8192, 120.0, 180.0, 30.0, 512.4, 90.0)
+    report = doctor.Report("q8_0/q3_0", store_us=5.0, speeds=[speed])
+    facts = {"kernels": "metal", "memory_limit": 1 << 34}
+    lines = doctor.render(facts, [report], 128).splitlines()
+    header, row = lines[lines.index(doctor.SPEED_HEADER) :][:2]
+    assert row.split() == ["8192", "120", "180", "1.50", "x", "512", "25", "%", "90"]
+    assert len(header) == len(row)
 
 
 def test_unknown_formats_are_refused():

@@ -1,0 +1,103 @@
+"""Two requests through the kernels, beside what the codec makes of the same keys and values."""
+
+import mlx.core as mx
+import numpy as np
+
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+
+GROUP = 4
+"""Query heads of a KV head."""
+
+
+class Trial:
+    """Two requests of random keys and values, stored through the kernel."""
+
+    def __init__(self, launcher: Launcher, length: int):
+        layout = launcher.layout
+        self.launcher, self.length = launcher, length
+        rng = np.random.default_rng(length)
+        heads, size = layout.num_kv_heads, layout.key_head_size
+        centre = rng.standard_normal((heads, size)).astype(np.float32)
+        with mx.stream(mx.cpu):
+            self.key_codec = KeyCodec(layout.key_format, centre, np.ones_like(centre))
+            self.value_codec = ValueCodec(layout.value_format, size)
+            shape = 2 * length, heads, size
+            self.keys = mx.array(rng.standard_normal(shape) + centre).astype(mx.float16)
+            self.values = mx.array(rng.standard_normal(shape)).astype(mx.float16)
+        self.constants = LayerConstants(
+            self.key_codec.centre,
+            self.key_codec.key_factors,
+            self.key_codec.query_factors,
+            self.value_codec.factors,
+        )
+        blocks = -(-length // layout.block_size)
+        self.table = 1 + rng.permutation(2 * blocks).reshape(2, blocks)
+        positions = np.arange(length)
+        self.blocks = self.table[:, positions // layout.block_size].reshape(-1)
+        self.places = np.tile(positions % layout.block_size, 2)
+        self.pages = mx.zeros(layout.pages_shape(2 * blocks + 1), mx.uint16)
+        shape = 2, 1, heads * GROUP, size
+        self.queries = mx.array(rng.standard_normal(shape)).astype(mx.float16)
+        mx.eval(self.pages, self.keys, self.values, self.queries)
+
+    def store(self) -> mx.array:
+        slots = self.blocks * self.launcher.layout.block_size + self.places
+        slots = mx.array(slots.astype(np.int32))
+        return self.launcher.store(self.pages, self.keys, self.values, slots, self.constants)
+
+    def decode(self, token: mx.array) -> mx.array:
+        return self.launcher.decode(
+            self.pages,
+            self.queries,
+            mx.array(self.table.astype(np.int32)),
+            mx.array([self.length] * 2),
+            self.constants,
+            self.queries.shape[-1] ** -0.5,
+            self.length,
+            token,
+        )
+
+    def dequantize(self, token: mx.array) -> tuple[mx.array, mx.array]:  # [H, length, D] each
+        """The last request."""
+        table = mx.array(self.table[-1].astype(np.int32))
+        arguments = self.constants, 0, self.length, token, mx.float16
+        return self.launcher.dequantize(self.pages, table, *arguments)
+
+    def wrong_bytes(self) -> int:
+        """Stored codes and key scales that are not the codec's."""
+        layout = self.launcher.layout
+        with mx.stream(mx.cpu):
+            quantized = self.key_codec.quantize(self.keys), self.value_codec.quantize(self.values)
+            formats = layout.key_format, layout.value_format
+            packed = [pack(q.codes, f.bits) for q, f in zip(quantized, formats, strict=True)]
+            codes = [np.array(halfwords).view(np.uint8) for halfwords in packed]
+            scales = [np.array(q.scales[..., None]).view(np.uint8) for q in quantized]
+        stored = np.array(self.pages).view(np.uint8)
+        stored = stored.reshape(len(stored), layout.num_kv_heads, layout.head_page_bytes)
+        offsets = layout.key_codes_offset, layout.value_codes_offset
+        offsets += layout.key_scales_offset, layout.value_scales_offset
+        wrong = 0
+        for offset, part in zip(offsets, codes + scales, strict=True):
+            size = part.shape[-1]
+            columns = offset + self.places[:, None, None] * size + np.arange(size)
+            heads = np.arange(layout.num_kv_heads)[None, :, None]
+            wrong += int((stored[self.blocks[:, None, None], heads, columns] != part).sum())
+        return wrong
+
+    def plain(self) -> list[mx.array]:  # [2, H, length, D] each, float32
+        """What the codec makes of the keys and values."""
+        with mx.stream(mx.cpu):
+            keys = self.key_codec.dequantize(self.key_codec.quantize(self.keys))
+            values = self.value_codec.dequantize(self.value_codec.quantize(self.values))
+            split = 2, self.length, *keys.shape[1:]
+            return [x.reshape(split).swapaxes(1, 2) for x in (keys, values)]
+
+    def expected(self) -> np.ndarray:
+        """Float32 attention over them."""
+        with mx.stream(mx.cpu):
+            queries = self.queries.astype(mx.float32).swapaxes(1, 2)
+            scale = queries.shape[-1] ** -0.5
+            out = mx.fast.scaled_dot_product_attention(queries, *self.plain(), scale=scale)
+            return np.array(out.swapaxes(1, 2))
