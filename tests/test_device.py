@@ -41,6 +41,19 @@ def test_automatic_takes_what_is_there(monkeypatch):
     assert chosen.name and chosen.memory_limit > 0
 
 
+def test_metal_keeps_what_may_be_planned_wired(monkeypatch):
+    monkeypatch.delenv(DEVICE_VARIABLE, raising=False)
+    wired = []
+    info = {"device_name": "Apple M4 Max", "max_recommended_working_set_size": 90 << 30}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_default_device", lambda device: None)
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    chosen = select_device()
+    assert chosen == device.Device("metal", "Apple M4 Max", 90 << 30, 0)
+    assert wired == [90 << 30]
+
+
 def test_the_cpu_can_always_be_asked_for(monkeypatch):
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
     chosen = select_device()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from mlx_lm.generate import generate_step
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.request import RequestStatus
 
 from tests.serving import Serving
 from tests.tiny_models import VOCABULARY, save_checkpoint, tiny_model
-from vllm_metal.model_runner import PendingTokens
+from vllm_metal.pending_tokens import PendingTokens
 from vllm_metal.request_batch import PLACEHOLDER
 
 NEW_TOKENS = 20
@@ -214,14 +214,6 @@ def test_a_step_that_a_request_joins_waits_for_the_one_before(make_config):
         assert PLACEHOLDER not in serving.runner.batch.requests["first"].output_token_ids
         serving.worker.sample_tokens(None)
         assert serving.runner.batch.requests["first"].output_token_ids[-1] == PLACEHOLDER
-
-
-def test_pending_tokens_find_their_rows():
-    """Rows that sample nothing, and tokens in another order than the rows."""
-    output = ModelRunnerOutput(req_ids=["a", "b", "c"], req_id_to_index={"a": 0, "b": 1, "c": 2})
-    tokens = mx.array([7, 9], mx.int32)
-    pending = PendingTokens(tokens, lambda: None, {"c": 5, "a": 3}, output)
-    assert pending.get_output().sampled_token_ids == [[9], [], [7]]
 
 
 def test_a_step_without_tokens(make_config):

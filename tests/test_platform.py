@@ -74,6 +74,10 @@ def test_checking_twice_changes_nothing(make_config):
         ({"additional_config": {"turbo_quant": True}}, "unknown key 'turbo_quant'"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides is not supported"),
+        ({"load_format": "dummy"}, "--load-format dummy: mlx-lm loads safetensors (allowed: auto"),
+        ({"download_dir": "/tmp"}, "--download-dir"),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "--speculative-config",
@@ -182,7 +186,16 @@ def test_a_seed_seeds_torch():
     assert torch.equal(torch.rand(3), first)
 
 
-def test_vllms_shutdown_finds_its_accelerator_hooks(make_config):
+@pytest.mark.parametrize("available", [False, True])
+def test_vllms_shutdown_leaves_the_accelerator_alone(make_config, monkeypatch, available):
+    """It would fail where there is none, and crash on Apple's."""
+
+    def crash():
+        raise AssertionError("the accelerator was touched")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
+    for name in ("empty_cache", "empty_host_cache"):
+        monkeypatch.setattr(torch.accelerator, name, crash)
     make_config()
     torch.accelerator.empty_cache()
     torch.accelerator.empty_host_cache()

@@ -93,4 +93,6 @@ def select_device() -> Device:
     limit = info.get("max_recommended_working_set_size") or info.get("total_memory")
     if not limit:
         limit = info.get("memory_size", machine_memory())
+    if kind == "metal":
+        mx.set_wired_limit(int(limit))  # or macOS may page the weights of an idle server out
     return Device(kind, name, int(limit), 0)

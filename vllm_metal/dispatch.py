@@ -38,5 +38,6 @@ def make_dispatch() -> Dispatch:
 
 
 def _dispatch_to_gpu(*arrays) -> Wait:
+    mx.synchronize()  # the step before is done, but its buffers may be held a moment longer
     mx.async_eval(*arrays)
     return lambda: None

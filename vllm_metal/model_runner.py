@@ -24,8 +24,9 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_metal import input_batch
 from vllm_metal.attention.model_binding import ModelBinding
-from vllm_metal.dispatch import Wait, make_dispatch
+from vllm_metal.dispatch import make_dispatch
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.pending_tokens import PendingTokens
 from vllm_metal.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.sampler import TorchSampler, greedy, to_torch
 
@@ -45,38 +46,6 @@ class _Step:
     decode_logits: mx.array | None = None
     """[B, vocabulary], rows as in `decode_rows`."""
     prompt_logprobs: dict[str, LogprobsTensors | None] = field(default_factory=dict)
-
-
-class PendingTokens(AsyncModelRunnerOutput):
-    """Tokens of a greedy step that MLX is still computing."""
-
-    def __init__(
-        self,
-        tokens: mx.array,  # [R] int32, being computed
-        wait_until_computed: Wait,
-        positions: dict[str, int],
-        output: ModelRunnerOutput,
-    ):
-        self.tokens = tokens
-        self._wait_until_computed = wait_until_computed
-        self.positions = positions
-        """Request -> position of its token in the request; in the order of `tokens`."""
-        self.index = {req_id: i for i, req_id in enumerate(positions)}
-        self._output = output
-
-    def wait(self) -> list[int]:
-        """Waits until the step is computed; its tokens, in the order of `positions`."""
-        self._wait_until_computed()
-        return self.tokens.tolist()
-
-    def get_output(self) -> ModelRunnerOutput:
-        """Waits for the tokens."""
-        token_ids = self.wait()
-        self._output.sampled_token_ids = [
-            [token_ids[self.index[req_id]]] if req_id in self.index else []
-            for req_id in self._output.req_ids
-        ]
-        return self._output
 
 
 class ModelRunner:

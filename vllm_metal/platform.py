@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.metal.platform")
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
+LOAD_FORMATS = ("auto", "safetensors")
 """Values of `--block-size` that are served."""
 
 
@@ -116,7 +117,7 @@ class MetalPlatform(Platform):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         if vllm_config.model_config is not None:
             text_only(vllm_config.model_config)
-        _tolerate_missing_accelerator()
+        _leave_the_accelerator_alone()
         _cache_no_prefixes_of_states(vllm_config)
 
 
@@ -148,9 +149,16 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
         (vllm_config.kv_transfer_config, "KV transfer (--kv-transfer-config)"),
         (cache.kv_offloading_size, "KV offloading (--kv-offloading-size)"),
         (cache.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
+        (vllm_config.load_config.download_dir, "--download-dir (HF_HOME moves the hub's folder)"),
+        (vllm_config.offload_config.uva.cpu_offload_gb, "--cpu-offload-gb"),
     ):
         if given:
             reasons.append(f"{what} is not supported")
+    if vllm_config.load_config.load_format not in LOAD_FORMATS:
+        reasons.append(
+            f"--load-format {vllm_config.load_config.load_format}: mlx-lm loads safetensors "
+            f"(allowed: {', '.join(LOAD_FORMATS)})"
+        )
     return reasons + _unsupported_model(vllm_config, compresses=turboquant is not None)
 
 
@@ -163,6 +171,10 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
         reasons.append(f"--runner {model.runner_type}: only text generation is supported")
     if model.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
+    if model.hf_overrides:
+        reasons.append(
+            "--hf-overrides is not supported: mlx-lm reads the model's config.json; change it there"
+        )
     if model.enable_prompt_embeds:
         reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
     if model.skip_tokenizer_init and compresses:
@@ -201,8 +213,11 @@ def text_only(model: "ModelConfig") -> None:
         model.multimodal_config.language_model_only = True
 
 
-def _tolerate_missing_accelerator() -> None:
-    """vLLM's shutdown empties torch's accelerator cache and fails where torch has none."""
-    if not torch.accelerator.is_available():
-        torch.accelerator.empty_cache = lambda: None
-        torch.accelerator.empty_host_cache = lambda: None
+def _leave_the_accelerator_alone() -> None:
+    """vLLM's shutdown empties the caches of torch's accelerator.
+
+    torch stays on the CPU here. Emptying fails where it has no accelerator, and crashes the process
+    on Apple's with torch 2.13.
+    """
+    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.empty_host_cache = lambda: None

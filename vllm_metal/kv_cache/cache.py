@@ -84,7 +84,7 @@ class KVCache:
             for planned in layout.regions
         )
         """Whether a forward pass writes an array more than once, and so evaluates on its way."""
-        mx.eval(self.arrays)
+        _finish(self.arrays)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -108,17 +108,17 @@ class KVCache:
             if not metadata[group].begins:
                 self._old_states[state] = self._read_state(state, metadata[group].block_ids)
         if self._old_states:
-            mx.eval(self._old_states)  # so that nothing but its region holds an array
+            _finish(self._old_states)  # so that nothing but its region holds an array
 
     def evaluate(self, *outputs: mx.array) -> None:
         """Ends a forward pass: evaluates `outputs` and all that was written, and keeps states."""
         new_states = list(self._new_states.values())
-        mx.eval(outputs, self.arrays, new_states)
+        _finish(outputs, self.arrays, new_states)
         for region, states in self._states_of_region.items():
             if states[0] in self._new_states:
                 self._write_states(region, states)
         self._new_states.clear()
-        mx.eval(self.arrays)
+        _finish(self.arrays)
 
     def pages(self, layer: int) -> Pages:
         """Pages of one layer, for reading within the current forward pass."""
@@ -147,7 +147,7 @@ class KVCache:
         backend, region = self.backends[layer], self._region_of_layer[layer]
         if not backend.stores_through:
             if region.writer not in (None, layer):
-                mx.eval(keys, values, self.arrays)  # all that read or wrote the array before
+                _finish(keys, values, self.arrays)  # all that read or wrote the array before
         region.writer = layer
         pages = self.pages(layer)
         stored, *beside = backend.store(pages, keys, values, metadata)
@@ -181,9 +181,9 @@ class KVCache:
     def _copy(self, regions: list[_Region], source: mx.array, destination: mx.array) -> None:
         for region in regions:
             blocks = region.array[source]
-            mx.eval(blocks)  # read before the write, or MLX copies the whole array
+            _finish(blocks)  # read before the write, or MLX copies the whole array
             region.array[destination] = blocks
-        mx.eval(self.arrays)
+        _finish(self.arrays)
 
     def _all_store_through(self, layers: Sequence[int]) -> bool:
         return all(self.backends[layer].stores_through for layer in layers)
@@ -209,3 +209,13 @@ class KVCache:
         rows = [mx.pad(row, ((0, 0), (0, width - row.shape[1]))) for row in rows]
         blocks = [self._blocks_of_state[state] for state in states]
         region.array[mx.concatenate(blocks), :width] = mx.concatenate(rows)
+
+
+def _finish(*arrays) -> None:
+    """Evaluates, and waits until MLX lets go of what was read.
+
+    On a GPU it may hold buffers a moment longer than it takes for a result to be there, and would
+    copy pages that it could write in place.
+    """
+    mx.eval(*arrays)
+    mx.synchronize()

@@ -1,8 +1,10 @@
 """How work is cut: every token once, every core busy."""
 
+import mlx.core as mx
 import pytest
 
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
+from vllm_metal.metal_kernel_backend.kernel_library import MetalTarget
 from vllm_metal.metal_kernel_backend.turboquant.splits import (
     SPLIT_STEP,
     core_count,
@@ -34,6 +36,22 @@ def test_many_requests_are_not_split_into_one_more_wave():
 
 def test_short_requests_are_not_split():
     assert splits(SPLIT_STEP, 8, 396) == (SPLIT_STEP, 1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cores", "rows"),
+    [
+        ("applegpu_g13g", 20, 4),
+        ("applegpu_g14s", 40, 4),
+        ("applegpu_g15d", 80, 8),
+        ("applegpu_g17", 40, 8),
+        ("", 40, 8),
+    ],
+)
+def test_apple_gpus_are_known_by_their_architecture(monkeypatch, architecture, cores, rows):
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
+    assert core_count(MetalTarget()) == cores
+    assert rows_per_simdgroup(MetalTarget()) == rows
 
 
 def test_the_cpu_is_one_core_and_keeps_eight_rows():

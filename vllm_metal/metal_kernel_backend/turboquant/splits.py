@@ -9,8 +9,12 @@ from vllm_metal.metal_kernel_backend.kernel_library import Target
 SPLIT_STEP = 64
 """Tokens; a split is a multiple. A threadgroup reads as many at once at head size 128."""
 
-ASSUMED_CORES = {"metal": 16, "cuda": 132}
-"""MLX tells no number of cores; splitting for too many costs little."""
+APPLE_CORES = {"p": 6, "g": 20, "s": 40, "d": 80}
+"""The most cores of the GPUs whose architecture ends in this letter: phones, M and Pro, Max, Ultra.
+MLX tells no number of cores; splitting for too many costs little."""
+
+CUDA_CORES = 132
+"""Assumed where MLX does not tell."""
 
 
 @lru_cache(maxsize=4096)
@@ -46,7 +50,9 @@ def core_count(target: Target) -> int:
     for key in ("multi_processor_count", "gpu_core_count"):
         if key in info:
             return int(info[key])
-    return ASSUMED_CORES[target.name]
+    if target.name == "cuda":
+        return CUDA_CORES
+    return APPLE_CORES.get(_architecture()[-1:], APPLE_CORES["s"])
 
 
 def rows_per_simdgroup(target: Target) -> int:
@@ -57,5 +63,9 @@ def rows_per_simdgroup(target: Target) -> int:
     """
     if target.name != "metal":
         return 8
-    architecture = str(mx.device_info().get("architecture", ""))
-    return 4 if any(name in architecture for name in ("g13", "g14")) else 8
+    return 4 if any(name in _architecture() for name in ("g13", "g14")) else 8
+
+
+def _architecture() -> str:
+    """Of an Apple GPU, e.g. `applegpu_g14s`."""
+    return str(mx.device_info().get("architecture", ""))
