@@ -63,8 +63,11 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "attention/backend.py",
         "kv_cache/cache.py",
         "metal_kernel_backend/dense.py",
+        "metal_kernel_backend/turboquant/fused.py",
+        "metal_kernel_backend/turboquant/launcher.py",
         "metal_kernel_backend/turboquant/backend.py",
         "sampler.py",
+        "pending_tokens.py",
     ]
 
 
