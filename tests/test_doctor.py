@@ -49,6 +49,20 @@ def test_a_difference_fails(capsys, monkeypatch):
     assert "FAILED: q8_0/q3_0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what", ["sinks", "window"])
+def test_sinks_and_windows_are_checked_too(capsys, monkeypatch, what):
+    decode = doctor.Trial.decode
+    monkeypatch.setattr(
+        doctor.Trial,
+        "decode",
+        lambda self, token, **settings: decode(
+            self, token, **{name: value for name, value in settings.items() if name != what}
+        ),
+    )
+    assert examine("--formats", "uint4/q3_0") == 1
+    assert "numbers are off by" in capsys.readouterr().out
+
+
 def test_what_prefill_dequantises_is_checked_too(capsys, monkeypatch):
     dequantize = doctor.Trial.dequantize
 

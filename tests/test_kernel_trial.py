@@ -32,6 +32,27 @@ def test_expected_is_attention_over_the_keys_and_values(trial):
         assert np.linalg.norm(expected[i] - exact) < 2e-2 * np.linalg.norm(exact)
 
 
+def test_expected_sees_the_window_and_the_sinks():
+    layout = SlotLayout.of("q8_0", "q8_0", 64, 2, 16)
+    trial = Trial(Launcher(layout, HostTarget()), 17, mx.bfloat16)
+    got = np.array(trial.decode(trial.store(), window=3, sinks=trial.sinks).astype(mx.float32))
+    expected = trial.expected(window=3, sinks=trial.sinks)
+    assert np.linalg.norm(got - expected) < 8e-3 * np.linalg.norm(expected)
+    for other in ({"window": 3}, {"sinks": trial.sinks}):
+        assert np.linalg.norm(got - trial.expected(**other)) > 0.1 * np.linalg.norm(expected)
+
+
+def test_a_wrong_bias_is_counted():
+    layout = SlotLayout.of("uint4", "q3_0", 64, 2, 16)
+    trial = Trial(Launcher(layout, HostTarget()), 5)
+    mx.eval(trial.store())
+    assert trial.wrong_bytes() == 0
+    pages = np.array(trial.pages)
+    pages[trial.blocks[0], layout.key_biases_offset // 2 + trial.places[0]] ^= 1
+    trial.pages = mx.array(pages)
+    assert trial.wrong_bytes() == 1
+
+
 def test_right_bytes_are_found_right_and_one_wrong_one_is_counted(trial):
     mx.eval(trial.store())
     assert trial.wrong_bytes() == 0

@@ -14,9 +14,10 @@ GROUP = 4
 class Trial:
     """Two requests of random keys and values, stored through the kernel."""
 
-    def __init__(self, launcher: Launcher, length: int):
+    def __init__(self, launcher: Launcher, length: int, dtype: mx.Dtype = mx.float16):
+        """`dtype` is that of queries, keys and values."""
         layout = launcher.layout
-        self.launcher, self.length = launcher, length
+        self.launcher, self.length, self.dtype = launcher, length, dtype
         rng = np.random.default_rng(length)
         heads, size = layout.num_kv_heads, layout.key_head_size
         centre = rng.standard_normal((heads, size)).astype(np.float32)
@@ -24,8 +25,8 @@ class Trial:
             self.key_codec = KeyCodec(layout.key_format, centre, np.ones_like(centre))
             self.value_codec = ValueCodec(layout.value_format, size)
             shape = 2 * length, heads, size
-            self.keys = mx.array(rng.standard_normal(shape) + centre).astype(mx.float16)
-            self.values = mx.array(rng.standard_normal(shape)).astype(mx.float16)
+            self.keys = mx.array(rng.standard_normal(shape) + centre).astype(dtype)
+            self.values = mx.array(rng.standard_normal(shape)).astype(dtype)
         self.constants = LayerConstants(
             self.key_codec.centre,
             self.key_codec.key_factors,
@@ -39,7 +40,8 @@ class Trial:
         self.places = np.tile(positions % layout.block_size, 2)
         self.pages = mx.zeros(layout.pages_shape(2 * blocks + 1), mx.uint16)
         shape = 2, 1, heads * GROUP, size
-        self.queries = mx.array(rng.standard_normal(shape)).astype(mx.float16)
+        self.queries = mx.array(rng.standard_normal(shape)).astype(dtype)
+        self.sinks = mx.array(rng.standard_normal(heads * GROUP).astype(np.float32))
         mx.eval(self.pages, self.keys, self.values, self.queries)
 
     def store(self) -> mx.array:
@@ -47,7 +49,8 @@ class Trial:
         slots = mx.array(slots.astype(np.int32))
         return self.launcher.store(self.pages, self.keys, self.values, slots, self.constants)
 
-    def decode(self, token: mx.array) -> mx.array:
+    def decode(self, token: mx.array, **settings) -> mx.array:  # [2, 1, Hq, D]
+        """`settings` are `sinks` and `window` of the launcher."""
         return self.launcher.decode(
             self.pages,
             self.queries,
@@ -57,29 +60,36 @@ class Trial:
             self.queries.shape[-1] ** -0.5,
             self.length,
             token,
+            **settings,
         )
 
     def dequantize(self, token: mx.array) -> tuple[mx.array, mx.array]:  # [H, length, D] each
         """The last request."""
         table = mx.array(self.table[-1].astype(np.int32))
-        arguments = self.constants, 0, self.length, token, mx.float16
+        arguments = self.constants, 0, self.length, token, self.dtype
         return self.launcher.dequantize(self.pages, table, *arguments)
 
     def wrong_bytes(self) -> int:
-        """Stored codes and key scales that are not the codec's."""
+        """Stored codes, scales and biases that are not the codec's."""
         layout = self.launcher.layout
         with mx.stream(mx.cpu):
-            quantized = self.key_codec.quantize(self.keys), self.value_codec.quantize(self.values)
-            formats = layout.key_format, layout.value_format
-            packed = [pack(q.codes, f.bits) for q, f in zip(quantized, formats, strict=True)]
-            codes = [np.array(halfwords).view(np.uint8) for halfwords in packed]
-            scales = [np.array(q.scales[..., None]).view(np.uint8) for q in quantized]
+            keys, values = (
+                self.key_codec.quantize(self.keys),
+                self.value_codec.quantize(self.values),
+            )
+            parts = {
+                layout.key_codes_offset: pack(keys.codes, layout.key_format.bits),
+                layout.value_codes_offset: pack(values.codes, layout.value_format.bits),
+                layout.key_scales_offset: keys.scales[..., None],
+                layout.value_scales_offset: values.scales[..., None],
+            }
+            if keys.biases is not None:
+                parts[layout.key_biases_offset] = keys.biases[..., None]
+            expected = {offset: np.array(part).view(np.uint8) for offset, part in parts.items()}
         stored = np.array(self.pages).view(np.uint8)
         stored = stored.reshape(len(stored), layout.num_kv_heads, layout.head_page_bytes)
-        offsets = layout.key_codes_offset, layout.value_codes_offset
-        offsets += layout.key_scales_offset, layout.value_scales_offset
         wrong = 0
-        for offset, part in zip(offsets, codes + scales, strict=True):
+        for offset, part in expected.items():
             size = part.shape[-1]
             columns = offset + self.places[:, None, None] * size + np.arange(size)
             heads = np.arange(layout.num_kv_heads)[None, :, None]
@@ -94,10 +104,16 @@ class Trial:
             split = 2, self.length, *keys.shape[1:]
             return [x.reshape(split).swapaxes(1, 2) for x in (keys, values)]
 
-    def expected(self) -> np.ndarray:
-        """Float32 attention over them."""
+    def expected(self, sinks: mx.array | None = None, window: int = 0) -> np.ndarray:
+        """Float32 attention over them, [2, 1, Hq, D]."""
         with mx.stream(mx.cpu):
             queries = self.queries.astype(mx.float32).swapaxes(1, 2)
-            scale = queries.shape[-1] ** -0.5
-            out = mx.fast.scaled_dot_product_attention(queries, *self.plain(), scale=scale)
+            seen = mx.arange(self.length) >= (self.length - window if window else 0)
+            out = mx.fast.scaled_dot_product_attention(
+                queries,
+                *self.plain(),
+                scale=queries.shape[-1] ** -0.5,
+                mask=seen[None],
+                sinks=sinks,
+            )
             return np.array(out.swapaxes(1, 2))
