@@ -3,8 +3,9 @@
     python benchmarks/gpu/peak_memory.py
 
 Needs MLX on a GPU and mlx-lm; no vLLM. The model is mlx-lm's own class with random weights, bound
-as it is served. Each step's tokens depend on the step before, and one step runs ahead of the host.
-A copy of one layer's pages would show in the peak.
+as it is served, and its steps follow one another as the server's do: each is built on the tokens of
+the one before while that one runs, and dispatched when it is done. A copy of one layer's pages would
+show in the peak; dense pages also show what a step gathers from them.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from vllm_metal.attention.decode_graphs import DecodeGraphs
 from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.config import TurboQuantConfig
+from vllm_metal.dispatch import make_dispatch
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 
@@ -58,6 +60,7 @@ def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     settled, started = 0, 0.0
+    dispatch, wait = make_dispatch(), mx.synchronize
     for step in range(steps):
         metadata = DecodeMetadata(
             block_table=table,
@@ -69,8 +72,9 @@ def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
         previous = tokens
         logits = forward(tokens[:, None], [metadata])
         tokens = mx.argmax(logits[:, -1], axis=-1).astype(mx.int32)
-        mx.async_eval(tokens, kv_cache.arrays)
-        mx.eval(previous)
+        wait()
+        previous.tolist()
+        wait = dispatch(tokens, kv_cache.arrays)
         if step == SETTLED:
             settled, started = mx.get_peak_memory(), time.perf_counter()
     mx.eval(tokens)
@@ -83,8 +87,8 @@ def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
         f" pages of a layer: {of_a_layer >> 20} MiB; {milliseconds:.2f} ms a step",
         flush=True,
     )
-    if turboquant is not None:
-        assert settled - held + growth < of_a_layer, "the pages of a layer were copied"
+    copied = growth if turboquant is None else settled - held + growth
+    assert copied < of_a_layer, "the pages of a layer were copied"
     assert mx.all(mx.isfinite(logits)).item(), "logits are no numbers"
 
 
