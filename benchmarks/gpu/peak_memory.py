@@ -3,8 +3,8 @@
     python benchmarks/gpu/peak_memory.py
 
 Needs MLX on a GPU and mlx-lm; no vLLM. The model is mlx-lm's own class with random weights, bound
-as it is served, and its steps follow one another as the server's do: each is built on the tokens of
-the one before while that one runs, and dispatched when it is done. A copy of one layer's pages would
+as it is served, and steps follow one another as the server's do: each is built on the tokens of the
+one before while that one runs, and dispatched when it is done. A copy of one layer's pages would
 show in the peak; dense pages also show what a step gathers from them.
 """
 
