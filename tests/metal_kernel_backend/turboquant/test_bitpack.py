@@ -6,10 +6,10 @@ import pytest
 
 from tests import reference
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import (
-    Packing,
     lane_elements,
     lanes,
     pack,
+    packing,
     unpack,
 )
 
@@ -83,7 +83,7 @@ def test_vectors_side_by_side_are_packed_as_alone(bits, others):
     first = rng.integers(0, 1 << bits, (2, 3, 48))
     second = rng.integers(0, 1 << others, (2, 3, 32))
     codes = mx.array(np.concatenate([first, second], axis=-1).astype(np.float32))
-    packed = Packing([(48, bits), (32, others)])(codes)
+    packed = packing((48, bits), (32, others))(codes)
     alone = pack(mx.array(first), bits), pack(mx.array(second), others)
     assert (np.array(packed) == np.concatenate(alone, axis=-1)).all()
 

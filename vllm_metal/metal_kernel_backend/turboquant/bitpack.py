@@ -22,6 +22,7 @@ looks at that as bytes: element by element, which compiles to one pass over cont
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import starmap
 
 import mlx.core as mx
@@ -63,14 +64,20 @@ class Packing:
         return halfwords.astype(mx.uint16)
 
 
+@cache
+def packing(*vectors: tuple[int, int]) -> Packing:
+    """The one `Packing` of these vectors: all layers share its matrices."""
+    return Packing(vectors)
+
+
 def pack(codes: mx.array, bits: int) -> mx.array:
     """Codes [..., D] of any type to halfwords uint16 [..., D * bits / 16].
 
     Raises ValueError if D is not a multiple of 16.
     """
     *lead, size = codes.shape
-    packing = Packing([(size, bits)])
-    return packing(codes.astype(mx.float32).reshape(1, -1, size)).reshape(*lead, -1)
+    codes = codes.astype(mx.float32).reshape(1, -1, size)
+    return packing((size, bits))(codes).reshape(*lead, -1)
 
 
 def lanes(halfwords: mx.array, bits: int) -> list[mx.array]:

@@ -3,30 +3,24 @@
 Pages are uint16 `SlotLayout.pages_shape`. A store is one scatter, so that MLX writes in place.
 """
 
-from dataclasses import dataclass
-
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.turboquant.bitpack import Packing, unpack
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import packing, unpack
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
 
-@dataclass(frozen=True)
 class Slots:
     """Reads and writes the pages of one layout."""
 
-    layout: SlotLayout
-
-    def __post_init__(self) -> None:
-        halfwords = self.layout.head_page_bytes // 2
-        heads = mx.arange(self.layout.num_kv_heads)[:, None] * halfwords
-        columns = mx.array(self.layout.slot_columns())[:, None, :] + heads
-        object.__setattr__(self, "_columns", columns)  # [block_size, H, slot_size / 2]
-        key, value = self.layout.key_format, self.layout.value_format
-        sizes = self.layout.key_head_size, self.layout.value_head_size
-        packing = Packing([(sizes[0], key.bits), (sizes[1], value.bits)])
-        object.__setattr__(self, "_packing", packing)
+    def __init__(self, layout: SlotLayout):
+        self.layout = layout
+        heads = mx.arange(layout.num_kv_heads)[:, None] * (layout.head_page_bytes // 2)
+        self._columns = mx.array(layout.slot_columns())[:, None, :] + heads
+        """Where a slot lies in its page, [block_size, H, slot_size / 2]."""
+        key = layout.key_head_size, layout.key_format.bits
+        value = layout.value_head_size, layout.value_format.bits
+        self._pack_codes = packing(key, value)
 
     def allocate(self, num_blocks: int) -> mx.array:
         """Pages of zeros; a slot never written holds zero vectors."""
@@ -41,7 +35,7 @@ class Slots:
         if tokens.biases is not None:
             key, value = numbers[..., :1], numbers[..., 1:]
             numbers = mx.concatenate([key, tokens.biases, value], axis=-1)
-        return mx.concatenate([self._packing(tokens.codes), numbers.view(mx.uint16)], axis=-1)
+        return mx.concatenate([self._pack_codes(tokens.codes), numbers.view(mx.uint16)], axis=-1)
 
     def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array]:
         """Where `store` writes the tokens of these slots: the same for all layers of a step.
