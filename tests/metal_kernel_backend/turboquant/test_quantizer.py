@@ -62,6 +62,26 @@ def test_stored_bytes_are_those_of_the_oracle(name, unbiased, head_size):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_coordinates_on_a_bound_and_next_to_it(name):
+    """Vectors whose coordinates are bounds of a candidate scale, or the floats beside them."""
+    format = KEY_FORMATS[name]
+    factors, midpoints = format.scale_factors(64), format.midpoints(64)
+    positive = np.resize(midpoints[format.num_codes // 2 :], 63)
+    rng = np.random.default_rng(0)
+    for largest in np.exp(rng.uniform(-9, 9, 20)).astype(np.float32):
+        for factor in factors:
+            bounds = largest * factor * positive
+            for toward in (bounds, np.zeros_like(bounds), np.full_like(bounds, np.inf)):
+                x = np.append(np.minimum(np.nextafter(bounds, toward), largest), largest)
+                expected, scale, _ = reference.quantize(
+                    x, midpoints, format.centroids(64), factors, False, format.has_bias
+                )
+                quantized, _ = stored(x[None], name, False)
+                assert (np.array(quantized.codes[0]) == expected).all()
+                assert np.array(quantized.scales[0]) == scale
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_many_vectors_at_once_are_stored_as_few(name):
     """Large batches compare midpoint by midpoint, small ones all at once."""
     x = np.random.default_rng(0).standard_normal((600, 64)).astype(np.float32)

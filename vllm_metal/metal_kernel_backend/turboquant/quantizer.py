@@ -82,7 +82,7 @@ class Quantizer:
     def quantize(self, y: mx.array) -> Quantized:
         """Rotated vectors, float32 [..., D], or [..., F, D] of F kinds."""
         lead = y.shape[:-1]
-        y = y[..., None, None, :]  # [..., M, C, D]: of M midpoints and 5 candidates, later
+        y = y[..., None, None, :]  # the new axes will hold M midpoints and 5 candidates
         biases = None
         if self.has_bias is not None:
             y = mx.clip(y, -LIMIT, LIMIT)
