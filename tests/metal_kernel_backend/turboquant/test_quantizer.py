@@ -62,23 +62,18 @@ def test_stored_bytes_are_those_of_the_oracle(name, unbiased, head_size):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_coordinates_on_a_bound_and_next_to_it(name):
-    """Vectors whose coordinates are bounds of a candidate scale, or the floats beside them."""
+def test_steps_of_magnitudes_on_a_bound_and_next_to_it(name):
+    """Bounds of every candidate scale, and the floats beside them: a quotient rounds to either."""
     format = KEY_FORMATS[name]
-    factors, midpoints = format.scale_factors(64), format.midpoints(64)
-    positive = np.resize(midpoints[format.num_codes // 2 :], 63)
-    rng = np.random.default_rng(0)
-    for largest in np.exp(rng.uniform(-9, 9, 20)).astype(np.float32):
-        for factor in factors:
-            bounds = largest * factor * positive
-            for toward in (bounds, np.zeros_like(bounds), np.full_like(bounds, np.inf)):
-                x = np.append(np.minimum(np.nextafter(bounds, toward), largest), largest)
-                expected, scale, _ = reference.quantize(
-                    x, midpoints, format.centroids(64), factors, False, format.has_bias
-                )
-                quantized, _ = stored(x[None], name, False)
-                assert (np.array(quantized.codes[0]) == expected).all()
-                assert np.array(quantized.scales[0]) == scale
+    quantizer = Quantizer([(format, False)], 64)
+    positive = format.midpoints(64)[format.num_codes // 2 :]
+    for largest in np.exp(np.random.default_rng(0).uniform(-9, 9, 50)).astype(np.float32):
+        bounds = (largest * format.scale_factors(64))[:, None] * positive
+        beside = np.nextafter(bounds, np.float32(0)), np.nextafter(bounds, np.float32(np.inf))
+        magnitudes = np.concatenate([bounds, *beside]).ravel()
+        steps = quantizer._steps(mx.array(magnitudes[None, None]), mx.full((1, 1, 1), largest))
+        expected = (magnitudes[:, None] >= bounds[:, None, :]).sum(axis=-1)
+        assert (np.array(steps)[0] == expected).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
