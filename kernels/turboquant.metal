@@ -1,7 +1,7 @@
 // TurboQuant: attention straight over compressed pages of a KV cache.
 //
 // A page is described in vllm_metal/metal_kernel_backend/turboquant/layout.py, the packing of its
-// codes in bitpack.py, the numbers its codes stand for in formats.py and codec.py. Letters: B
+// codes in bitpack.py, the numbers its codes stand for in formats.py and quantizer.py. Letters: B
 // requests, H KV heads, G query heads of a KV head, Q query tokens of a request, R query rows (of
 // the G * Q) that one simdgroup serves, D head size.
 //
@@ -442,7 +442,7 @@ struct SoftmaxState {
 
 // ---------------------------------------------------------------------------------- quantisation
 
-// A rotated vector to codes and a scale, as codec.py has it: same operations, same rounding.
+// A rotated vector to codes and a scale, as quantizer.py has it: same operations, same rounding.
 template <int D, int BITS, int TERMS, bool HAS_BIAS, bool UNBIASED>
 struct Quantizer {
   static constant constexpr int HALF = 1 << (BITS - 1);

@@ -138,7 +138,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes [D] to halfwords uint16 [D * bits / 16], bit by bit, from the table in `bitpack`."""
     fields, spare = divmod(16, bits)
     halfwords = []
-    for group in codes.reshape(-1, 16).tolist():
+    for group in codes.astype(np.int64).reshape(-1, 16).tolist():
         words = [0] * bits
         for i, code in enumerate(group[: bits * fields]):
             words[i // fields] |= code << (i % fields * bits)

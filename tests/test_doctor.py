@@ -8,7 +8,7 @@ import pytest
 
 from vllm_metal import doctor
 from vllm_metal.errors import UserError
-from vllm_metal.metal_kernel_backend.turboquant.codec import Quantizer
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantizer
 
 
 def examine(*arguments: str) -> int:

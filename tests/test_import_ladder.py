@@ -52,7 +52,16 @@ ONLY = [
     ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "worker"]),
 ]
 
-KERNEL_SIDE = ["bitpack", "codec", "formats", "launcher", "layout", "rotation", "slots"]
+KERNEL_SIDE = [
+    "bitpack",
+    "codec",
+    "formats",
+    "launcher",
+    "layout",
+    "quantizer",
+    "rotation",
+    "slots",
+]
 """Modules of `turboquant` that are tested and measured without vLLM and without the boundary."""
 
 

@@ -84,14 +84,12 @@ def score_workspace_bytes(seq_len: int, query_len: int, num_heads: int) -> int:
 
 
 def softmax_with_sinks(
-    scores: mx.array,  # [B, H, G, S]
+    scores: mx.array,  # [B, H, G, 1, S]
     sinks: mx.array | None,  # [H * G]
 ) -> mx.array:
     """Softmax over S; a sink is one more logit of its head, without a value."""
     if sinks is None:
         return mx.softmax(scores, axis=-1)
-    batch, heads, group, _ = scores.shape
-    column = mx.broadcast_to(
-        sinks.astype(scores.dtype).reshape(1, heads, group, 1), (batch, heads, group, 1)
-    )
+    shape = *scores.shape[:-1], 1
+    column = mx.broadcast_to(sinks.astype(scores.dtype).reshape(1, *shape[1:]), shape)
     return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]

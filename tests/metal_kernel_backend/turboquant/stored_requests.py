@@ -14,10 +14,11 @@ from tests import reference
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget, MetalTarget
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack
-from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, Quantized, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
 TARGETS = {"host": HostTarget, "cuda": CudaTarget, "metal": MetalTarget}
 TARGET = TARGETS[os.environ.get("KERNEL_TARGET", "host")]()

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from tests import reference
-from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack, unpack
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import (
+    lane_elements,
+    lanes,
+    pack,
+    packing,
+    unpack,
+)
 
 GOLDEN = {
     2: "39393939",
@@ -54,6 +60,32 @@ def test_every_bit_is_used_once(bits):
     halfwords = np.array(pack(mx.array(codes), bits)).astype(np.uint64)
     assert [int(row).bit_count() for row in halfwords.sum(axis=1)] == [1] * (16 * bits)
     assert (halfwords.sum(axis=0) == 0xFFFF).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("head_size", [16, 80])
+def test_lanes_hold_the_elements_they_say(bits, head_size):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (5, 3, head_size), np.uint8)
+    parts = lanes(pack(mx.array(codes), bits), bits)
+    elements = lane_elements(head_size, bits)
+    for part, which in zip(parts, elements, strict=True):
+        expected = np.where(which < 0, 0, codes[..., which])
+        assert part.dtype == mx.uint8
+        assert (np.array(part) == expected).all()
+    held = np.concatenate(elements)
+    assert sorted(held[held >= 0]) == list(range(head_size))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("others", range(2, 9))
+def test_vectors_side_by_side_are_packed_as_alone(bits, others):
+    rng = np.random.default_rng(bits)
+    first = rng.integers(0, 1 << bits, (2, 3, 48))
+    second = rng.integers(0, 1 << others, (2, 3, 32))
+    codes = mx.array(np.concatenate([first, second], axis=-1).astype(np.float32))
+    packed = packing((48, bits), (32, others))(codes)
+    alone = pack(mx.array(first), bits), pack(mx.array(second), others)
+    assert (np.array(packed) == np.concatenate(alone, axis=-1)).all()
 
 
 def test_codes_of_every_integer_type_pack_alike():

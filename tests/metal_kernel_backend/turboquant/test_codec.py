@@ -1,156 +1,15 @@
-"""The codec: stored bytes against the oracle, error bounds, ugly inputs."""
+"""The codec: what is stored stands for the model's own keys and values."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests import inputs, reference
-from vllm_metal.metal_kernel_backend.turboquant.codec import (
-    KeyCodec,
-    Quantized,
-    Quantizer,
-    ValueCodec,
-)
+from tests import reference
+from vllm_metal.metal_kernel_backend.turboquant import codec as module
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 
-FORMATS = list(KEY_FORMATS.values())
-UNBIASED = [False, True]
-NAMES = [format.name for format in FORMATS]
-
-WORST = {2: 0.44, 3: 0.23, 4: 0.15, 5: 0.06, 6: 0.03, 8: 0.0100}
-"""Largest relative error of any single vector, |y - y'| / |y|, for each number of bits."""
-
-ROUNDING = 1e-3
-"""Errors below it are those of a float16 scale: some ugly vectors are a codebook's own."""
-
-SATURATED = 0.5
-"""The same where every coordinate is +-65504: the largest after rotation are beyond any scale."""
-
-
-def stored(x: np.ndarray, name: str, unbiased: bool) -> tuple[Quantized, np.ndarray]:
-    """What is stored of rotated vectors, and what they read back as."""
-    quantizer = Quantizer(KEY_FORMATS[name], x.shape[-1], unbiased=unbiased)
-    quantized = quantizer.quantize(mx.array(x))
-    return quantized, np.array(quantizer.dequantize(quantized))
-
-
-def relative_error(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """|x - y| / |x| of each vector, in float64; 0 where both are zero."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    norm = np.linalg.norm(x, axis=-1)
-    return np.linalg.norm(x - y, axis=-1) / np.where(norm > 0, norm, 1)
-
-
-@pytest.mark.parametrize("head_size", [64, 80])
-@pytest.mark.parametrize("unbiased", UNBIASED)
-@pytest.mark.parametrize("name", NAMES)
-def test_stored_bytes_are_those_of_the_oracle(name, unbiased, head_size):
-    format = KEY_FORMATS[name]
-    cases = inputs.vectors(head_size, count=2) | inputs.beyond(head_size, count=1)
-    del cases["subnormal"]  # devices may flush such numbers to zero; the scale is zero anyway
-    x = np.concatenate(list(cases.values()))
-    quantized, _ = stored(x, name, unbiased)
-    for i, vector in enumerate(x):
-        codes, scale, bias = reference.quantize(
-            vector,
-            format.midpoints(head_size),
-            format.centroids(head_size),
-            format.scale_factors(head_size),
-            unbiased,
-            format.has_bias,
-        )
-        assert (np.array(quantized.codes[i]) == codes).all()
-        assert np.array(quantized.scales[i]) == scale
-        if format.has_bias:
-            assert np.array(quantized.biases[i]) == bias
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_many_vectors_at_once_are_stored_as_few(name):
-    """Large batches compare midpoint by midpoint, small ones all at once."""
-    x = np.random.default_rng(0).standard_normal((600, 64)).astype(np.float32)
-    quantized, _ = stored(x, name, False)
-    few, _ = stored(x[:7], name, False)
-    assert (np.array(quantized.codes[:7]) == np.array(few.codes)).all()
-    assert (np.array(quantized.scales[:7]) == np.array(few.scales)).all()
-
-
-@pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("name", NAMES)
-def test_codes_read_back_as_the_codebook(name, head_size):
-    format = KEY_FORMATS[name]
-    codes = np.arange(format.num_codes, dtype=np.uint8)
-    quantizer = Quantizer(format, head_size, unbiased=False)
-    assert (np.array(quantizer.centroids(mx.array(codes))) == format.centroids(head_size)).all()
-
-
-@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
-@pytest.mark.parametrize("name", NAMES)
-def test_ugly_vectors_stay_within_bounds(name, head_size):
-    """Signs and rotation first, as for values. The bound is that of the bits, for every case."""
-    for case, x in inputs.vectors(head_size).items():
-        codec = ValueCodec(KEY_FORMATS[name], head_size)
-        codec.quantizer = Quantizer(KEY_FORMATS[name], head_size, unbiased=False)
-        error = relative_error(x, np.array(codec.dequantize(codec.quantize(mx.array(x)))))
-        limit = SATURATED if case == "largest float16" else WORST[KEY_FORMATS[name].bits]
-        assert (error <= limit).all(), (case, error.max())
-
-
-@pytest.mark.parametrize("unbiased", UNBIASED)
-@pytest.mark.parametrize("name", NAMES)
-def test_zero_vectors_are_exact(name, unbiased):
-    quantized, y = stored(np.zeros((3, 64), np.float32), name, unbiased)
-    assert (np.array(quantized.scales) == 0).all() and (y == 0).all()
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("uint")])
-def test_affine_formats_hold_constants_exactly(name):
-    _, y = stored(np.full((2, 64), 0.375, np.float32), name, False)
-    assert (y == 0.375).all()
-
-
-@pytest.mark.parametrize("unbiased", UNBIASED)
-@pytest.mark.parametrize("name", NAMES)
-def test_what_no_scale_can_hold_is_finite(name, unbiased):
-    for case, x in inputs.beyond(64).items():
-        quantized, y = stored(x, name, unbiased)
-        assert np.isfinite(np.array(quantized.scales, np.float32)).all(), case
-        assert np.isfinite(y).all(), case
-        assert (np.abs(y) <= np.maximum(2 * np.abs(x.astype(np.float64)), 1e-6)).all(), case
-
-
-@pytest.mark.parametrize("unbiased", UNBIASED)
-@pytest.mark.parametrize(
-    "family",
-    [
-        ["q2_0", "q3_0", "q4_0", "q5_0", "q6_0", "q8_0"],
-        ["int2", "int4", "int8"],
-        ["uint2", "uint4", "uint8"],
-    ],
-)
-def test_error_falls_with_bits(family, unbiased):
-    for case, x in inputs.vectors(128).items():
-        errors = []
-        for name in family:
-            codec = ValueCodec(KEY_FORMATS[name], 128)
-            codec.quantizer = Quantizer(KEY_FORMATS[name], 128, unbiased=unbiased)
-            y = np.array(codec.dequantize(codec.quantize(mx.array(x))))
-            errors.append(relative_error(x, y).mean())
-        if case == "zeros":
-            assert errors == [0] * len(family)
-        else:
-            coarse = [error for error in errors if error > ROUNDING]
-            assert (np.diff(coarse) < 0).all(), (case, errors)
-            assert errors[: len(coarse)] == coarse, (case, errors)
-
-
-@pytest.mark.parametrize(("bits", "limit"), [(2, 0.1175), (3, 0.0345), (4, 0.0095)])
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-def test_searched_scales_beat_lloyd_max(bits, limit, head_size):
-    x = np.random.default_rng(1).standard_normal((4000, head_size)).astype(np.float32)
-    _, y = stored(x, f"q{bits}_0", False)
-    assert ((x - y) ** 2).sum() / (x**2).sum() <= limit
-
+NAMES = list(KEY_FORMATS)
 
 COSINES = {"q8_0": 0.99997, "q6_0": 0.99974, "q5_0": 0.99900, "q4_0": 0.9959, "q3_0": 0.9830}
 
@@ -175,13 +34,6 @@ def test_value_scales_are_unbiased(name):
     ratio = (x * y).sum(-1) / (x * x).sum(-1)
     np.testing.assert_allclose(ratio, 1, atol=6e-4)
     assert abs(ratio.mean() - 1) < 1e-4
-
-
-def test_key_scales_have_the_least_squared_error():
-    """No other scale of the same codes comes closer: the error is orthogonal to the centroids."""
-    x = np.random.default_rng(3).standard_normal((500, 64)).astype(np.float32)
-    _, y = stored(x, "q3_0", False)
-    assert np.abs(((x - y) * y).sum(-1) / (y * y).sum(-1)).max() < 6e-4
 
 
 def random_constants(heads: int, head_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -255,3 +107,26 @@ def test_centring_and_multiplying_help_keys_that_need_them():
     centred = noise(centre, np.ones_like(centre))
     both = noise(centre, multiplier)
     assert centred < 0.5 * plain and both < 0.9 * centred
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 64), (192, 128)])
+@pytest.mark.parametrize(("k_quant", "v_quant"), [("q8_0", "q3_0"), ("uint4", "q8_0")])
+def test_tokens_are_keys_and_values_side_by_side(monkeypatch, k_quant, v_quant, sizes, at_once):
+    """Whether both are quantised in one pass, which needs one size, or one after the other."""
+    monkeypatch.setattr(module, "SMALL", 10**6 if at_once else 0)
+    key_codec = KeyCodec(KEY_FORMATS[k_quant], *random_constants(2, sizes[0]))
+    value_codec = ValueCodec(VALUE_FORMATS[v_quant], sizes[1])
+    rng = np.random.default_rng(8)
+    keys, values = (mx.array(rng.standard_normal((5, 2, size))) for size in sizes)
+    tokens = TokenCodec(key_codec, value_codec).quantize(keys, values)
+    stored_keys, stored_values = key_codec.quantize(keys), value_codec.quantize(values)
+    for token in range(5):
+        for head in range(2):
+            stored = stored_keys.codes[token, head], stored_values.codes[token, head]
+            assert (tokens.codes[head, token] == mx.concatenate(stored)).all()
+            stored = stored_keys.scales[token, head], stored_values.scales[token, head]
+            assert tokens.scales[head, token].tolist() == [scale.item() for scale in stored]
+            if stored_keys.biases is not None:
+                assert tokens.biases[head, token].item() == stored_keys.biases[token, head].item()
+    assert (tokens.biases is None) == (stored_keys.biases is None)

@@ -29,7 +29,7 @@ def test_matrix_is_orthonormal_and_symmetric(head_size):
 def test_rounding_is_that_of_the_stated_order(head_size):
     x = wide(head_size)
     assert (np.array(rotate(mx.array(x))) == reference.rotate(x)).all()
-    assert (np.array(tree_sum(mx.array(x))) == reference.tree_sum(x)).all()
+    assert (np.array(tree_sum(mx.array(x)))[..., 0] == reference.tree_sum(x)).all()
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)

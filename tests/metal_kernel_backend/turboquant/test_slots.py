@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests import inputs, reference
-from vllm_metal.metal_kernel_backend.turboquant.codec import Quantized, Quantizer
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized, Quantizer
 from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
 
 PAIRS = [("q8_0", "q3_0"), ("q5_0", "q6_0"), ("q4_0", "q2_0"), ("uint4", "q5_0"), ("int2", "q8_0")]
@@ -22,8 +22,20 @@ def tokens(layout: SlotLayout, count: int, seed: int = 0) -> tuple[Quantized, Qu
         (layout.value_format, layout.value_head_size),
     ):
         x = rng.standard_normal((count, layout.num_kv_heads, size)).astype(np.float32)
-        pair.append(Quantizer(format, size, unbiased=False).quantize(mx.array(x)))
+        pair.append(Quantizer([(format, False)], size).quantize(mx.array(x)))
     return pair[0], pair[1]
+
+
+def packed(slots: Slots, keys: Quantized, values: Quantized) -> mx.array:
+    """As `Slots.pack` has them, heads first."""
+    biases = None if keys.biases is None else keys.biases[..., None].swapaxes(0, 1)
+    return slots.pack(
+        Quantized(
+            mx.concatenate([keys.codes, values.codes], axis=-1).swapaxes(0, 1),
+            mx.stack([keys.scales, values.scales], axis=-1).swapaxes(0, 1),
+            biases,
+        )
+    )
 
 
 def slots_of(block_ids: list[int], length: int, block_size: int) -> np.ndarray:
@@ -39,7 +51,8 @@ def test_bytes_of_a_page(k_quant, v_quant, sizes):
     slots = Slots(layout)
     keys, values = tokens(layout, 24)
     mapping = np.random.default_rng(1).permutation(24)
-    pages = slots.store(slots.allocate(3), slots.pack(keys, values), mx.array(mapping))
+    indices = slots.indices(mx.array(mapping))
+    pages = slots.store(slots.allocate(3), packed(slots, keys, values), indices)
     memory = np.array(pages).tobytes()
     assert len(memory) == 3 * layout.page_size_bytes
 
@@ -73,8 +86,8 @@ def test_what_is_stored_is_loaded(k_quant, v_quant, block_size):
     for length in inputs.lengths(block_size):
         blocks = [7, 2, 9, 4, 1][: -(-length // block_size)]
         keys, values = tokens(layout, length)
-        mapping = mx.array(slots_of(blocks, length, block_size))
-        pages = slots.store(slots.allocate(10), slots.pack(keys, values), mapping)
+        indices = slots.indices(mx.array(slots_of(blocks, length, block_size)))
+        pages = slots.store(slots.allocate(10), packed(slots, keys, values), indices)
         loaded = slots.load(pages, mx.array([blocks]))
         for stored, found in zip((keys, values), loaded, strict=True):
             assert found.codes.shape == (1, 3, len(blocks) * block_size, 64)
@@ -90,12 +103,13 @@ def test_tokens_stored_one_by_one_are_as_stored_together():
     layout = SlotLayout.of("q5_0", "q3_0", 64, 2, 8)
     slots = Slots(layout)
     keys, values = tokens(layout, 11)
-    packed = slots.pack(keys, values)
+    halfwords = packed(slots, keys, values)
     mapping = mx.array(slots_of([3, 1], 11, 8))
-    together = slots.store(slots.allocate(4), packed, mapping)
+    together = slots.store(slots.allocate(4), halfwords, slots.indices(mapping))
     single = slots.allocate(4)
     for i in range(11):
-        single = slots.store(single, packed[i : i + 1], mapping[i : i + 1])
+        indices = slots.indices(mapping[i : i + 1])
+        single = slots.store(single, halfwords[:, i : i + 1], indices)
         mx.eval(single)
     assert (np.array(together) == np.array(single)).all()
 
@@ -103,16 +117,16 @@ def test_tokens_stored_one_by_one_are_as_stored_together():
 def test_padding_touches_the_null_block_only():
     layout = SlotLayout.of("q4_0", "q4_0", 64, 2, 8)
     slots = Slots(layout)
-    packed = slots.pack(*tokens(layout, 3))
-    pages = np.array(slots.store(slots.allocate(3), packed, mx.array([-1, 9, -1])))
+    indices = slots.indices(mx.array([-1, 9, -1]))
+    pages = np.array(slots.store(slots.allocate(3), packed(slots, *tokens(layout, 3)), indices))
     assert pages[1].any() and not pages[2].any()
 
 
 def test_a_slot_never_written_reads_as_zero():
     layout = SlotLayout.of("uint8", "q8_0", 64, 1, 8)
-    keys, values = Slots(layout).load(Slots(layout).allocate(2), mx.array([1]))
-    key = Quantizer(layout.key_format, 64, unbiased=False).dequantize(keys)
-    value = Quantizer(layout.value_format, 64, unbiased=True).dequantize(values)
+    keys, values = Slots(layout).load(Slots(layout).allocate(2), mx.array([[1]]))
+    key = Quantizer([(layout.key_format, False)], 64).dequantize(keys)
+    value = Quantizer([(layout.value_format, True)], 64).dequantize(values)
     assert (np.array(key) == 0).all() and (np.array(value) == 0).all()
 
 
@@ -121,12 +135,12 @@ def test_a_store_is_in_place():
     layout = SlotLayout.of("q8_0", "q3_0", 64, 3, 16)
     slots = Slots(layout)
     owner = [slots.allocate(12_000)]
-    packed = slots.pack(*tokens(layout, 16))
-    mx.eval(owner, packed)
+    halfwords = packed(slots, *tokens(layout, 16))
+    mx.eval(owner, halfwords)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     for step in range(200):
         mapping = mx.array((np.arange(16) * 11_987 + step) % 190_000)
-        owner[0] = slots.store(owner[0], packed, mapping)
+        owner[0] = slots.store(owner[0], halfwords, slots.indices(mapping))
         mx.eval(owner)
     assert mx.get_peak_memory() - before < 0.01 * owner[0].nbytes

@@ -25,7 +25,7 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
     valid_tokens,
 )
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, Quantized, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.products import (
@@ -33,6 +33,7 @@ from vllm_metal.metal_kernel_backend.turboquant.products import (
     output_matrix,
     query_matrices,
 )
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
 
 
@@ -125,12 +126,11 @@ class TurboQuantReference(TurboQuantAttention):
         page_bytes: int = 0,
     ):
         super().__init__(shape, block_size, formats, constants, reproducible, page_bytes)
+        self._codec = TokenCodec(self.key_codec, self.value_codec)
         self._keys = PackedVectors(formats[0], shape.head_size)
         self._values = PackedVectors(formats[1], shape.head_size_v)
-        self._centre = self.key_codec.rotated_centre[..., self._keys.order]
-        """What sinks are compared with must have it back: [H, Dk], in the keys' order."""
-        self._query_matrices = query_matrices(constants.multiplier, self._keys.order)
-        self._output_matrix = output_matrix(self._values.order)
+        self._query_matrices = query_matrices(constants.multiplier, self._keys)
+        self._output_matrix = output_matrix(self._values, shape.head_size_v)
 
     def store(
         self,
@@ -139,9 +139,7 @@ class TurboQuantReference(TurboQuantAttention):
         values: mx.array,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
-        packed = self.slots.pack(
-            self.key_codec.quantize(keys), self.value_codec.quantize(finite(values))
-        )
+        packed = self.slots.pack(self._codec.quantize(keys, finite(values)))
         indices = metadata.derived.once(
             ("slot_indices", self.layout), lambda: self.slots.indices(metadata.slot_mapping)
         )
@@ -155,19 +153,28 @@ class TurboQuantReference(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        key_scales, *biases, value_scales = self._scales(pages, metadata)  # [B, H, 1, S] each
-        rotated = self._rotate_queries(queries, scale)  # [B, H, G, Dk]
-        scores = self._keys.products(rotated, self._key_halfwords(pages, metadata)) * key_scales
+        indices = metadata.derived.once(
+            ("head_page_indices", self.shape.num_kv_heads),
+            lambda: self.slots.head_page_indices(metadata.block_table),
+        )
+        head_pages = self.slots.head_pages(pages[0], indices)
+        key_scales, *biases, value_scales = self.slots.numbers(head_pages)  # [B, H, 1, 1, S] each
+        batch, num_heads, size = queries.shape
+        rows = queries.astype(mx.float32).reshape(batch, self.shape.num_kv_heads, -1, 1, size)
+        rotated = rows @ self._query_matrices  # [B, H, G, 1, L]
+        scores = self._keys.products(rotated, self.slots.key_halfwords(head_pages)) * key_scales
         if biases:
-            scores = scores + mx.sum(rotated, axis=-1, keepdims=True) * biases[0]
-        if sinks is not None:
-            scores = scores + mx.sum(rotated * self._centre[:, None], axis=-1, keepdims=True)
-        seen = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
-        scores = mx.where(seen, scores, -mx.inf)
+            total = mx.sum(rotated, axis=-1, keepdims=True) / self._keys.gain
+            scores = scores + total * biases[0]
+        if sinks is not None:  # compared with logits of keys that are not centred
+            centre = self.key_codec.centre[:, None, None]
+            scores = scores + mx.sum(rows * centre, axis=-1, keepdims=True)
+        seen = valid_tokens(metadata, self.block_size, self.shape.sliding_window)[:, None]
+        scores = mx.where(seen, scores * scale, -mx.inf)
         weights = softmax_with_sinks(scores, sinks) * value_scales
         weights = mx.where(seen, weights, 0)  # the scale of a token not seen may be a NaN
-        out = self._values.weighted_sum(weights, self._value_halfwords(pages, metadata))
-        return self._unrotate(out).reshape(*queries.shape[:2], -1).astype(queries.dtype)
+        out = self._values.weighted_sum(weights, self.slots.value_halfwords(head_pages))
+        return (out @ self._output_matrix).reshape(batch, num_heads, -1).astype(queries.dtype)
 
     def _prefill_compressed(
         self,
@@ -179,21 +186,19 @@ class TurboQuantReference(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        rotated = self._rotate_queries(queries.swapaxes(0, 1), scale)  # [L, H, G, Dk]
-        rotated = rotated.reshape(rotated.shape[0], -1, rotated.shape[-1]).swapaxes(0, 1)
         stored_keys, stored_values = self._stored(pages, metadata)  # [1, H, S, D] each
         if not self.reproducible:
             context = metadata.context_len
-            exact = self.key_codec.rotate_keys(keys.swapaxes(0, 1)).swapaxes(0, 1)
-            exact = exact[None][..., self._keys.order]
+            exact = self.key_codec.rotate_keys(keys.swapaxes(0, 1)).swapaxes(0, 1)[None]
             stored_keys = mx.concatenate([stored_keys[:, :, :context], exact], axis=2)
-            exact = self.value_codec.rotate_values(values)[None][..., self._values.order]
+            exact = self.value_codec.rotate_values(values)[None]
             stored_values = mx.concatenate([stored_values[:, :, :context], exact], axis=2)
-        if sinks is not None:
-            stored_keys = stored_keys + self._centre[:, None]
+        if sinks is not None:  # compared with logits of keys that are not centred
+            stored_keys = stored_keys + self.key_codec.rotated_centre[:, None]
+        rotated = self.key_codec.rotate_queries(queries.swapaxes(0, 1)).swapaxes(0, 1)[None]
         window = self.shape.sliding_window
-        out = causal_attention(rotated[None], stored_keys, stored_values, 1.0, sinks, window)[0]
-        return self._unrotate(out).astype(queries.dtype)
+        out = causal_attention(rotated, stored_keys, stored_values, scale, sinks, window)[0]
+        return self.value_codec.unrotate_outputs(out).astype(queries.dtype)
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         keys, values = self.slots.load(pages[0], metadata.block_table)
@@ -213,59 +218,7 @@ class TurboQuantReference(TurboQuantAttention):
         self, pages: Pages, metadata: PrefillMetadata
     ) -> tuple[mx.array, mx.array]:  # [1, H, S, D] each
         """Rotated keys and values of context and chunk as the pages have them."""
-        key_scales, *biases, value_scales = self._scales(pages, metadata)  # [1, H, 1, S] each
-        keys = self._keys.centroids(self._key_halfwords(pages, metadata)) * _column(key_scales)
-        if biases:
-            keys = keys + _column(biases[0])
-        values = self._values.centroids(self._value_halfwords(pages, metadata))
-        values = values * _column(value_scales)
+        keys, values = self.slots.load(pages[0], metadata.block_table)
+        keys = self.key_codec.quantizer.dequantize(keys)
+        values = self.value_codec.quantizer.dequantize(values)
         return keys[:, :, : metadata.seq_len], values[:, :, : metadata.seq_len]
-
-    def _rotate_queries(self, queries: mx.array, scale: float) -> mx.array:
-        """[B, Hq, Dk] to float32 [B, H, G, Dk], rotated, times `scale`, in the keys' order."""
-        grouped = queries.astype(mx.float32) * scale
-        grouped = grouped.reshape(queries.shape[0], self.shape.num_kv_heads, -1, queries.shape[-1])
-        return grouped @ self._query_matrices
-
-    def _unrotate(self, out: mx.array) -> mx.array:
-        """Sums of rotated values, [..., Dv] in the values' order, to outputs."""
-        return out @ self._output_matrix
-
-    def _key_halfwords(self, pages: Pages, metadata: AttentionMetadata) -> mx.array:
-        layout = self.layout
-        return self._plane(pages, metadata, layout.key_codes_offset, layout.key_codes_bytes)
-
-    def _value_halfwords(self, pages: Pages, metadata: AttentionMetadata) -> mx.array:
-        layout = self.layout
-        return self._plane(pages, metadata, layout.value_codes_offset, layout.value_codes_bytes)
-
-    def _scales(self, pages: Pages, metadata: AttentionMetadata) -> mx.array:
-        """Key scales, key biases where there are any, value scales: float32 [P, B, H, 1, S]."""
-        layout = self.layout
-        planes = (layout.head_page_bytes - layout.key_scales_offset) // (2 * self.block_size)
-        numbers = self._gather(pages, metadata, layout.key_scales_offset, layout.head_page_bytes)
-        batch, heads, blocks, _ = numbers.shape
-        numbers = numbers.view(mx.float16).reshape(batch, heads, blocks, planes, -1)
-        numbers = mx.moveaxis(numbers, 3, 0).astype(mx.float32)
-        return numbers.reshape(planes, batch, heads, 1, -1)
-
-    def _plane(
-        self, pages: Pages, metadata: AttentionMetadata, offset: int, vector_bytes: int
-    ) -> mx.array:
-        """Packed codes of every token, uint16 [B, H, S, vector_bytes / 2]."""
-        end = offset + self.block_size * vector_bytes
-        plane = self._gather(pages, metadata, offset, end)
-        return plane.reshape(*plane.shape[:2], -1, vector_bytes // 2)
-
-    def _gather(
-        self, pages: Pages, metadata: AttentionMetadata, begin: int, end: int
-    ) -> mx.array:  # uint16 [B, H, N, (end - begin) / 2]
-        """Bytes begin .. end of the head pages of each request."""
-        part = self.slots.head_pages(pages[0])[..., begin // 2 : end // 2]
-        heads = mx.arange(self.shape.num_kv_heads)[:, None]
-        return part[metadata.block_table[:, None, :], heads]
-
-
-def _column(scales: mx.array) -> mx.array:
-    """[1, H, 1, S] to [1, H, S, 1]."""
-    return scales.swapaxes(-1, -2)

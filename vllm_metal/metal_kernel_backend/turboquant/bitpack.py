@@ -15,61 +15,175 @@ codes; the rest lie in the spare bits of the group, read as one little-endian bi
 
 So no code crosses from one halfword to the next except in spare bits, and widths 2, 4 and 8 are
 plain little-endian packing.
+
+Packing is a product with a matrix of powers of two: sums of whole numbers below 2^24, which float32
+holds exactly in any order. Unpacking widens each code of a word to a byte of a longer word, and
+looks at that as bytes: element by element, which compiles to one pass over contiguous memory.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import starmap
 
 import mlx.core as mx
+import numpy as np
 
 GROUP = 16
 """Codes in a group."""
 
+WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+"""The unsigned integer of so many bytes."""
+
+
+class Packing:
+    """Packs vectors that lie side by side, each with its own number of bits.
+
+    Args:
+        vectors: (size, bits) of each.
+
+    Raises:
+        ValueError: a size is not a multiple of 16.
+    """
+
+    def __init__(self, vectors: Sequence[tuple[int, int]]):
+        for size, _ in vectors:
+            _check(size, GROUP, "codes")
+        self._whole = mx.array(_block_diagonal(list(starmap(_whole_powers, vectors))))
+        spare = _block_diagonal(list(starmap(_spare_powers, vectors)))
+        self._spare = mx.array(spare) if spare.any() else None
+        """What a product with it gives: the bit string of the spare bits, at each halfword."""
+        pieces = np.concatenate(list(starmap(_pieces, vectors)), axis=1)
+        self._begin, self._mask, self._place = (mx.array(row) for row in pieces)
+
+    def __call__(self, codes: mx.array) -> mx.array:
+        """Codes float32 [H, T, sum of sizes] to uint16 [H, T, sum of size * bits / 16]."""
+        halfwords = (codes @ self._whole).astype(mx.uint32)
+        if self._spare is not None:
+            string = (codes @ self._spare).astype(mx.uint32)
+            halfwords = halfwords | (((string >> self._begin) & self._mask) << self._place)
+        return halfwords.astype(mx.uint16)
+
+
+@cache
+def packing(*vectors: tuple[int, int]) -> Packing:
+    """The one `Packing` of these vectors: all layers share its matrices."""
+    return Packing(vectors)
+
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """Codes [..., D], any integer type, to halfwords uint16 [..., D * bits / 16].
+    """Codes [..., D] of any type to halfwords uint16 [..., D * bits / 16].
 
     Raises ValueError if D is not a multiple of 16.
     """
     *lead, size = codes.shape
-    _check(size, GROUP, "codes")
-    groups = size // GROUP
+    codes = codes.astype(mx.float32).reshape(1, -1, size)
+    return packing((size, bits))(codes).reshape(*lead, -1)
+
+
+def lanes(halfwords: mx.array, bits: int) -> list[mx.array]:
+    """Codes as bytes, in the order of `lane_elements`: uint8 [..., L], one or two arrays.
+
+    The first has the whole codes of each of the halfwords uint16 [..., D * bits / 16], the second
+    those in spare bits. Each halfword, or bit string, gives a power of two of bytes; those left
+    over are 0.
+    """
     fields, spare = divmod(GROUP, bits)
-    codes = codes.astype(mx.uint32).reshape(*lead, groups, GROUP)
-    whole = codes[..., : bits * fields].reshape(*lead, groups, bits, fields)
-    halfwords = mx.sum(whole << _shifts(fields, bits), axis=-1)
+    parts = [_widen(halfwords, fields, bits)]
     if spare:
-        rest = codes[..., bits * fields :] << _shifts(GROUP - bits * fields, bits)
-        stream = mx.sum(rest, axis=-1, keepdims=True)
-        pieces = (stream >> _shifts(bits, spare)) & ((1 << spare) - 1)
-        halfwords = halfwords | (pieces << (GROUP - spare))
-    return halfwords.astype(mx.uint16).reshape(*lead, groups * bits)
+        word = WORDS[_width(-(-spare * bits // 8))]
+        pieces = [halfwords[..., i::bits] >> (GROUP - spare) for i in range(bits)]
+        string = pieces[0].astype(word)
+        for i in range(1, bits):
+            string = string | (pieces[i].astype(word) << (i * spare))
+        parts.append(_widen(string, GROUP - bits * fields, bits))
+    return parts
+
+
+def lane_elements(size: int, bits: int) -> list[np.ndarray]:
+    """Which element of a vector of `size` each of its `lanes` holds; -1 where none."""
+    fields, spare = divmod(GROUP, bits)
+    first = np.arange(0, size, GROUP)[:, None, None]
+    counts = [(0, bits, fields)]
+    if spare:
+        counts.append((bits * fields, 1, GROUP - bits * fields))
+    elements = []
+    for begin, words, count in counts:
+        lane = np.arange(_width(count))
+        element = first + begin + count * np.arange(words)[:, None] + lane
+        elements.append(np.where(lane < count, element, -1).ravel())
+    return elements
 
 
 def unpack(halfwords: mx.array, bits: int) -> mx.array:
-    """Halfwords uint16 [..., D * bits / 16] to codes uint16 [..., D], the inverse of `pack`.
+    """Halfwords uint16 [..., D * bits / 16] to codes uint8 [..., D], the inverse of `pack`.
 
     Raises ValueError if the last axis is not a multiple of `bits`.
     """
     *lead, size = halfwords.shape
     _check(size, bits, "halfwords")
     groups = size // bits
-    fields, spare = divmod(GROUP, bits)
-    mask = (1 << bits) - 1
-    halfwords = halfwords.reshape(*lead, groups, bits)
-    codes = (halfwords[..., None] >> _shifts(fields, bits, mx.uint16)) & mask
+    whole, *spare = lanes(halfwords, bits)
+    fields = GROUP // bits
+    codes = whole.reshape(*lead, size, -1)[..., :fields].reshape(*lead, groups, bits * fields)
     if spare:
-        pieces = (halfwords >> (GROUP - spare)).astype(mx.uint32)
-        stream = mx.sum(pieces << _shifts(bits, spare), axis=-1, keepdims=True)
-        rest = (stream >> _shifts(GROUP - bits * fields, bits)) & mask
-        codes = codes.reshape(*lead, groups, bits * fields)
-        codes = mx.concatenate([codes, rest.astype(mx.uint16)], axis=-1)
+        rest = spare[0].reshape(*lead, groups, -1)[..., : GROUP - bits * fields]
+        codes = mx.concatenate([codes, rest], axis=-1)
     return codes.reshape(*lead, groups * GROUP)
 
 
-@cache
-def _shifts(count: int, step: int, dtype: mx.Dtype = mx.uint32) -> mx.array:
-    """0, step, 2 step, ...; [count]."""
-    return mx.array([i * step for i in range(count)], dtype)
+def _whole_powers(size: int, bits: int) -> np.ndarray:
+    """What a code in a field adds to its halfword: float32 [D, D * bits / 16]."""
+    fields = GROUP // bits
+    powers = np.zeros((GROUP, bits), np.float32)
+    for code in range(bits * fields):
+        powers[code, code // fields] = 2.0 ** (code % fields * bits)
+    return np.kron(np.eye(size // GROUP, dtype=np.float32), powers)
+
+
+def _spare_powers(size: int, bits: int) -> np.ndarray:
+    """What the other codes add to the bit string of their group: float32 [D, D * bits / 16]."""
+    first = GROUP // bits * bits
+    powers = np.zeros((GROUP, bits), np.float32)
+    for code in range(first, GROUP):
+        powers[code] = 2.0 ** ((code - first) * bits)
+    return np.kron(np.eye(size // GROUP, dtype=np.float32), powers)
+
+
+def _pieces(size: int, bits: int) -> np.ndarray:
+    """Each halfword's piece of the bit string: where it begins, its mask, where it goes.
+
+    uint32 [3, D * bits / 16].
+    """
+    spare = GROUP % bits
+    piece = [(i * spare, (1 << spare) - 1, GROUP - spare) for i in range(bits)]
+    return np.tile(np.array(piece, np.uint32).T, size // GROUP)
+
+
+def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """One matrix [1, rows, columns] with these along its diagonal."""
+    matrix = np.zeros((1, *np.sum([block.shape for block in blocks], axis=0)), np.float32)
+    row = column = 0
+    for block in blocks:
+        matrix[0, row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return matrix
+
+
+def _widen(words: mx.array, count: int, bits: int) -> mx.array:
+    """`count` codes of each word [..., n] to bytes, uint8 [..., n * width]."""
+    if bits == 8:
+        return words.view(mx.uint8)
+    words = words.astype(WORDS[_width(count)])
+    mask = (1 << bits) - 1
+    wide = words & mask
+    for i in range(1, count):
+        wide = wide | ((words & (mask << (i * bits))) << (i * (8 - bits)))
+    return wide.view(mx.uint8)
+
+
+def _width(count: int) -> int:
+    """The least power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def _check(size: int, multiple: int, what: str) -> None:

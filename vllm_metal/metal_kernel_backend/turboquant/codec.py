@@ -1,144 +1,19 @@
-"""Keys and values to codes and back, in plain MLX. The oracle of the kernels.
+"""Keys and values of a model to codes and back, in plain MLX.
 
     keys      k' = R (s m (k - centre))      queries   q' = R (s q / m)      q'.k' = q.(k - centre)
     values    v' = R (s v)                   outputs   o  = s R o'
 
 R is the rotation, s its signs; centre and m are calibrated constants of the layer and KV head. The
-centre moves every logit of a query by the same amount, which softmax does not see. A rotated vector
-y is stored as codes and a scale:
-
-1. y is limited to +-2^24. For five candidate scales t = largest |y_i| * factor, each coordinate
-   takes the code whose cell it lies in: of the positive midpoints p it counts those with
-   p * t <= |y_i|, which gives the magnitude of the centroid c_i; the sign is that of y_i, + for 0.
-2. The candidate with the largest <y, c>^2 / <c, c> wins, the first among equals: its direction is
-   closest to y.
-3. A key is stored with the scale <y, c> / <c, c>, which has the least squared error. A value is
-   stored with <y, y> / <y, c>: unbiased, because the errors of many values are averaged and a
-   scale of least squares would shrink their sum.
-
-Affine formats first subtract bias = (max + min) / 2, rounded to float16, and store it.
-
-Every operation is in float32 and rounded on its own (no fused multiply-add); sums are
-`rotation.tree_sum`. So the stored bytes are defined, and kernels are held to them.
+centre moves every logit of a query by the same amount, which softmax does not see. k' and v' are
+stored as `quantizer` says.
 """
-
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
-from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs, tree_sum
-
-LIMIT = 2.0**24
-"""Rotated coordinates beyond it are cut: no float16 scale reaches them, and squares stay finite."""
-
-MAX_SCALE = 65504.0
-"""The largest float16."""
-
-TINY = 1e-37
-"""Added where 0 / 0 must not be."""
-
-SMALL = 1 << 14
-"""Up to this many coordinates all comparisons are made in one operation; beyond, one by one."""
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Vectors as stored, but for the packing of their codes."""
-
-    codes: mx.array
-    """uint8 [..., D]."""
-    scales: mx.array
-    """float16 [...]."""
-    biases: mx.array | None = None
-    """float16 [...]; None unless the format has them."""
-
-
-class Quantizer:
-    """Rotated vectors of one format and size to codes and scales, and back."""
-
-    def __init__(self, format: Format, head_size: int, *, unbiased: bool):
-        """`unbiased` chooses the scale: true for values, false (least squares) for keys."""
-        self.format = format
-        self.unbiased = unbiased
-        self.half = format.num_codes // 2
-        self.coefficients = [c.item() for c in format.coefficients(head_size)]
-        self.factors = mx.array(format.scale_factors(head_size))
-        self.midpoints = mx.array(format.midpoints(head_size)[self.half :])
-        """The positive midpoints, [half - 1]."""
-
-    def quantize(self, y: mx.array) -> Quantized:
-        """Rotated vectors, float32 [..., D]."""
-        y = mx.clip(y, -LIMIT, LIMIT)
-        biases = None
-        if self.format.has_bias:
-            biases = _middle(y)
-            y = y - biases.astype(mx.float32)[..., None]
-        magnitude = mx.abs(y)[..., None, :]
-        candidates = mx.max(magnitude, axis=-1) * self.factors  # [..., 5]
-        steps = self._steps(magnitude, candidates[..., None])  # [..., 5, D]
-        centroids = self._polynomial(steps + 0.5)
-        terms = [magnitude * centroids, centroids * centroids, magnitude * magnitude]
-        sums = tree_sum(mx.concatenate(terms[: 2 + self.unbiased], axis=-2))
-        count = self.factors.size
-        along, energy = sums[..., :count], sums[..., count : 2 * count]  # <y, c> and <c, c>
-        best = mx.argmax(along * along / energy, axis=-1, keepdims=True)
-        if self.unbiased:
-            scales = sums[..., 2 * count :] / mx.where(along > 0, along, 1.0)
-        else:
-            scales = along / energy
-        scales = mx.take_along_axis(scales, best, axis=-1)[..., 0]
-        steps = mx.take_along_axis(steps, best[..., None], axis=-2)[..., 0, :]
-        codes = mx.where(y >= 0, self.half + steps, self.half - 1 - steps).astype(mx.uint8)
-        return Quantized(codes, mx.minimum(scales, MAX_SCALE).astype(mx.float16), biases)
-
-    def dequantize(self, quantized: Quantized) -> mx.array:
-        """The vectors the codes stand for, still rotated, float32 [..., D]."""
-        y = self.centroids(quantized.codes) * quantized.scales.astype(mx.float32)[..., None]
-        if quantized.biases is None:
-            return y
-        return y + quantized.biases.astype(mx.float32)[..., None]
-
-    def centroids(self, codes: mx.array) -> mx.array:
-        """The centroid of each code, float32, before any scale. Codes of any integer type."""
-        return self._polynomial(codes.astype(mx.float32) - (self.half - 0.5))
-
-    def _polynomial(self, x: mx.array) -> mx.array:
-        """c1 x + c3 x^3 + c5 x^5 by Horner's rule, as `Format.centroids` has it."""
-        *lower, value = self.coefficients
-        if not lower:
-            return x * value
-        square = x * x
-        for coefficient in reversed(lower):
-            value = square * value + coefficient
-        return x * value
-
-    def _steps(self, magnitude: mx.array, scales: mx.array) -> mx.array:
-        """How many positive midpoints, times the scale, are at most each magnitude; float32.
-
-        Shapes [..., 1, D] and [..., 5, 1] give [..., 5, D].
-        """
-        if self.format.degree == 1:
-            return self._uniform_steps(magnitude, scales)
-        bounds = scales * self.midpoints  # [..., 5, half - 1]
-        if magnitude.size <= SMALL:
-            return mx.sum(magnitude[..., None] >= bounds[..., None, :], axis=-1).astype(mx.float32)
-        steps = mx.zeros((1,))
-        for i in range(self.half - 1):
-            steps = steps + (magnitude >= bounds[..., i : i + 1])
-        return steps
-
-    def _uniform_steps(self, magnitude: mx.array, scales: mx.array) -> mx.array:
-        """`_steps` for the midpoints c1, 2 c1, ...: divide, then correct the rounding both ways.
-
-        c1 is a power of two, so width * i is scale * (c1 i). A width of 0 gives the last step.
-        """
-        width = scales * self.coefficients[0]
-        last = float(self.half - 1)
-        steps = mx.minimum(mx.floor((magnitude + TINY) / width), last)
-        steps = steps - (magnitude < steps * width)
-        return mx.minimum(steps + (magnitude >= (steps + 1) * width), last)
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import SMALL, Quantized, Quantizer
+from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
 
 class KeyCodec:
@@ -147,7 +22,8 @@ class KeyCodec:
     def __init__(self, format: Format, centre: np.ndarray, multiplier: np.ndarray):
         """`centre` and `multiplier` are float32 [H, D], from `calibration`."""
         head_size = centre.shape[-1]
-        self.quantizer = Quantizer(format, head_size, unbiased=False)
+        self.format = format
+        self.quantizer = Quantizer([(format, False)], head_size)
         self.centre = mx.array(centre)
         self.key_factors = mx.array(signs(head_size) * multiplier)
         """s m: what a centred key is multiplied by, [H, D]."""
@@ -182,7 +58,8 @@ class ValueCodec:
     """Values of any layer: [..., D] in any float type."""
 
     def __init__(self, format: Format, head_size: int):
-        self.quantizer = Quantizer(format, head_size, unbiased=True)
+        self.format = format
+        self.quantizer = Quantizer([(format, True)], head_size)
         self.factors = mx.array(signs(head_size))
         """s, [D]."""
 
@@ -203,7 +80,39 @@ class ValueCodec:
         return self.unrotate_outputs(self.quantizer.dequantize(quantized))
 
 
-def _middle(y: mx.array) -> mx.array:
-    """(max + min) / 2 of each vector as float16, [...]."""
-    middle = (mx.max(y, axis=-1) + mx.min(y, axis=-1)) * 0.5
-    return mx.clip(middle, -MAX_SCALE, MAX_SCALE).astype(mx.float16)
+class TokenCodec:
+    """Keys and values of tokens together: in one pass where they have one size and are few."""
+
+    def __init__(self, keys: KeyCodec, values: ValueCodec):
+        self._keys, self._values = keys, values
+        heads, size = keys.centre.shape
+        self._one_size = size == values.factors.size
+        if self._one_size:
+            self._quantizer = Quantizer([(keys.format, False), (values.format, True)], size)
+            centres, factors = np.zeros((2, heads, 1, 2, size), np.float32)
+            centres[:, 0, 0] = keys.centre
+            factors[:, 0] = np.stack([keys.key_factors, [values.factors] * heads], axis=1)
+            self._centres, self._factors = mx.array(centres), mx.array(factors)
+
+    def quantize(self, keys: mx.array, values: mx.array) -> Quantized:
+        """Keys [T, H, Dk] and values [T, H, Dv] to what slots hold, a key's part first.
+
+        Codes [H, T, Dk + Dv], scales [H, T, 2], and the keys' biases [H, T, 1] or None.
+        """
+        if self._one_size and keys.size + values.size <= SMALL:
+            return self._quantize_at_once(keys, values)
+        stored_keys = self._keys.quantize(keys)
+        stored_values = self._values.quantize(values)
+        codes = mx.concatenate([stored_keys.codes, stored_values.codes], axis=-1)
+        scales = mx.stack([stored_keys.scales, stored_values.scales], axis=-1)
+        biases = stored_keys.biases
+        if biases is not None:
+            biases = biases[..., None].swapaxes(0, 1)
+        return Quantized(codes.swapaxes(0, 1), scales.swapaxes(0, 1), biases)
+
+    def _quantize_at_once(self, keys: mx.array, values: mx.array) -> Quantized:
+        x = mx.concatenate([keys, values], axis=-1).astype(mx.float32)
+        x = x.reshape(*keys.shape[:2], 2, -1).swapaxes(0, 1)
+        stored = self._quantizer.quantize(rotate((x - self._centres) * self._factors))
+        biases = None if stored.biases is None else stored.biases[..., :1]
+        return Quantized(stored.codes.flatten(-2), stored.scales, biases)

@@ -1,10 +1,11 @@
 """Products with packed vectors, for the plain MLX path: few operations, no rearranging.
 
-Field i of every halfword is taken at once, so the codes come out field by field instead of in the
-vector's order. Only the small side of a product knows: the rotations of queries and outputs are
-matrices here, whose columns and rows carry the order.
+Codes are taken as `bitpack.lanes` gives them, bytes left over included. Only the small side of a
+product knows: the rotations of queries and outputs are matrices here, whose columns and rows are in
+the order of the lanes, and 0 where a lane holds nothing.
 
-    fields of a 3-bit vector of 64      [5 fields, 12 halfwords], then 4 codes from spare bits
+Rows are multiplied one at a time, [..., 1, K] @ [..., K, N]: a BLAS spends more on dividing a thin
+product among threads than on the product.
 """
 
 from functools import cache
@@ -12,7 +13,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.metal_kernel_backend.turboquant.bitpack import GROUP
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import lane_elements, lanes
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
@@ -20,124 +21,76 @@ from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 class PackedVectors:
     """Reads packed codes of one format and size as numbers to multiply with.
 
-    A number x stands for the centroid `slope * x + intercept`: where the codebook is uniform the
-    numbers are the codes themselves, and the product is corrected once.
+    A number is the centroid divided by `gain`, the highest coefficient of the codebook polynomial:
+    where the codebook is uniform, the code itself, less the middle one.
     """
 
     def __init__(self, format: Format, head_size: int):
-        self.format = format
-        self.head_size = head_size
-        self._fields, self._spare = divmod(GROUP, format.bits)
-        self._whole = format.bits * self._fields
-        self.slope, self.intercept = 1.0, 0.0
-        *self._lower, self._highest = (c.item() for c in format.coefficients(head_size))
-        if format.degree == 1:
-            self.slope = self._highest
-            self.intercept = -self.slope * (format.num_codes - 1) / 2
-        shifts = np.arange(self._fields, dtype=np.uint16) * format.bits
-        self._shifts = mx.array(shifts[:, None, None, None, None])
-        self.order = mx.array(self._order())
-        """Element of the vector at each place of a product's small side, int32 [D]."""
-        self._spare_shifts = mx.arange(format.bits, dtype=mx.uint32) * self._spare
+        self._bits = format.bits
+        self._middle = (format.num_codes - 1) / 2
+        *lower, highest = format.coefficients(head_size).astype(np.float64)
+        self.gain = float(highest)
+        self._lower = [float(coefficient / highest) for coefficient in reversed(lower)]
+        elements = lane_elements(head_size, format.bits)
+        self._ends = np.cumsum([part.size for part in elements]).tolist()
+        self._elements = np.concatenate(elements)
 
-    def numbers(self, halfwords: mx.array) -> list[mx.array]:
-        """uint16 [B, H, S, D * bits / 16] to float32 [F, B, H, S, D'] arrays, one or two.
+    def rows(self, matrix: np.ndarray) -> np.ndarray:
+        """What to multiply numbers with for centroids times `matrix`: [D, N] to [L, N]."""
+        return np.where(self._elements[:, None] < 0, 0, matrix[self._elements] * self.gain)
 
-        The first holds the whole codes of F fields, the second those from spare bits.
-        """
-        if self.format.bits == 8:
-            return [self._convert(halfwords.view(mx.uint8)[None])]
-        mask = self.format.num_codes - 1
-        whole = self._convert((halfwords[None] >> self._shifts) & mask)
-        if not self._spare:
-            return [whole]
-        pieces = (halfwords >> (GROUP - self._spare)).astype(mx.uint32)
-        pieces = pieces.reshape(*halfwords.shape[:-1], -1, self.format.bits)
-        bits = mx.sum(pieces << self._spare_shifts, axis=-1)
-        codes = [(bits >> (i * self.format.bits)) & mask for i in range(GROUP - self._whole)]
-        rest = mx.stack(codes, axis=-1).reshape(1, *halfwords.shape[:-1], -1)
-        return [whole, self._convert(rest)]
+    def products(
+        self,
+        queries: mx.array,  # [B, H, G, 1, L]
+        halfwords: mx.array,  # uint16 [B, H, 1, S, D * bits / 16]
+    ) -> mx.array:  # [B, H, G, 1, S]
+        """Dot products of the numbers with queries whose columns are those of `rows`."""
+        first, *rest = self._numbers(halfwords)
+        if not rest:
+            return queries @ first.swapaxes(-1, -2)
+        end = self._ends[0]
+        total = queries[..., :end] @ first.swapaxes(-1, -2)
+        return total + queries[..., end:] @ rest[0].swapaxes(-1, -2)
 
-    def products(self, queries: mx.array, halfwords: mx.array) -> mx.array:
-        """Dot products of queries [B, H, G, D] with centroids [B, H, S, D]: [B, H, G, S]."""
-        total = None
-        start = 0
-        for part in self.numbers(halfwords):
-            fields, size = part.shape[0], part.shape[0] * part.shape[-1]
-            query = queries[..., start : start + size]
-            query = mx.moveaxis(query.reshape(*query.shape[:-1], fields, -1), -2, 0)
-            product = mx.sum(_rowwise(query, part.swapaxes(-1, -2)), axis=0)
-            total = product if total is None else total + product
-            start += size
-        if self.intercept:
-            query_sum = mx.sum(queries, axis=-1, keepdims=True)
-            return total * self.slope + query_sum * self.intercept
-        return total
+    def weighted_sum(
+        self,
+        weights: mx.array,  # [B, H, G, 1, S]
+        halfwords: mx.array,  # uint16 [B, H, 1, S, D * bits / 16]
+    ) -> mx.array:  # [B, H, G, 1, L]
+        """Sums of the numbers under weights, to be multiplied with `rows`."""
+        sums = [weights @ numbers for numbers in self._numbers(halfwords)]
+        return sums[0] if len(sums) == 1 else mx.concatenate(sums, axis=-1)
 
-    def weighted_sum(self, weights: mx.array, halfwords: mx.array) -> mx.array:
-        """Sums of centroids [B, H, S, D] under weights [B, H, G, S]: [B, H, G, D]."""
-        sums = []
-        for part in self.numbers(halfwords):
-            fields = mx.moveaxis(_rowwise(weights[None], part), 0, -2)  # [B, H, G, F, D']
-            sums.append(fields.reshape(*fields.shape[:-2], -1))
-        out = sums[0] if len(sums) == 1 else mx.concatenate(sums, axis=-1)
-        if self.intercept:
-            weight_sum = mx.sum(weights, axis=-1, keepdims=True)
-            return out * self.slope + weight_sum * self.intercept
-        return out
-
-    def centroids(self, halfwords: mx.array) -> mx.array:
-        """Centroids, float32 [B, H, S, D]."""
-        parts = []
-        for part in self.numbers(halfwords):
-            part = mx.moveaxis(part, 0, -2)
-            parts.append(part.reshape(*part.shape[:-2], -1))
-        numbers = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-        return numbers * self.slope + self.intercept if self.intercept else numbers
-
-    def _order(self) -> np.ndarray:
-        codes = np.arange(self.head_size, dtype=np.int32).reshape(-1, GROUP)
-        if self.format.bits == 8:
-            return codes.ravel()
-        whole = codes[:, : self._whole].reshape(-1, self.format.bits, self._fields)
-        fields = np.moveaxis(whole, -1, 0).ravel()
-        return np.concatenate([fields, codes[:, self._whole :].ravel()])
+    def _numbers(self, halfwords: mx.array) -> list[mx.array]:
+        return [self._convert(codes) for codes in lanes(halfwords, self._bits)]
 
     def _convert(self, codes: mx.array) -> mx.array:
-        """Codes to numbers, float32: the codebook polynomial where it is not a straight line."""
-        numbers = codes.astype(mx.float32)
+        x = codes.astype(mx.float32) - self._middle
         if not self._lower:
-            return numbers
-        x = numbers - (self.format.num_codes - 1) / 2
+            return x
         square = x * x
-        value = self._highest
-        for coefficient in reversed(self._lower):
+        value = square + self._lower[0]
+        for coefficient in self._lower[1:]:
             value = square * value + coefficient
         return value * x
 
 
-def _rowwise(rows: mx.array, matrix: mx.array) -> mx.array:
-    """rows [..., G, K] @ matrix [..., K, N], one row at a time.
-
-    A BLAS spends more on dividing so thin a product among threads than on the product.
-    """
-    return (rows[..., None, :] @ matrix[..., None, :, :])[..., 0, :]
-
-
-def query_matrices(multiplier: np.ndarray, order: mx.array) -> mx.array:
-    """Queries to rotated queries in the order of the keys: float32 [H, D, D], q' = q @ matrix.
+def query_matrices(multiplier: np.ndarray, keys: PackedVectors) -> mx.array:
+    """Queries to what is multiplied with the numbers of keys: float32 [H, 1, D, L].
 
     Args:
         multiplier: [H, D], from calibration.
-        order: [D], `PackedVectors.order` of the keys.
+        keys: how keys are read.
     """
-    rotation = _rotation(order.size)[:, np.array(order)]
-    return mx.array((signs(order.size) / multiplier)[:, :, None] * rotation)
+    size = multiplier.shape[-1]
+    rotation = keys.rows(_rotation(size)).T
+    return mx.array(((signs(size) / multiplier)[:, None, :, None] * rotation).astype(np.float32))
 
 
-def output_matrix(order: mx.array) -> mx.array:
-    """Sums in the order of the values to outputs: float32 [D, D], o = o' @ matrix."""
-    return mx.array(_rotation(order.size)[np.array(order)] * signs(order.size))
+def output_matrix(values: PackedVectors, head_size: int) -> mx.array:
+    """Sums of the numbers of values to outputs: float32 [1, L, D]."""
+    matrix = values.rows(_rotation(head_size) * signs(head_size))
+    return mx.array(matrix[None].astype(np.float32))
 
 
 @cache

@@ -26,22 +26,25 @@ def rotate(x: mx.array) -> mx.array:
     """
     *lead, head_size = x.shape
     power, m = block_split(head_size)
+    if m == 1:
+        return mx.hadamard_transform(x)
     blocks = mx.hadamard_transform(x.reshape(*lead, m, power))
-    if m > 1:
-        blocks = blocks - block_sum(blocks) * np.float32(2 / m).item()
+    blocks = blocks - block_sum(blocks) * np.float32(2 / m).item()
     return blocks.reshape(*lead, head_size)
 
 
 def tree_sum(x: mx.array) -> mx.array:
-    """Sum over the last axis in a defined order, float32 [..., D] to [...].
+    """Sum over the last axis in a defined order, float32 [..., D] to [..., 1].
 
     Neighbours are added in pairs, then pairs of pairs, up to the 2^k of a block: the first output
     of an unscaled Hadamard transform. The m blocks are added from first to last.
     """
     *lead, head_size = x.shape
     power, m = block_split(head_size)
+    if m == 1:
+        return mx.hadamard_transform(x, scale=1.0)[..., :1]
     sums = mx.hadamard_transform(x.reshape(*lead, m, power), scale=1.0)[..., :1]
-    return block_sum(sums).reshape(lead)
+    return block_sum(sums)[..., 0, :]
 
 
 def block_sum(blocks: mx.array) -> mx.array:

@@ -3,110 +3,111 @@
 Pages are uint16 `SlotLayout.pages_shape`. A store is one scatter, so that MLX writes in place.
 """
 
-from dataclasses import dataclass
-
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack, unpack
-from vllm_metal.metal_kernel_backend.turboquant.codec import Quantized
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import packing, unpack
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
 
-@dataclass(frozen=True)
 class Slots:
     """Reads and writes the pages of one layout."""
 
-    layout: SlotLayout
-
-    def __post_init__(self) -> None:
-        halfwords = self.layout.head_page_bytes // 2
-        heads = mx.arange(self.layout.num_kv_heads)[:, None] * halfwords
-        columns = mx.array(self.layout.slot_columns())[:, None, :] + heads
-        object.__setattr__(self, "_columns", columns)  # [block_size, H, slot_size / 2]
+    def __init__(self, layout: SlotLayout):
+        self.layout = layout
+        heads = mx.arange(layout.num_kv_heads)[:, None] * (layout.head_page_bytes // 2)
+        self._columns = mx.array(layout.slot_columns())[:, None, :] + heads
+        """Where a slot lies in its page, [block_size, H, slot_size / 2]."""
+        key = layout.key_head_size, layout.key_format.bits
+        value = layout.value_head_size, layout.value_format.bits
+        self._pack_codes = packing(key, value)
 
     def allocate(self, num_blocks: int) -> mx.array:
         """Pages of zeros; a slot never written holds zero vectors."""
         return mx.zeros(self.layout.pages_shape(num_blocks), mx.uint16)
 
-    def pack(self, keys: Quantized, values: Quantized) -> mx.array:
-        """Keys [T, H, D_k] and values [T, H, D_v] to uint16 [T, H, slot_size / 2].
+    def pack(self, tokens: Quantized) -> mx.array:
+        """What `TokenCodec` makes of T tokens to uint16 [H, T, slot_size / 2].
 
         The halfwords are in the order of `SlotLayout.slot_columns`.
         """
-        layout = self.layout
-        parts = [
-            pack(keys.codes, layout.key_format.bits),
-            pack(values.codes, layout.value_format.bits),
-            keys.scales.view(mx.uint16)[..., None],
-            values.scales.view(mx.uint16)[..., None],
-        ]
-        if keys.biases is not None:
-            parts.insert(3, keys.biases.view(mx.uint16)[..., None])
-        return mx.concatenate(parts, axis=-1)
+        numbers = tokens.scales
+        if tokens.biases is not None:
+            key, value = numbers[..., :1], numbers[..., 1:]
+            numbers = mx.concatenate([key, tokens.biases, value], axis=-1)
+        return mx.concatenate([self._pack_codes(tokens.codes), numbers.view(mx.uint16)], axis=-1)
 
     def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array]:
         """Where `store` writes the tokens of these slots: the same for all layers of a step.
 
         A slot is block * block_size + token, int32 [T]; one below 0 is padding and goes to the
-        null block, block 0.
+        null block, block 0. Blocks and columns, each [H, T, slot_size / 2].
         """
         slots = mx.maximum(slot_mapping, 0)
-        blocks = (slots // self.layout.block_size)[:, None, None]
-        return blocks, self._columns[slots % self.layout.block_size]
+        columns = self._columns[slots % self.layout.block_size].swapaxes(0, 1)
+        blocks = (slots // self.layout.block_size)[None, :, None]
+        return mx.broadcast_to(blocks, columns.shape), columns
 
     def store(
-        self,
-        pages: mx.array,
-        packed: mx.array,
-        slots: mx.array | tuple[mx.array, mx.array],
+        self, pages: mx.array, packed: mx.array, indices: tuple[mx.array, mx.array]
     ) -> mx.array:
-        """Pages with packed tokens at their slots, or at the `indices` of these.
+        """Pages with packed tokens at the `indices` of their slots.
 
         In place if the caller keeps no other reference to the pages, and evaluates them before
         the next store.
         """
-        pages[slots if isinstance(slots, tuple) else self.indices(slots)] = packed
+        pages[indices] = packed
         return pages
 
-    def head_pages(self, pages: mx.array) -> mx.array:
-        """The same bytes without padding, uint16 [num_blocks, H, head_page_bytes / 2]."""
+    def head_page_indices(self, block_table: mx.array) -> tuple[mx.array, mx.array]:
+        """Where `head_pages` reads the blocks [B, N]: the same for all layers of a step."""
+        heads = mx.arange(self.layout.num_kv_heads)[None, :, None]
+        return tuple(mx.broadcast_arrays(block_table[:, None, :], heads))
+
+    def head_pages(self, pages: mx.array, indices: tuple[mx.array, mx.array]) -> mx.array:
+        """Head pages of the blocks [B, N] of these `head_page_indices`, [B, H, N, bytes / 2]."""
         layout = self.layout
         shape = pages.shape[0], layout.num_kv_heads, layout.head_page_bytes // 2
-        return mx.as_strided(pages, shape, (pages.shape[1], shape[2], 1))
+        return mx.as_strided(pages, shape, (pages.shape[1], shape[2], 1))[indices]
 
-    def load(self, pages: mx.array, block_ids: mx.array) -> tuple[Quantized, Quantized]:
-        """The keys and values of blocks [..., N], each [..., H, N * block_size, D]."""
+    def key_halfwords(self, head_pages: mx.array) -> mx.array:
+        """Packed keys, [B, H, 1, N * block_size, D_k * bits / 16]."""
         layout = self.layout
-        head_pages = mx.moveaxis(self.head_pages(pages)[block_ids], -3, -2)  # [..., H, N, -1]
-        keys = Quantized(
-            self._codes(
-                head_pages, layout.key_codes_offset, layout.key_format.bits, layout.key_codes_bytes
-            ),
-            self._floats(head_pages, layout.key_scales_offset),
-            self._floats(head_pages, layout.key_biases_offset)
-            if layout.key_format.has_bias
-            else None,
-        )
-        values = Quantized(
-            self._codes(
-                head_pages,
-                layout.value_codes_offset,
-                layout.value_format.bits,
-                layout.value_codes_bytes,
-            ),
-            self._floats(head_pages, layout.value_scales_offset),
-        )
-        return keys, values
+        return self._halfwords(head_pages, layout.key_codes_offset, layout.key_codes_bytes)
 
-    def _codes(self, head_pages: mx.array, offset: int, bits: int, size: int) -> mx.array:
-        """The codes of a plane, `size` bytes a token, [..., H, N * block_size, D]."""
-        begin, end = offset // 2, (offset + self.layout.block_size * size) // 2
-        *lead, blocks, _ = head_pages.shape
-        halfwords = head_pages[..., begin:end]
-        return unpack(halfwords.reshape(*lead, blocks * self.layout.block_size, size // 2), bits)
+    def value_halfwords(self, head_pages: mx.array) -> mx.array:
+        """Packed values, [B, H, 1, N * block_size, D_v * bits / 16]."""
+        layout = self.layout
+        return self._halfwords(head_pages, layout.value_codes_offset, layout.value_codes_bytes)
 
-    def _floats(self, head_pages: mx.array, offset: int) -> mx.array:
-        """The float16 of a plane, [..., H, N * block_size]."""
-        begin = offset // 2
-        halfwords = head_pages[..., begin : begin + self.layout.block_size]
-        return mx.contiguous(halfwords).view(mx.float16).flatten(-2)
+    def numbers(self, head_pages: mx.array) -> list[mx.array]:
+        """Key scales, key biases where there are any, value scales.
+
+        Each float16 [B, H, 1, 1, N * block_size].
+        """
+        batch, heads = head_pages.shape[:2]
+        first, plane = self.layout.key_scales_offset // 2, self.layout.block_size
+        numbers = head_pages[..., first:].view(mx.float16)
+        return [
+            numbers[..., begin : begin + plane].reshape(batch, heads, 1, 1, -1)
+            for begin in range(0, numbers.shape[-1], plane)
+        ]
+
+    def load(self, pages: mx.array, block_table: mx.array) -> tuple[Quantized, Quantized]:
+        """The keys and values of blocks [B, N], each [B, H, N * block_size, D]."""
+        head_pages = self.head_pages(pages, self.head_page_indices(block_table))
+        key_scales, *biases, value_scales = (
+            plane.squeeze((2, 3)) for plane in self.numbers(head_pages)
+        )
+        keys = unpack(self.key_halfwords(head_pages).squeeze(2), self.layout.key_format.bits)
+        values = unpack(self.value_halfwords(head_pages).squeeze(2), self.layout.value_format.bits)
+        return (
+            Quantized(keys, key_scales, biases[0] if biases else None),
+            Quantized(values, value_scales),
+        )
+
+    def _halfwords(self, head_pages: mx.array, offset: int, size: int) -> mx.array:
+        """A plane with `size` bytes a token, [B, H, 1, N * block_size, size / 2]."""
+        end = offset + self.layout.block_size * size
+        plane = head_pages[..., offset // 2 : end // 2]
+        return plane.reshape(*plane.shape[:2], 1, -1, size // 2)
