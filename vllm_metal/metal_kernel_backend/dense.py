@@ -73,7 +73,6 @@ class DensePages(AttentionBackend):
         sinks: mx.array | None,
     ) -> mx.array:
         keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
-        keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
         mask = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
         if self._shared:
             values = mx.where(mask.swapaxes(2, 3), values, 0)  # 0 times a NaN is one, too
