@@ -62,7 +62,9 @@ KINDS = [
     Kind("openelm", "OpenELMForCausalLM"),
     # soft-capped scores, one request at a time
     Kind("gemma2", "Gemma2ForCausalLM"),
-    # MLA, and with an index: two caches in a layer
+    # MLA that caches whole heads, keys and values of unequal sizes; that caches a latent; and with
+    # an index, two caches in a layer
+    Kind("minicpm3", "MiniCPM3ForCausalLM"),
     Kind("deepseek_v3", "DeepseekV3ForCausalLM", no_turboquant=LATENT),
     Kind("deepseek_v32", "DeepseekV32ForCausalLM", no_turboquant=LATENT),
 ]

@@ -112,9 +112,9 @@ class Served:
 
     def mlx_lm_logprobs(self, prompt: list[int], answer: Answer, through_codec: bool) -> np.ndarray:
         """[len(tokens), vocabulary] of the answer's tokens, on mlx-lm's own caches."""
-        chunks = [prompt, *([token] for token in answer.tokens[:-1])]
         [backends] = self.llm.collective_rpc(lambda worker: worker.backends)
-        logits, _ = reference_logits(self._model, chunks, backends if through_codec else [])
+        sequence = prompt + answer.tokens[:-1]
+        logits, _ = reference_logits(self._model, [sequence], backends if through_codec else [])
         logits = logits[len(prompt) - 1 :]
         return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
@@ -193,12 +193,13 @@ def test_log_probabilities(served):
 def test_preemption_for_want_of_blocks(kind, tmp_path):
     """Requests that start within a block, and soon ask for more than there are."""
     folder = kind.save(tmp_path)
+    model, _ = load_model(folder)
     pool = {"num_gpu_blocks_override": kind.scarce_blocks}
     with e2e.engine(folder, **LIMITS, **pool) as llm:
         [groups] = llm.collective_rpc(lambda worker: worker.kv_cache.groups)
         block_size = max(group.block_size for group in groups if group.layers)
         prompts = [prompt(block_size - 1 - i) for i in range(4)]
-        expected = [mlx_lm_tokens(load_model(folder)[0], given) for given in prompts]
+        expected = [mlx_lm_tokens(model, given) for given in prompts]
         assert e2e.generate(llm, prompts, greedy()) == expected
         assert e2e.num_preemptions(llm) > 0
 
