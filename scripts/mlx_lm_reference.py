@@ -32,7 +32,7 @@ class ObservedCache:
     """One of mlx-lm's caches of keys and values.
 
     With a backend, what it returns went through the backend's codec, but for the tokens of a
-    prefill chunk itself.
+    prefill chunk itself where the backend is not `reproducible`.
     """
 
     def __init__(self, cache: Any, layer: int, use: CacheUse, backend: AttentionBackend | None):
@@ -49,7 +49,7 @@ class ObservedCache:
         new, one_array = keys.shape[2], values is keys
         keys, values = self._cache.update_and_fetch(keys, values)
         if self._backend is not None:
-            exact = new if new > 1 else 0
+            exact = new if new > 1 and not self._backend.reproducible else 0
             keys = _through(self._backend.key_codec, keys, exact)
             if one_array:
                 values = keys

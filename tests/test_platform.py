@@ -12,12 +12,18 @@ from vllm.config import CompilationMode, CUDAGraphMode, MultiModalConfig
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 
+from tests.tiny_models import save_checkpoint
 from vllm_metal import platform
 from vllm_metal.device import DEVICE_VARIABLE
 from vllm_metal.errors import UserError
 from vllm_metal.platform import MetalPlatform, text_only, unsupported
 
 WHISPER = "WhisperForConditionalGeneration"
+ARCHITECTURE = {
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 
 
 def refusal(make_config, **settings) -> str:
@@ -156,6 +162,24 @@ def test_block_sizes_that_are_served(make_config, size):
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
 def test_page_types_that_are_served(make_config, dtype):
     assert make_config(kv_cache_dtype=dtype).cache_config.cache_dtype == dtype
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "mamba"])
+def test_prefix_caching_is_off_where_there_is_recurrent_state(
+    make_config, tmp_path, caplog, model_type
+):
+    folder = str(save_checkpoint(tmp_path, model_type, architectures=[ARCHITECTURE[model_type]]))
+    cache = make_config(model=folder, enable_prefix_caching=True).cache_config
+    assert not cache.enable_prefix_caching
+    assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("none", 128)
+    assert f"Prefix caching is off: {folder} has recurrent state" in caplog.text
+
+
+def test_prefix_caching_is_on_elsewhere(make_config, tmp_path, caplog):
+    architecture = ARCHITECTURE["gemma3_text"]
+    folder = str(save_checkpoint(tmp_path, "gemma3_text", architectures=[architecture]))
+    assert make_config(model=folder).cache_config.enable_prefix_caching
+    assert "Prefix caching" not in caplog.text
 
 
 def test_an_unknown_device_is_refused_at_once(make_config, monkeypatch):

@@ -251,3 +251,32 @@ SHARED: dict[str, dict[str, Any]] = {
     },
 }
 """Architectures with layers that attend over the keys and values of other layers."""
+
+_GEMMA4 = {
+    **SHARED["gemma4_text"],
+    "model_type": "gemma4_text",
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_hidden_layers": 6,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}
+MIXED: dict[str, dict[str, Any]] = {
+    "gemma4_e2b": _GEMMA4,
+    "gemma4_26b_a4b": {
+        **_GEMMA4,
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 48,
+    },
+}
+"""Models whose layers differ in heads, head sizes and windows, in the proportions of real ones.
+
+Gemma 4 E2B shares the keys and values of its last layers; 26B-A4B makes those of a full-attention
+layer from one projection, fewer and larger KV heads there than in its windows, and experts."""

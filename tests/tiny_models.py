@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tests.tiny_configs import (
     FETCHED,
     LAYERS,
+    MIXED,
     ONE_AT_A_TIME,
     PLAIN,
     RECURRENT,
@@ -25,6 +26,7 @@ from tests.tiny_configs import (
 __all__ = [
     "FETCHED",
     "LAYERS",
+    "MIXED",
     "ONE_AT_A_TIME",
     "RECURRENT",
     "SERVED",
@@ -33,21 +35,20 @@ __all__ = [
     "WINDOWED",
 ]
 
-_ALL = SERVED | ONE_AT_A_TIME | FETCHED | SHARED | WINDOWED | RECURRENT
+_ALL = SERVED | ONE_AT_A_TIME | FETCHED | SHARED | WINDOWED | RECURRENT | MIXED
 
 
-def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
-    """The `config.json` of a tiny model."""
-    return {"model_type": model_type, "torch_dtype": "float32", **PLAIN, **_ALL[model_type]} | (
-        changes
-    )
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    """The `config.json` of a tiny model; its name is its type where it says no other."""
+    return {"model_type": name, "torch_dtype": "float32", **PLAIN, **_ALL[name]} | changes
 
 
-def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """mlx-lm's model of this type with random float32 weights, large enough to matter."""
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """mlx-lm's model of this name with random float32 weights, large enough to matter."""
     mx.random.seed(seed)
-    module = importlib.import_module(f"mlx_lm.models.{model_type}")
-    model = module.Model(module.ModelArgs.from_dict(config_of(model_type, **changes)))
+    config = config_of(name, **changes)
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
     key = mx.random.key(seed)
 
     def random(path: str, array: mx.array) -> mx.array:
@@ -66,7 +67,7 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 def save_checkpoint(
     folder: Path,
-    model_type: str = "llama",
+    name: str = "llama",
     seed: int = 0,
     quantization: dict[str, Any] | None = None,
     **changes: Any,
@@ -76,8 +77,8 @@ def save_checkpoint(
     With `quantization` (`group_size`, `bits`, `mode`), as mlx-lm writes a quantised model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(model_type, **changes)
-    model = tiny_model(model_type, seed, **changes)
+    config = config_of(name, **changes)
+    model = tiny_model(name, seed, **changes)
     if quantization:
         nn.quantize(model, **quantization)
         config |= {"quantization": quantization, "quantization_config": quantization}

@@ -77,6 +77,25 @@ def generate(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def generate_preempted(
+    llm: LLM, token_ids: list[list[int]], params: SamplingParams, after: int
+) -> list[list[int]]:
+    """As `generate`; after some steps, before any is finished, all that run are preempted."""
+    prompts = [{"prompt_token_ids": prompt} for prompt in token_ids]
+    llm.enqueue(prompts, params, use_tqdm=False)
+    for _ in range(after):
+        llm.llm_engine.step()
+    llm.reset_prefix_cache(reset_running_requests=True)
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def num_preemptions(llm: LLM) -> int:
+    """Requests preempted so far in an engine that logs statistics."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    return metrics["vllm:num_preemptions"].value
+
+
 def num_cached_tokens(llm: LLM, token_ids: list[int]) -> int:
     """Prompt tokens that a fresh request takes from the prefix cache."""
     output = llm.generate(

@@ -27,27 +27,16 @@ def test_alone_in_a_batch_and_after_prefix_hits(demo_model, prompts, expected, a
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False])
-def test_chunked_prefill(demo_model, prompts, expected, async_scheduling):
-    with e2e.engine(
-        demo_model,
-        async_scheduling=async_scheduling,
-        max_num_batched_tokens=32,
-        enable_prefix_caching=False,
-    ) as llm:
-        assert e2e.generate(llm, prompts) == expected
-
-
-@pytest.mark.parametrize("async_scheduling", [True, False])
-def test_preemption(demo_model, prompts, expected, async_scheduling):
+def test_chunked_prefill_and_preemption(demo_model, prompts, expected, async_scheduling):
     """The pool holds the longest request and little more, so requests are preempted."""
     with e2e.engine(
         demo_model,
         async_scheduling=async_scheduling,
+        max_num_batched_tokens=32,
         num_gpu_blocks_override=66,
         enable_prefix_caching=False,
         max_model_len=800,
         disable_log_stats=False,
     ) as llm:
         assert e2e.generate(llm, prompts) == expected
-        metrics = {metric.name: metric for metric in llm.get_metrics()}
-        assert metrics["vllm:num_preemptions"].value > 0
+        assert e2e.num_preemptions(llm) > 0

@@ -1,12 +1,12 @@
 """The engine on the kernels, run on the CPU, against the engine on MLX operations."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
-from tests.e2e.test_turboquant import model  # noqa: F401
 from tests.test_model_runner import PROMPTS
 from vllm_metal.metal_kernel_backend import selection
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
@@ -17,7 +17,7 @@ Answer = list[tuple[int, float, float]]
 """(token, its log-probability, its lead over the next best) of each step."""
 
 
-def generate(model, k_quant: str, v_quant: str) -> list[Answer]:  # noqa: F811
+def generate(model: Path, k_quant: str, v_quant: str) -> list[Answer]:
     """Answers to all prompts, run together; long prompts come in chunks."""
     settings = {"turboquant": True, "k_quant": k_quant, "v_quant": v_quant, "allow_lossy": True}
     limits = {"max_model_len": 128, "max_num_batched_tokens": 32, "kv_cache_memory_bytes": 4 << 20}
@@ -56,20 +56,16 @@ def use_host_kernels(monkeypatch) -> Callable[[], list[str]]:
     ("k_quant", "v_quant", "tolerance"), [("q8_0", "q8_0", 0.02), ("q8_0", "q3_0", 0.05)]
 )
 def test_the_kernels_answer_as_the_reference_path(
-    model,  # noqa: F811
-    use_host_kernels,
-    k_quant,
-    v_quant,
-    tolerance,
+    reading_model, use_host_kernels, k_quant, v_quant, tolerance
 ):
     """Log-probabilities agree, and tokens part at near ties only; with 8 bits, nowhere.
 
     The kernels round keys and queries to half. That moves a coordinate of a new token over the
     edge of its cell now and then, by 1/128 of the largest coordinate with 8 bits, by 1/4 with 3.
     """
-    expected = generate(model, k_quant, v_quant)
+    expected = generate(reading_model, k_quant, v_quant)
     built = use_host_kernels()
-    answers = generate(model, k_quant, v_quant)
+    answers = generate(reading_model, k_quant, v_quant)
     assert {"turboquant_store", "turboquant_decode", "turboquant_merge"} <= set(built)
     for answer, reference in zip(answers, expected, strict=True):
         for (token, logprob, _), (other, other_logprob, lead) in zip(

@@ -1,121 +1,212 @@
-"""One tiny random model of each kind: the engine's greedy tokens are mlx-lm's own."""
+"""One tiny random model of each kind, with dense and with compressed pages.
 
-from collections.abc import Callable
+The expected greedy tokens are mlx-lm's own for dense pages, and for compressed ones those that a
+request gets alone, whose log-probabilities are compared with what mlx-lm makes of keys and values
+that went through the codec.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from tokenizers import Tokenizer, models, pre_tokenizers
-from vllm import SamplingParams
+from mlx_lm.utils import load_model
+from mlx_lm_reference import reference_logits
+from vllm import LLM, SamplingParams
 
 from tests.e2e import engine as e2e
-from tests.tiny_models import VOCABULARY, save_checkpoint, tiny_model
+from tests.e2e.kinds import KINDS, Kind
+from tests.tiny_models import VOCABULARY
+from vllm_metal.errors import UserError
 
-NEW_TOKENS = 24
-PARAMS = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-PROMPTS = [np.random.default_rng([n]).integers(0, VOCABULARY, n).tolist() for n in (5, 37, 70)]
+CHUNK = 32
+MAX_MODEL_LEN = 96
+NEW_TOKENS = 16
+LIMITS = {
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_batched_tokens": CHUNK,
+    "kv_cache_memory_bytes": 4 << 20,
+    "max_logprobs": VOCABULARY,
+    "disable_log_stats": False,
+}
+TURBOQUANT = {"turboquant": True, "k_quant": "q8_0", "v_quant": "q8_0", "reproducible": True}
 
-GROWING = [np.random.default_rng([n]).integers(0, VOCABULARY, n).tolist() for n in (5, 6, 7, 37)]
-"""Requests that start small and then ask for more blocks than there are."""
+ROUNDING = 1e-4
+"""Largest difference of log-probabilities that are computed in another order. It may tip a code
+over, which is worth a part of what the codec does to all of them."""
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([length, seed]).integers(0, VOCABULARY - 1, length).tolist()
+
+
+SHORT, WHOLE, LONG = prompt(5), prompt(CHUNK - 1), prompt(2 * CHUNK + 6)
+PROMPTS = [SHORT, LONG, WHOLE]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A model, and what is particular of it."""
+class Case:
+    """One engine."""
 
-    model_type: str
-    architecture: str
-    caches_prefixes: bool = True
-    blocks: int | None = None
-    """So few that requests are preempted; None where a request never asks for another block."""
+    kind: Kind
+    compressed: bool
 
     def __str__(self) -> str:
-        return self.model_type
+        return f"{self.kind}-{'turboquant' if self.compressed else 'dense'}"
 
 
-KINDS = [
-    Kind("gemma3_text", "Gemma3ForCausalLM", blocks=22),
-    Kind("olmo3", "Olmo3ForCausalLM", blocks=23),
-    Kind("gpt_oss", "GptOssForCausalLM", blocks=22),
-    Kind("qwen3_next", "Qwen3NextForCausalLM", caches_prefixes=False),
-    Kind("jamba", "JambaForCausalLM", caches_prefixes=False, blocks=9),
-    Kind("falcon_h1", "FalconH1ForCausalLM", caches_prefixes=False, blocks=11),
-    Kind("granitemoehybrid", "GraniteMoeHybridForCausalLM", caches_prefixes=False),
-    Kind("mamba", "MambaForCausalLM", caches_prefixes=False),
+CASES = [
+    Case(kind, compressed)
+    for kind in KINDS
+    for compressed in (False, True)
+    if not (compressed and kind.no_turboquant)
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
-def kind(request) -> Kind:
-    return request.param
+@dataclass
+class Answer:
+    """Greedy tokens of one prompt."""
+
+    tokens: list[int]
+    logprobs: np.ndarray
+    """[len(tokens), vocabulary]"""
 
 
-@pytest.fixture(scope="module")
-def folder(kind, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / kind.model_type
-    save_checkpoint(folder, kind.model_type, architectures=[kind.architecture])
-    vocabulary = {chr(33 + i): i for i in range(VOCABULARY - 1)} | {"?!": VOCABULARY - 1}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?!"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    return folder
+class Served:
+    """A running engine, and what it should say."""
+
+    def __init__(self, case: Case, llm: LLM, model: nn.Module):
+        self.kind, self.llm = case.kind, llm
+        self._compressed, self._model = case.compressed, model
+        self._expected: dict[tuple[int, ...], list[int]] = {}
+
+    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Tokens of prompts submitted at once, with what the prefix cache has of them."""
+        return e2e.generate(self.llm, prompts, greedy())
+
+    def scored(self, prompt: list[int]) -> Answer:
+        """The answer to one prompt."""
+        [output] = self.llm.generate(
+            [{"prompt_token_ids": prompt}], greedy(logprobs=VOCABULARY), use_tqdm=False
+        )
+        [completion] = output.outputs
+        scores = [[step[t].logprob for t in range(VOCABULARY)] for step in completion.logprobs]
+        return Answer(list(completion.token_ids), np.array(scores))
+
+    def expected(self, prompt: list[int]) -> list[int]:
+        """Tokens of one prompt."""
+        if tuple(prompt) not in self._expected:
+            self._expected[tuple(prompt)] = (
+                self._alone(prompt) if self._compressed else mlx_lm_tokens(self._model, prompt)
+            )
+        return self._expected[tuple(prompt)]
+
+    def expected_of(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Tokens of each prompt; nothing is in the prefix cache afterwards."""
+        expected = [self.expected(prompt) for prompt in prompts]
+        self.llm.reset_prefix_cache()
+        return expected
+
+    def mlx_lm_logprobs(self, prompt: list[int], answer: Answer, through_codec: bool) -> np.ndarray:
+        """[len(tokens), vocabulary] of the answer's tokens, on mlx-lm's own caches."""
+        [backends] = self.llm.collective_rpc(lambda worker: worker.backends)
+        sequence = prompt + answer.tokens[:-1]
+        logits, _ = reference_logits(self._model, [sequence], backends if through_codec else [])
+        logits = logits[len(prompt) - 1 :]
+        return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+    def _alone(self, prompt: list[int]) -> list[int]:
+        self.llm.reset_prefix_cache()
+        return self.generate([prompt])[0]
 
 
-@pytest.fixture(scope="module")
-def generated(kind) -> Callable[[list[list[int]]], list[list[int]]]:
-    """What mlx-lm generates, one prompt at a time, with its own caches."""
-    model = tiny_model(kind.model_type)
-
-    def generate(prompts: list[list[int]]) -> list[list[int]]:
-        steps = [generate_step(mx.array(p), model, max_tokens=NEW_TOKENS) for p in prompts]
-        return [[int(token) for token, _ in tokens] for tokens in steps]
-
-    return generate
+def mlx_lm_tokens(model: nn.Module, prompt: list[int]) -> list[int]:
+    """What mlx-lm generates greedily."""
+    return [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=NEW_TOKENS)]
 
 
-@pytest.fixture
-def engine(folder) -> Callable:
-    def make(**settings):
-        defaults = {"max_model_len": 128, "kv_cache_memory_bytes": 4 << 20}
-        return e2e.engine(folder, **(defaults | settings))
-
-    return make
+def greedy(**more) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **more)
 
 
-def test_alone_in_a_batch_and_after_prefix_hits(kind, engine, generated):
-    expected = generated(PROMPTS)
-    with engine() as llm:
-        assert [e2e.generate(llm, [prompt], PARAMS)[0] for prompt in PROMPTS] == expected
-        assert e2e.generate(llm, PROMPTS, PARAMS) == expected
-        assert (e2e.num_cached_tokens(llm, PROMPTS[-1]) > 0) == kind.caches_prefixes
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def served(request, tmp_path_factory) -> Iterator[Served]:
+    case = request.param
+    folder = case.kind.save(tmp_path_factory.mktemp("models") / case.kind.name)
+    settings = {"additional_config": TURBOQUANT} if case.compressed else {}
+    with e2e.engine(folder, **LIMITS, **settings) as llm:
+        yield Served(case, llm, load_model(folder)[0])
 
 
-def test_chunked_prefill(engine, generated):
-    with engine(max_num_batched_tokens=16, enable_prefix_caching=False) as llm:
-        assert e2e.generate(llm, PROMPTS, PARAMS) == generated(PROMPTS)
+def test_alone(served):
+    """Prompts of one chunk."""
+    for given in (SHORT, WHOLE):
+        expected = served.expected_of([given])
+        assert served.generate([given]) == expected
 
 
-def test_preemption(kind, engine, generated):
-    if kind.blocks is None:
-        pytest.skip("a request has all blocks from its beginning")
-    with engine(
-        max_num_batched_tokens=32,
-        num_gpu_blocks_override=kind.blocks,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-    ) as llm:
-        assert e2e.generate(llm, GROWING, PARAMS) == generated(GROWING)
-        metrics = {metric.name: metric for metric in llm.get_metrics()}
-        assert metrics["vllm:num_preemptions"].value > 0
+def test_chunked_prefill(served):
+    expected = served.expected_of([LONG])
+    assert served.generate([LONG]) == expected
 
 
-def test_compressed_pages_give_a_batch_what_they_give_its_requests_alone(kind, engine):
-    if kind.model_type == "mamba":
-        pytest.skip("no layer has pages")
-    with engine(additional_config={"turboquant": True}, enable_prefix_caching=False) as llm:
-        alone = [e2e.generate(llm, [prompt], PARAMS)[0] for prompt in PROMPTS]
-        assert e2e.generate(llm, PROMPTS, PARAMS) == alone
+def test_a_batch_of_three_unequal_lengths(served):
+    expected = served.expected_of(PROMPTS)
+    assert served.generate(PROMPTS) == expected
+
+
+def test_prefix_caching(served):
+    """A prompt again, beside one that has its beginning; or no prefix is cached."""
+    prompts = [LONG, LONG[:-16] + prompt(24, seed=1)]
+    expected = served.expected_of(prompts)
+    served.generate([LONG])
+    assert (e2e.num_cached_tokens(served.llm, LONG) >= CHUNK) == served.kind.caches_prefixes
+    assert served.generate(prompts) == expected
+
+
+def test_preemption_of_all_that_run(served):
+    """As vLLM does when it resets the prefix cache under running requests."""
+    expected, before = served.expected_of(PROMPTS), e2e.num_preemptions(served.llm)
+    found = e2e.generate_preempted(served.llm, PROMPTS, greedy(), after=9)
+    assert found == expected
+    assert e2e.num_preemptions(served.llm) > before
+
+
+def test_log_probabilities(served):
+    """Alone: mlx-lm's, within what the codec does to them."""
+    errors, losses = [], []
+    for given in PROMPTS:
+        served.llm.reset_prefix_cache()
+        answer = served.scored(given)
+        expected = served.mlx_lm_logprobs(given, answer, through_codec=True)
+        dense = served.mlx_lm_logprobs(given, answer, through_codec=False)
+        errors += np.abs(answer.logprobs - expected).max(axis=-1).tolist()
+        losses += np.abs(dense - expected).max(axis=-1).tolist()
+    assert max(errors) < ROUNDING + max(losses)
+    assert np.median(errors) < ROUNDING + np.median(losses) / 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.scarce_blocks], ids=str)
+def test_preemption_for_want_of_blocks(kind, tmp_path):
+    """Requests that start within a block, and soon ask for more than there are."""
+    folder = kind.save(tmp_path)
+    model, _ = load_model(folder)
+    pool = {"num_gpu_blocks_override": kind.scarce_blocks}
+    with e2e.engine(folder, **LIMITS, **pool) as llm:
+        [groups] = llm.collective_rpc(lambda worker: worker.kv_cache.groups)
+        block_size = max(group.block_size for group in groups if group.layers)
+        prompts = [prompt(block_size - 1 - i) for i in range(4)]
+        expected = [mlx_lm_tokens(model, given) for given in prompts]
+        assert e2e.generate(llm, prompts, greedy()) == expected
+        assert e2e.num_preemptions(llm) > 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.no_turboquant], ids=str)
+def test_turboquant_is_refused_with_the_reason(kind, tmp_path):
+    with pytest.raises(UserError) as refusal:
+        with e2e.engine(kind.save(tmp_path), additional_config=TURBOQUANT, **LIMITS):
+            pass
+    assert kind.no_turboquant in str(refusal.value)

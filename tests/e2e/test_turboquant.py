@@ -1,7 +1,6 @@
 """TurboQuant pages under vLLM's scheduler: the same tokens however the work is cut."""
 
 import re
-from pathlib import Path
 
 import pytest
 from vllm import SamplingParams
@@ -9,7 +8,6 @@ from vllm import SamplingParams
 from tests.e2e import engine as e2e
 from tests.serving import Serving
 from tests.test_model_runner import NEW_TOKENS, PROMPTS
-from tests.tiny_models import save_checkpoint, save_tokenizer
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 
 PAIRS = [
@@ -21,14 +19,6 @@ PAIRS = [
 
 def settings(k_quant: str, v_quant: str, **more) -> dict:
     return {"turboquant": True, "k_quant": k_quant, "v_quant": v_quant, "allow_lossy": True} | more
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny Llama that reads characters: calibration needs a tokenizer."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "characters")
-    save_tokenizer(folder)
-    return folder
 
 
 NEAR_TIE = 0.05
@@ -68,12 +58,12 @@ def answers(serving: Serving, prompts: list[list[int]]) -> list[Answer]:
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-def test_nothing_but_the_tokens_decides(make_config, model, k_quant, v_quant):
+def test_nothing_but_the_tokens_decides(make_config, reading_model, k_quant, v_quant):
     """With `reproducible`: alone, in one batch, in chunks, on a cached prefix, preempted."""
 
     def serving(**more) -> Serving:
         config = settings(k_quant, v_quant, reproducible=True)
-        source = {"model": str(model), "skip_tokenizer_init": False}
+        source = {"model": str(reading_model), "skip_tokenizer_init": False}
         return Serving(make_config(additional_config=config, **source, **more))
 
     cached = serving()
@@ -91,10 +81,10 @@ def test_nothing_but_the_tokens_decides(make_config, model, k_quant, v_quant):
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), [("q8_0", "q3_0"), ("q4_0", "q4_0")])
-def test_alone_is_as_in_a_batch(make_config, model, k_quant, v_quant):
+def test_alone_is_as_in_a_batch(make_config, reading_model, k_quant, v_quant):
     serving = Serving(
         make_config(
-            model=str(model),
+            model=str(reading_model),
             skip_tokenizer_init=False,
             additional_config=settings(k_quant, v_quant),
             enable_prefix_caching=False,
@@ -105,11 +95,11 @@ def test_alone_is_as_in_a_batch(make_config, model, k_quant, v_quant):
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-def test_tokens_grow_by_the_printed_ratio(make_config, model, k_quant, v_quant, caplog):
+def test_tokens_grow_by_the_printed_ratio(make_config, reading_model, k_quant, v_quant, caplog):
     """What vLLM's scheduler hands out, against 16-bit pages in the same bytes."""
 
     def tokens(**more) -> int:
-        source = {"model": str(model), "skip_tokenizer_init": False}
+        source = {"model": str(reading_model), "skip_tokenizer_init": False}
         serving = Serving(make_config(kv_cache_memory_bytes=16 << 20, **source, **more))
         return (serving.scheduler.kv_cache_config.num_blocks - 1) * 16
 

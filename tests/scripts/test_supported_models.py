@@ -1,12 +1,11 @@
 """The page of supported models is what the script finds, for a sample of each kind."""
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import supported_models as script
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -18,17 +17,11 @@ REFUSED = {"status": "refused", "reasons": ["layer 0 is odd", "layer 2 is odd", 
 WRONG = {"status": "wrong", "reasons": ["a | b\nc"]}
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("supported_models")
-
-
 def result(dense, turboquant, kinds=(), notes=()):
     return {"kinds": list(kinds), "notes": list(notes), "dense": dense, "turboquant": turboquant}
 
 
-def make_page(script, **architectures) -> str:
+def make_page(**architectures) -> str:
     return script.page(
         {"versions": {"mlx-lm": "9.9"}, "aliases": {"new": "old"}, "architectures": architectures}
     )
@@ -45,13 +38,13 @@ def test_the_page_is_current():
     assert done.returncode == 0
 
 
-def test_nothing_that_is_wrong_is_committed(script):
+def test_nothing_that_is_wrong_is_committed():
     committed = json.loads(script.RESULTS.read_text())["architectures"]
     wrong = [name for name, result in committed.items() if "wrong" in script.statuses(result)]
     assert wrong == []
 
 
-def test_another_outcome_is_a_difference_and_another_figure_is_none(script):
+def test_another_outcome_is_a_difference_and_another_figure_is_none():
     committed = {"a": result(SERVED, SERVED), "b": result(SERVED, SERVED)}
     found = {
         "a": result(SERVED | {"difference": 2e-6}, SERVED),
@@ -61,16 +54,15 @@ def test_another_outcome_is_a_difference_and_another_figure_is_none(script):
     assert [line.partition(":")[0] for line in script.differences(found, committed)] == ["b", "c"]
 
 
-def test_a_process_that_dies_is_one_architectures_result(script):
+def test_a_process_that_dies_is_one_architectures_result():
     died = script.run(["no such architecture"], jobs=1)["no such architecture"]
     assert died["dense"] == died["turboquant"]
     assert died["dense"]["status"] == "wrong"
     assert died["dense"]["reasons"] == ["the process ended with exit code 1"]
 
 
-def test_the_page_counts_and_says_why(script):
+def test_the_page_counts_and_says_why():
     page = make_page(
-        script,
         a=result(SERVED, REFUSED, ["MoE"]),
         b=result(SERVED | {"batched_decode": False, "difference": 3e-6}, SERVED, [], ["odd"]),
     )
@@ -84,7 +76,7 @@ def test_the_page_counts_and_says_why(script):
     assert "`new` (old)" in page
 
 
-def test_what_is_wrong_stands_out(script):
-    page = make_page(script, a=result(WRONG, WRONG))
+def test_what_is_wrong_stands_out():
+    page = make_page(a=result(WRONG, WRONG))
     assert "| | wrong |\n| --- | --- |\n| dense | 1 |\n" in page
     assert "| `a` |  | **wrong** | **wrong** | a \\| b c |\n" in page

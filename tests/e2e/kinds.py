@@ -1,0 +1,70 @@
+"""The kinds of model that the engine is tested with: one tiny random model each."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.tiny_models import save_checkpoint, save_tokenizer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model of `tiny_configs`, and what the engine is to do with it."""
+
+    name: str
+    architecture: str
+    scarce_blocks: int | None = 7
+    """A pool that holds one request of 96 tokens and little more, of dense pages; None where a
+    request has all that it will ever need from its beginning."""
+    caches_prefixes: bool = True
+    no_turboquant: str = ""
+    """Why TurboQuant refuses it, where it does."""
+    changes: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments for `save_checkpoint`."""
+
+    def __str__(self) -> str:
+        return self.name + "-4bit" * ("quantization" in self.changes)
+
+    def save(self, folder: Path) -> Path:
+        """Writes the checkpoint, with a tokenizer; returns its folder."""
+        save_checkpoint(folder, self.name, architectures=[self.architecture], **self.changes)
+        save_tokenizer(folder)
+        return folder
+
+
+NO_PREFIXES = {"caches_prefixes": False}
+FOUR_BITS = {"quantization": {"group_size": 32, "bits": 4}}
+NOTHING = "it has no keys and values"
+LATENT = "layer 0: its cache holds a latent (MLA)"
+
+KINDS = [
+    # plain, and from a quantised checkpoint
+    Kind("llama", "LlamaForCausalLM"),
+    Kind("llama", "LlamaForCausalLM", changes=FOUR_BITS),
+    # mixture of experts
+    Kind("mixtral", "MixtralForCausalLM"),
+    # sliding windows, and with sinks
+    Kind("gemma3_text", "Gemma3ForCausalLM", 19),
+    Kind("olmo3", "Olmo3ForCausalLM", 21),
+    Kind("gpt_oss", "GptOssForCausalLM", 19),
+    # hybrids with a gated delta net and with Mamba; recurrent state only
+    Kind("qwen3_next", "Qwen3NextForCausalLM", **NO_PREFIXES),
+    Kind("jamba", "JambaForCausalLM", **NO_PREFIXES),
+    Kind("falcon_h1", "FalconH1ForCausalLM", 8, **NO_PREFIXES),
+    Kind("granitemoehybrid", "GraniteMoeHybridForCausalLM", **NO_PREFIXES),
+    Kind("mamba", "MambaForCausalLM", None, no_turboquant=NOTHING, **NO_PREFIXES),
+    # shared keys and values; afm7 is unknown to vLLM and decodes one request at a time
+    Kind("afm7", "AFMForCausalLM"),
+    # head sizes by layer, in windows and full attention: with shared layers, and with experts
+    Kind("gemma4_e2b", "Gemma4ForCausalLM", 19),
+    Kind("gemma4_26b_a4b", "Gemma4ForCausalLM", 16),
+    # another number of KV heads in every layer
+    Kind("openelm", "OpenELMForCausalLM"),
+    # soft-capped scores, one request at a time
+    Kind("gemma2", "Gemma2ForCausalLM"),
+    # MLA that caches whole heads, keys and values of unequal sizes; that caches a latent; and with
+    # an index, two caches in a layer
+    Kind("minicpm3", "MiniCPM3ForCausalLM"),
+    Kind("deepseek_v3", "DeepseekV3ForCausalLM", no_turboquant=LATENT),
+    Kind("deepseek_v32", "DeepseekV32ForCausalLM", no_turboquant=LATENT),
+]
