@@ -2,10 +2,11 @@
 
 import mlx.core as mx
 
+from vllm_metal.attention.backend import PrefillChunk
 from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import DecodeMetadata
 
-SCORE_TILE_BYTES = 64 << 20
+SCORE_TILE_BYTES = 8 << 20
 """Bound on one tile of prefill scores where MLX has no fused attention (its CPU backend)."""
 
 
@@ -42,9 +43,7 @@ def causal_attention(
     """Causal attention, in row tiles where MLX would hold all scores at once."""
     heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
     context_len = seq_len - query_len
-    rows = query_len
-    if mx.default_device() == mx.Device(mx.cpu):
-        rows = max(1, SCORE_TILE_BYTES // (4 * heads * seq_len))
+    rows = scored_rows(query_len, seq_len, heads)
     tiles = []
     for start in range(0, query_len, rows):
         end = min(start + rows, query_len)
@@ -53,9 +52,12 @@ def causal_attention(
             first = max(0, context_len + start + 1 - sliding_window)
             positions = mx.arange(context_len + start, context_len + end)
             mask = seen_keys(positions, first, visible - first, sliding_window)
+        tile = queries[:, :, start:end]
+        if tiles:  # one after the other, or MLX allocates the scores of all tiles at once
+            [tile] = mx.depends([tile], tiles[-1:])
         tiles.append(
             mx.fast.scaled_dot_product_attention(
-                queries[:, :, start:end],
+                tile,
                 keys[:, :, first:visible],
                 values[:, :, first:visible],
                 scale=scale,
@@ -63,14 +65,25 @@ def causal_attention(
                 sinks=sinks,
             )
         )
-        if rows < query_len:
-            mx.eval(tiles[-1])  # or MLX allocates the scores of all tiles at once
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
-def score_workspace_bytes(seq_len: int, query_len: int, num_heads: int) -> int:
-    """Temporary bytes of `causal_attention`: scores and probabilities of one tile."""
-    return 2 * min(4 * num_heads * query_len * seq_len, SCORE_TILE_BYTES)
+def causal_chunk(
+    query_len: int, seq_len: int, num_heads: int, sliding_window: int | None
+) -> PrefillChunk:
+    """What `causal_attention` holds at a time."""
+    rows = scored_rows(query_len, seq_len, num_heads)
+    if mx.default_device() != mx.Device(mx.cpu):
+        return PrefillChunk(query_len, seq_len, rows)
+    copies = 1 if sliding_window is None else 2  # before and after an explicit mask
+    return PrefillChunk(query_len, seq_len, rows, copies * 4 * num_heads)
+
+
+def scored_rows(query_len: int, seq_len: int, num_heads: int) -> int:
+    """Rows of one tile of `causal_attention`."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return query_len
+    return min(query_len, max(1, SCORE_TILE_BYTES // (4 * num_heads * seq_len)))
 
 
 def softmax_with_sinks(

@@ -109,11 +109,12 @@ def test_a_context_of_many_tiles_gives_what_one_tile_gives(monkeypatch):
     np.testing.assert_allclose(tiled, expected, atol=1e-5)
 
 
-def test_workspace_does_not_grow_with_the_context():
+def test_what_is_dequantised_at_a_time_does_not_grow_with_the_context():
     _, backend = pair()
-    assert backend.prefill_workspace_bytes(10**6, 64, 6) == backend.prefill_workspace_bytes(
-        0, 64, 6
-    )
+    chunk = backend.largest_chunk(64, 10**6, 6)
+    assert chunk == backend.largest_chunk(64, 10**7, 6)
+    assert chunk.tokens == backend._tiles(10**6, 6, 64)[0][1]
+    assert backend.largest_chunk(64, 100, 6).tokens == 100
 
 
 def test_pages_hold_what_the_layout_says():

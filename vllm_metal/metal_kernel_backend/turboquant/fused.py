@@ -11,7 +11,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import LayerShape, Pages
+from vllm_metal.attention.backend import LayerShape, Pages, PrefillChunk
 from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.kernel_library import Target
@@ -140,20 +140,21 @@ class TurboQuantFused(TurboQuantAttention):
             part.reshape(self.shape.num_kv_heads, batch, count, -1).swapaxes(0, 1) for part in parts
         )
 
-    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        sizes = self.shape.head_size + self.shape.head_size_v
-        rows = 4 * query_len * num_heads
-        tile = max(TILE_BYTES, rows * MIN_TILE_TOKENS)
-        outputs = rows * (self.shape.head_size + 6 * self.shape.head_size_v)
-        return 8 * tile + outputs + 8 * query_len * self.shape.num_kv_heads * sizes
+    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
+        tile = self._tile_tokens(num_heads, query_len)
+        scores_and_weights = 2 * 4 * num_heads
+        return PrefillChunk(query_len, min(seq_len, tile), query_len, scores_and_weights)
 
     def _tiles(self, length: int, num_heads: int, query_len: int) -> list[tuple[int, int]]:
         """(first token, tokens) of each tile of a run of tokens; first tokens are even."""
-        vector_bytes = 4 * (self.shape.head_size + self.shape.head_size_v)
-        token_bytes = max(4 * num_heads * query_len, vector_bytes * self.shape.num_kv_heads)
-        tokens = max(MIN_TILE_TOKENS, TILE_BYTES // token_bytes // 2 * 2)
+        tokens = self._tile_tokens(num_heads, query_len)
         starts = range(0, length, tokens)
         return [(start, min(tokens, length - start)) for start in starts]
+
+    def _tile_tokens(self, num_heads: int, query_len: int) -> int:
+        vector_bytes = 4 * (self.shape.head_size + self.shape.head_size_v)
+        token_bytes = max(4 * num_heads * query_len, vector_bytes * self.shape.num_kv_heads)
+        return max(MIN_TILE_TOKENS, TILE_BYTES // token_bytes // 2 * 2)
 
     def _stored(
         self, pages: Pages, metadata: PrefillMetadata, first: int, count: int
