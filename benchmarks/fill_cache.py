@@ -3,7 +3,8 @@
     python benchmarks/fill_cache.py [--output FILE]
 
 The demo model in float32, in an engine in this process, dense and with TurboQuant: more requests
-than the cache holds, so that every block is in use and requests are preempted.
+than the cache holds, each long enough to run until the last has come, so that every block is in use
+and requests are preempted. Peak memory is MLX's own; the plan is weights, workspace and pages.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -36,11 +38,11 @@ KINDS = {
 }
 
 
-def run(settings: dict, cache_bytes: int, prompt_len: int) -> dict:
+def run(settings: dict, cache_bytes: int, prompt_len: int, output_len: int) -> dict:
     llm = LLM(
         str(fetch_demo_model()),
         dtype="float32",
-        max_model_len=prompt_len + 100,
+        max_model_len=prompt_len + output_len,
         max_num_seqs=64,
         max_num_batched_tokens=512,
         kv_cache_memory_bytes=cache_bytes,
@@ -61,13 +63,14 @@ def run(settings: dict, cache_bytes: int, prompt_len: int) -> dict:
         return blocks
 
     pool.get_new_blocks = counted
-    requests = 1 + pool.get_num_free_blocks() * 16 // prompt_len
+    requests = 2 + pool.get_num_free_blocks() * 16 // prompt_len
     prompts = [
         {"prompt_token_ids": [(7 * i + 13 * j) % 1000 + 20 for j in range(prompt_len)]}
         for i in range(requests)
     ]
     mx.reset_peak_memory()
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    started = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
     preemptions = {m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value
     plan = worker.plan
@@ -77,9 +80,11 @@ def run(settings: dict, cache_bytes: int, prompt_len: int) -> dict:
         "fewest_free_blocks": fewest,
         "requests": requests,
         "preemptions": preemptions,
+        "seconds": round(time.perf_counter() - started),
         "weights_bytes": plan.weights,
         "workspace_bytes": plan.workspace,
         "page_bytes": worker.kv_cache.nbytes,
+        "planned_bytes": planned,
         "peak_bytes": mx.get_peak_memory(),
         "peak_over_plan": round(mx.get_peak_memory() / planned, 4),
     }
@@ -90,7 +95,8 @@ def run(settings: dict, cache_bytes: int, prompt_len: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache-bytes", type=int, default=320 << 20)
-    parser.add_argument("--prompt-len", type=int, default=900)
+    parser.add_argument("--prompt-len", type=int, default=1024)
+    parser.add_argument("--output-len", type=int, default=120)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     args = parser.parse_args()
@@ -101,7 +107,7 @@ def main() -> None:
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "vllm")},
     }
     for kind in args.kinds:
-        figures[kind] = run(KINDS[kind], args.cache_bytes, args.prompt_len)
+        figures[kind] = run(KINDS[kind], args.cache_bytes, args.prompt_len, args.output_len)
         gc.collect()
         mx.clear_cache()
         print(kind, json.dumps(figures[kind], indent=2), flush=True)

@@ -20,6 +20,7 @@ FORBIDDEN = [
     ("kv_cache", f"{PACKAGE}.metal_kernel_backend"),
     ("kv_cache.cache", "vllm"),
     ("kv_cache.planner", "vllm"),
+    ("kv_cache.workspace", "vllm"),
     ("metal_kernel_backend", f"{PACKAGE}.kv_cache"),
     ("metal_kernel_backend", "vllm"),
     ("metal_kernel_backend", "mlx_lm"),
@@ -35,6 +36,8 @@ ONLY = [
     (f"{PACKAGE}.cli", []),
     (f"{PACKAGE}.evaluation", ["cli", "evaluation"]),
     (f"{PACKAGE}.model_runner", ["worker"]),
+    (f"{PACKAGE}.workspace_probe", ["worker"]),
+    (f"{PACKAGE}.model_cache", ["worker", "metrics", "plan"]),
     (f"{PACKAGE}.request_batch", ["model_runner"]),
     (f"{PACKAGE}.input_batch", ["model_runner"]),
     (
@@ -49,7 +52,7 @@ ONLY = [
     ),
     ("vllm.platforms", ["platform"]),
     ("vllm.v1.core.sched", ["model_runner", "request_batch", "worker"]),
-    ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "worker"]),
+    ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "model_cache", "worker"]),
 ]
 
 KERNEL_SIDE = [

@@ -112,3 +112,22 @@ def test_prefill_of_a_later_chunk(batch):
     assert metadata.block_table.tolist() == [[9, 4]]
     assert metadata.offset == 5
     assert prefill(batch, "b", 2, 6)[1].block_table.tolist() == [[9]]
+
+
+def test_decode_runs_as_one_forward_where_memory_allows(batch):
+    """Requests of 8, 17 and 3 tokens: three tables of three blocks of 8."""
+    assert input_batch.split_decode(batch.rows, [0, 1, 2], GROUPS, 9 * BLOCK) == [[0, 1, 2]]
+
+
+def test_decode_is_cut_so_that_requests_of_like_length_run_together(batch):
+    assert input_batch.split_decode(batch.rows, [0, 1, 2], GROUPS, 9 * BLOCK - 1) == [[1, 0], [2]]
+    assert input_batch.split_decode(batch.rows, [0, 1, 2], GROUPS, 3 * BLOCK) == [[1], [0, 2]]
+
+
+def test_a_request_that_is_too_long_runs_alone(batch):
+    assert input_batch.split_decode(batch.rows, [0, 1, 2], GROUPS, 1) == [[1], [0], [2]]
+
+
+def test_recurrent_states_gather_no_tokens(batch):
+    states = [KVGroup(1 << 20, states=(0,))]
+    assert input_batch.split_decode(batch.rows, [0, 1, 2], states, 1) == [[0, 1, 2]]

@@ -51,6 +51,14 @@ def test_alone_and_in_one_batch(make_config, async_scheduling, expected):
     assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == expected
 
 
+@pytest.mark.parametrize("most_decode_tokens", [1, 70])
+def test_decode_in_several_forwards(make_config, async_scheduling, expected, most_decode_tokens):
+    """Each request alone, and those together that fit; they change places as they grow."""
+    serving = Serving(make_config(async_scheduling=async_scheduling, enable_prefix_caching=False))
+    serving.runner.most_decode_tokens = most_decode_tokens
+    assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == expected
+
+
 @pytest.mark.parametrize("budget", [16, 23])
 def test_chunked_prefill(make_config, async_scheduling, expected, budget):
     serving = Serving(

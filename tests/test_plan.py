@@ -4,10 +4,14 @@ import argparse
 import json
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 
-from tests.tiny_models import config_of
-from vllm_metal import plan
+from tests.tiny_models import config_of, save_checkpoint, save_tokenizer
+from vllm_metal import model_loader, plan
+from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.selection import neutral_constants
+from vllm_metal.model_cache import ModelCache
 
 
 @pytest.fixture
@@ -30,9 +34,9 @@ def test_the_table_needs_no_weights(folder, capsys):
     formats = json.loads(capsys.readouterr().out)["formats"]
     rows = {(row["k_quant"], row["v_quant"]): row for row in formats}
     dense = rows["dense", "float16"]
-    assert dense["bytes_per_token"] == 3 * 2 * (64 + 64) * 2
+    assert dense["bytes_per_request"] == 8192 * 3 * 2 * (64 + 64) * 2
     default = rows["q8_0", "q3_0"]
-    assert default["bytes_per_token"] == 3 * 2 * 92
+    assert default["bytes_per_request"] == 8192 * 3 * 2 * 92
     assert default["ratio"] == pytest.approx(256 / 92, abs=1e-3)
     assert default["tokens"] / dense["tokens"] == pytest.approx(256 / 92, rel=0.01)
 
@@ -56,13 +60,53 @@ def test_weights_that_leave_no_room_are_an_error_with_the_sum(folder):
         run(folder, "--memory", "256MiB")
 
 
-@pytest.mark.parametrize(
-    ("model_type", "kind"), [("gemma3_text", "sliding windows"), ("jamba", "recurrent state")]
-)
-def test_models_whose_layers_share_memory_are_refused(tmp_path, model_type, kind):
-    (tmp_path / "config.json").write_text(json.dumps(config_of(model_type)))
-    with pytest.raises(UserError, match=f"has {kind}; the server prints its plan"):
-        run(tmp_path, "--memory", "1GiB")
+@pytest.mark.parametrize("model_type", ["gemma3_text", "jamba", "falcon_h1"])
+def test_layers_that_share_memory_are_planned_as_the_server_does(tmp_path, model_type, capsys):
+    """The figures of a worker that is given these bytes; not the ratio of attention layers."""
+    changes = {"head_dim": 64}
+    if model_type == "gemma3_text":
+        changes = {"architectures": ["Gemma3ForCausalLM"]}
+    folder = save_checkpoint(tmp_path / "model", model_type, **changes)
+    save_tokenizer(folder)
+    run(folder, "--memory", "1GiB", "--max-model-len", "128", "--json")
+    planned = json.loads(capsys.readouterr().out)
+    config = EngineArgs(
+        str(folder),
+        runner="generate",
+        dtype="bfloat16",
+        max_model_len=128,
+        kv_cache_memory_bytes=planned["kv_cache_bytes"],
+        additional_config={"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"},
+    ).create_engine_config()
+    binding = ModelBinding(model_loader.load_structure(str(folder)))
+    layers = binding.layers
+    served = ModelCache.of(config, layers, binding.states, neutral_constants(layers))
+    capacity = served.capacity(planned["kv_cache_bytes"], 128)
+    [row] = [r for r in planned["formats"] if (r["k_quant"], r["v_quant"]) == ("q4_0", "q4_0")]
+    assert row["tokens"] == capacity.tokens
+    assert row["requests"] == pytest.approx(capacity.requests(128), abs=0.01)
+    assert row["ratio"] == pytest.approx(served.ratio(128), abs=1e-3)
+    if binding.states:
+        assert row["ratio"] < 16 / row["bits_per_element"]
+
+
+def test_a_model_that_turboquant_refuses_has_its_dense_line_and_the_reason(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("deepseek_v3")))
+    assert run(tmp_path, "--memory", "1GiB") == 0
+    text = capsys.readouterr().out
+    assert "dense" in text and "q8_0" not in text
+    assert "TurboQuant cannot compress this model" in text and "(MLA)" in text
+    run(tmp_path, "--memory", "1GiB", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["formats"]) == 1 and "(MLA)" in facts["turboquant_refused"][0]
+
+
+def test_a_model_without_keys_and_values(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("mamba")))
+    assert run(tmp_path, "--memory", "1GiB") == 0
+    text = capsys.readouterr().out
+    assert "0 attention layers, 3 recurrent states" in text
+    assert "it has no keys and values" in text
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,32 @@ import mlx.core as mx
 import numpy as np
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
-from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.attention.group_metadata import (
+    decode_metadata,
+    gathered_tokens,
+    prefill_metadata,
+)
 from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.kv_cache.groups import KVGroup
+
+
+def split_decode(
+    rows: InputBatch, decode_rows: list[int], groups: Sequence[KVGroup], most_tokens: int
+) -> list[list[int]]:
+    """Decode rows by forward pass, each of which gathers `most_tokens` tokens of a layer at most.
+
+    All run as one where they may; else requests of like lengths run together, the longest first.
+    """
+    lens = rows.num_computed_tokens_cpu[decode_rows] + 1
+    if len(decode_rows) * gathered_tokens(groups, int(lens.max())) <= most_tokens:
+        return [decode_rows]
+    order = np.argsort(-lens, kind="stable")
+    parts = []
+    while len(order):
+        count = max(1, most_tokens // gathered_tokens(groups, int(lens[order[0]])))
+        parts.append([decode_rows[i] for i in order[:count]])
+        order = order[count:]
+    return parts
 
 
 def decode_inputs(

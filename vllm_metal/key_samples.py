@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.kv_cache.cache import KVCache
@@ -59,8 +59,8 @@ class _Recorder(AttentionBackend):
     def decode(self, *_) -> mx.array:
         raise NotImplementedError("samples are taken in a prefill")
 
-    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        return 0
+    def attended_chunk(self, *_) -> PrefillChunk:
+        raise NotImplementedError("no server runs on it")
 
     def sample(self) -> Sample:
         keys = _float32(self.keys)

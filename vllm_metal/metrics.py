@@ -11,9 +11,8 @@ from prometheus_client import Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_metal import model_loader
-from vllm_metal.config import dense_dtype, parse
-from vllm_metal.kv_cache.capacity import CacheSummary
-from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.selection import neutral_constants
+from vllm_metal.model_cache import ModelCache
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,29 +20,23 @@ if TYPE_CHECKING:
 GAUGES = {
     "num_layers": "attention layers of the model",
     "num_compressed": "layers whose pages are compressed",
-    "bytes_per_token": "bytes of one token in the KV cache, all layers",
-    "dense_bytes_per_token": "bytes of one token if all layers were dense in 16 bits",
+    "bytes_per_token": "bytes of one token in the KV cache, all attention layers",
+    "dense_bytes_per_token": "bytes of one token if all attention layers were dense in 16 bits",
     "bits_per_element": "stored bits of a key or value element, metadata included",
-    "ratio": "tokens that fit, over those that fit dense",
+    "ratio": "requests of max_model_len tokens that fit, over those that fit dense; whole cache",
 }
 
 
-def summarise(vllm_config: "VllmConfig") -> CacheSummary:
-    """The cache that a worker builds for `vllm_config`."""
+def figures(vllm_config: "VllmConfig") -> dict[str, float]:
+    """The value of each gauge."""
     from vllm_metal.attention.model_binding import ModelBinding
 
     model = vllm_config.model_config
-    cache = vllm_config.cache_config
     binding = ModelBinding(model_loader.load_structure(model.model, model.trust_remote_code))
-    backends = make_backends(
-        binding.layers,
-        cache.block_size,
-        model_loader.mlx_dtype(dense_dtype(cache.cache_dtype, model.dtype)),
-        parse(vllm_config.additional_config, cache.cache_dtype),
-        neutral_constants(binding.layers),
-        binding.states,
-    )
-    return CacheSummary.of(backends)
+    layers, states = binding.layers, binding.states
+    cache = ModelCache.of(vllm_config, layers, states, neutral_constants(layers))
+    known = {"ratio": cache.ratio(model.max_model_len)}
+    return known | {name: getattr(cache.summary, name) for name in GAUGES.keys() - known.keys()}
 
 
 class KVCacheMetrics(StatLoggerBase):
@@ -56,7 +49,7 @@ class KVCacheMetrics(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Publishes the figures."""
-        summary = summarise(self._vllm_config)
+        values = figures(self._vllm_config)
         for name, meaning in GAUGES.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(
@@ -66,7 +59,7 @@ class KVCacheMetrics(StatLoggerBase):
                     multiprocess_mode="mostrecent",
                 )
             gauge = self._gauges[name].labels(self._vllm_config.model_config.served_model_name)
-            gauge.set(getattr(summary, name))
+            gauge.set(values[name])
 
     def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0) -> None:
         """Nothing changes from step to step."""

@@ -56,6 +56,7 @@ class ModelRunner:
         binding: the model, bound to paged attention.
         kv_cache: the pages.
         max_num_blocks: length of a block table, for each KV group.
+        most_decode_tokens: that a decode forward may gather of a layer.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class ModelRunner:
         binding: ModelBinding,
         kv_cache: KVCache,
         max_num_blocks: list[int],
+        most_decode_tokens: int,
     ):
         self.binding = binding
         self.kv_cache = kv_cache
         block_sizes = [group.block_size for group in kv_cache.groups]
         self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
+        self.most_decode_tokens = most_decode_tokens
         self.batched_decode = True
         """False where the architecture takes no array of offsets: decode goes row by row."""
         self.forward_decode = binding.forward
@@ -101,8 +104,7 @@ class ModelRunner:
             else:
                 step.decode_rows.append(row)
         if step.decode_rows:
-            step.decode_rows.sort()
-            step.decode_logits = self._decode(step.decode_rows, pending)
+            self._decode(step, pending)
         self._step = step
         return None
 
@@ -158,22 +160,26 @@ class ModelRunner:
             del logits  # what is not computed still holds arrays that are written next
             self.kv_cache.evaluate()
 
-    def _decode(self, decode_rows: list[int], pending: PendingTokens | None) -> mx.array:
-        """Logits [B, vocabulary] of the decode rows, lazily where the rows run as one forward."""
-        groups = [decode_rows] if self.batched_decode else [[row] for row in decode_rows]
+    def _decode(self, step: _Step, pending: PendingTokens | None) -> None:
+        """Logits of the decode rows, lazily where the rows run as one forward."""
+        rows, groups = self.batch.rows, self.kv_cache.groups
+        step.decode_rows.sort()
+        parts = [[row] for row in step.decode_rows]
+        if self.batched_decode:
+            parts = input_batch.split_decode(
+                rows, step.decode_rows, groups, self.most_decode_tokens
+            )
         logits = []
-        for group in groups:
+        for part in parts:
             token_ids, metadata = input_batch.decode_inputs(
-                self.batch.rows,
-                group,
-                self.kv_cache.groups,
-                (pending.tokens, pending.index) if pending else None,
+                rows, part, groups, (pending.tokens, pending.index) if pending else None
             )
             logits.append(self.forward_decode(token_ids, metadata)[:, -1])
-            if len(groups) > 1 or self.kv_cache.shares_arrays:
+            if len(parts) > 1 or self.kv_cache.shares_arrays:
                 self._finish_pending()
                 self.kv_cache.evaluate(logits[-1])
-        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+        step.decode_rows = [row for part in parts for row in part]
+        step.decode_logits = logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     # Sampling.
 

@@ -1,25 +1,29 @@
 """`vllm-metal plan`: how much context each format pair gives on a machine, before it is started.
 
-From the config file alone: the model is built without weights and run dry, so the layer shapes
-are those that the server will see.
+From the config file alone: the model is built without weights and run dry, so layers, windows and
+recurrent states are those that the server will see, and its figures come from the same functions
+(`model_cache`), with vLLM's own grouping of the layers.
 """
 
 import argparse
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 
-import mlx.core as mx
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
 
-from vllm_metal import model_loader
-from vllm_metal.attention.backend import LayerShape
-from vllm_metal.attention.model_binding import ModelBinding
-from vllm_metal.config import TurboQuantConfig
-from vllm_metal.errors import UserError
-from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
-from vllm_metal.kv_cache.planner import GIB, format_bytes
-from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
-from vllm_metal.quality import FORMAT_PAIRS, measured_loss
+import mlx.core as mx  # noqa: E402
+from vllm.config import VllmConfig  # noqa: E402
+
+from vllm_metal import model_loader  # noqa: E402
+from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
+from vllm_metal.config import TurboQuantConfig  # noqa: E402
+from vllm_metal.errors import UserError  # noqa: E402
+from vllm_metal.kv_cache.planner import GIB, format_bytes  # noqa: E402
+from vllm_metal.metal_kernel_backend.selection import neutral_constants  # noqa: E402
+from vllm_metal.model_cache import ModelCache  # noqa: E402
+from vllm_metal.quality import FORMAT_PAIRS, measured_loss  # noqa: E402
 
 WORKSPACE = GIB // 2
 """Assumed for activations; a running server measures its own."""
@@ -31,13 +35,16 @@ class Row:
 
     k_quant: str
     v_quant: str
-    bits_per_element: float
+    bits_per_element: float | None
+    """Of keys and values; None where a model has none."""
     ratio: float
-    bytes_per_token: float
+    """Requests of `max_model_len` tokens, over those that fit dense: of the whole cache."""
+    bytes_per_request: int
+    """Of `max_model_len` tokens."""
     tokens: int
-    """Tokens in the whole cache."""
+    """Length of the one request that fills the cache."""
     max_context: int
-    """Longest single request: `tokens`, bounded by the model's own length."""
+    """Longest request: `tokens`, bounded by the model's own length."""
     requests: float
     """Requests of `max_model_len` tokens at once."""
     kld: float | None
@@ -66,14 +73,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns the exit code."""
     model = model_loader.load_structure(args.model, args.trust_remote_code)
-    shapes = _full_attention_layers(args.model, ModelBinding(model))
+    binding = ModelBinding(model)
     weights = args.weights or model_loader.weight_bytes_on_disk(args.model)
     if weights is None:
         weights = model_loader.weight_bytes(model)
     page_bytes = int(args.memory * args.gpu_memory_utilization) - weights - WORKSPACE
     if page_bytes <= 0:
         raise UserError(
-            "The weights leave no room for a KV cache",
+            f"{args.model!r} leaves no memory for the KV cache",
             [
                 f"{format_bytes(args.memory)} x {args.gpu_memory_utilization} - weights "
                 f"{format_bytes(weights)} - workspace {format_bytes(WORKSPACE)} "
@@ -81,62 +88,81 @@ def run(args: argparse.Namespace) -> int:
             ],
         )
     longest = getattr(model.args, "max_position_embeddings", None)
-    rows = table(shapes, page_bytes, args.block_size, args.max_model_len, longest)
+    rows, refusal = table(binding, page_bytes, args.block_size, args.max_model_len, longest)
     if args.json:
         facts = {"weights": weights, "workspace": WORKSPACE, "kv_cache_bytes": page_bytes}
-        print(json.dumps(facts | {"formats": [asdict(row) for row in rows]}, indent=2))
+        refused = refusal.reasons if refusal else None
+        facts |= {"formats": [asdict(row) for row in rows], "turboquant_refused": refused}
+        print(json.dumps(facts, indent=2))
     else:
-        print(f"{args.model}: {len(shapes)} attention layers")
+        print(f"{args.model}: {_layers(binding)}")
         print(
             f"KV cache {format_bytes(page_bytes)} = {format_bytes(args.memory)} x "
             f"{args.gpu_memory_utilization} - weights {format_bytes(weights)} - workspace "
             f"{format_bytes(WORKSPACE)} (assumed)\n"
         )
         print(render(rows, args.max_model_len))
+        if refusal:
+            print(f"\n{refusal}")
     return 0
 
 
-def _full_attention_layers(name: str, binding: ModelBinding) -> list[LayerShape]:
-    """Raises UserError where layers of other kinds share the memory: vLLM's planner divides it."""
-    kinds = {
-        "sliding windows": any(shape.sliding_window is not None for shape in binding.layers),
-        "recurrent state": bool(binding.states),
-    }
-    if found := [kind for kind, is_there in kinds.items() if is_there]:
-        raise UserError(
-            "`vllm-metal plan` counts models of full attention only",
-            [f"{name} has {' and '.join(found)}; the server prints its plan when it starts"],
-        )
-    return binding.layers
+def _layers(binding: ModelBinding) -> str:
+    """What the cache is for, in words."""
+    windows = sum(shape.sliding_window is not None for shape in binding.layers)
+    parts = [f"{len(binding.layers)} attention layers"]
+    if windows:
+        parts.append(f"{windows} of them in a sliding window")
+    if binding.states:
+        parts.append(f"{len(binding.states)} recurrent states")
+    return ", ".join(parts)
 
 
 def table(
-    shapes: list[LayerShape],
+    binding: ModelBinding,
     page_bytes: int,
     block_size: int,
     max_model_len: int,
     longest: int | None,
-) -> list[Row]:
-    """Dense pages and every recommended pair, in order of size."""
+) -> tuple[list[Row], UserError | None]:
+    """Dense pages and every recommended pair, in order of size; or why there is no pair."""
+    vllm_config = VllmConfig()
+    vllm_config.cache_config.block_size = block_size
     rows = []
     for pair in (None, *FORMAT_PAIRS):
-        config = None if pair is None else TurboQuantConfig(*pair)
-        backends = make_backends(shapes, block_size, mx.float16, config, neutral_constants(shapes))
-        summary = CacheSummary.of(backends)
-        capacity = Capacity(page_bytes, sum(b.page_size_bytes for b in backends), block_size)
-        rows.append(
-            Row(
-                *(pair or ("dense", "float16")),
-                bits_per_element=round(summary.bits_per_element, 3),
-                ratio=round(summary.ratio, 3),
-                bytes_per_token=summary.bytes_per_token,
-                tokens=capacity.tokens,
-                max_context=min(capacity.tokens, longest or capacity.tokens),
-                requests=round(capacity.requests(max_model_len), 2),
-                kld=loss.kld if pair and (loss := measured_loss(*pair)) else None,
+        try:
+            cache = ModelCache.with_pages(
+                vllm_config,
+                binding.layers,
+                binding.states,
+                mx.float16,
+                None if pair is None else TurboQuantConfig(*pair),
+                neutral_constants(binding.layers),
             )
-        )
-    return rows
+        except UserError as refusal:
+            return rows, refusal
+        rows.append(_row(cache, pair, page_bytes, max_model_len, longest))
+    return rows, None
+
+
+def _row(
+    cache: ModelCache,
+    pair: tuple[str, str] | None,
+    page_bytes: int,
+    max_model_len: int,
+    longest: int | None,
+) -> Row:
+    capacity = cache.capacity(page_bytes, max_model_len)
+    return Row(
+        *(pair or ("dense", "float16")),
+        bits_per_element=round(cache.summary.bits_per_element, 3) if cache.backends else None,
+        ratio=round(cache.ratio(max_model_len), 3),
+        bytes_per_request=capacity.bytes_for(max_model_len),
+        tokens=capacity.tokens,
+        max_context=min(capacity.tokens, longest or capacity.tokens),
+        requests=round(capacity.requests(max_model_len), 2),
+        kld=loss.kld if pair and (loss := measured_loss(*pair)) else None,
+    )
 
 
 def render(rows: list[Row], max_model_len: int) -> str:
@@ -146,7 +172,7 @@ def render(rows: list[Row], max_model_len: int) -> str:
         (
             row.k_quant,
             row.v_quant,
-            f"{row.bits_per_element:.2f}",
+            "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}",
             f"{row.ratio:.2f}x",
             f"{row.tokens:,}",
             f"{row.max_context:,}",

@@ -6,6 +6,7 @@ imported here.
 
 import platform as host
 import random
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -196,15 +197,21 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
         return
-    load_fast_blas()  # before MLX is first imported
-    from vllm_metal.attention.layer_kinds import has_recurrent_state
-    from vllm_metal.model_loader import load_structure
-
-    if has_recurrent_state(load_structure(model.model, model.trust_remote_code)):
+    if _has_recurrent_state(model.model, model.trust_remote_code):
         cache.enable_prefix_caching = False
         cache.mamba_cache_mode = "none"
         cache.mamba_block_size = model.max_model_len
         logger.info("Prefix caching is off: %s has recurrent state", model.model)
+
+
+@cache
+def _has_recurrent_state(model: str, trust_remote_code: bool) -> bool:
+    """Read once: vLLM checks a configuration many times."""
+    load_fast_blas()  # before MLX is first imported
+    from vllm_metal.attention.layer_kinds import has_recurrent_state
+    from vllm_metal.model_loader import load_structure
+
+    return has_recurrent_state(load_structure(model, trust_remote_code))
 
 
 def text_only(model: "ModelConfig") -> None:

@@ -1,4 +1,4 @@
-"""Small forward passes before the first request: they measure, compile and check.
+"""Small forward passes before the first request: they check and compile.
 
 They run the real model through the real backend, so a model that would fail in its first request
 fails at start.
@@ -16,9 +16,6 @@ from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
 
-WORKSPACE_PROBE_LENGTHS = (32, 96)
-"""Prefill lengths at which peak memory is measured."""
-
 Forward = Callable[..., mx.array]
 """`ModelBinding.forward`, or what stands in for it."""
 
@@ -26,35 +23,6 @@ _PROMPTS = ([3, 1, 4, 1, 5], [2, 7, 1])
 _TOLERANCE = 0.1
 """Largest difference of logits, in standard deviations: far above rounding in any precision, far
 below what a wrong position does."""
-
-
-def measure_prefill_peaks(binding: ModelBinding, kv_cache: KVCache) -> dict[int, int]:
-    """Peak temporary bytes of a prefill without context, by query length.
-
-    Args:
-        binding: the model, bound to `kv_cache`.
-        kv_cache: a small cache with blocks for the longest probe after block 0.
-
-    Raises:
-        UserError: MLX's backend lacks an operation of the model in this type.
-    """
-    tables = [np.arange(1, kv_cache.num_blocks, dtype=np.int32)] * len(kv_cache.groups)
-    peaks = {}
-    for length in WORKSPACE_PROBE_LENGTHS:
-        metadata = prefill_metadata(kv_cache.groups, tables, 0, length)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        try:
-            _evaluate(binding.forward, kv_cache, mx.zeros((1, length), mx.int32), metadata)
-        except RuntimeError as error:
-            raise UserError(
-                f"MLX cannot run model type {binding.model_type!r} on this device",
-                [f"{error} (another --dtype may do)"],
-            ) from error
-        peaks[length] = mx.get_peak_memory() - before
-    mx.clear_cache()
-    return peaks
 
 
 def takes_batched_offsets(binding: ModelBinding, kv_cache: KVCache) -> bool:

@@ -1,6 +1,7 @@
 """vLLM's worker: device, model, memory question, pages; the steps are the model runner's."""
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,27 +16,27 @@ BLAS = load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 
-from vllm_metal import model_loader, quality, warm_up  # noqa: E402
-from vllm_metal.attention.backend import AttentionBackend  # noqa: E402
+from vllm_metal import model_loader, quality, warm_up, workspace_probe  # noqa: E402
+from vllm_metal.attention.backend import PrefillChunk  # noqa: E402
+from vllm_metal.attention.group_metadata import gathered_tokens  # noqa: E402
 from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
-from vllm_metal.config import dense_dtype, parse  # noqa: E402
+from vllm_metal.config import parse  # noqa: E402
 from vllm_metal.device import Device, select_device  # noqa: E402
 from vllm_metal.errors import user_errors_end_child_process  # noqa: E402
 from vllm_metal.key_samples import collect_key_samples  # noqa: E402
 from vllm_metal.kv_cache import planner  # noqa: E402
 from vllm_metal.kv_cache.cache import KVCache  # noqa: E402
-from vllm_metal.kv_cache.capacity import CacheSummary, Capacity  # noqa: E402
 from vllm_metal.kv_cache.spec import (  # noqa: E402
+    KV_CACHE_LAYOUT,
     block_table_lengths,
     cache_layout,
-    capacity,
-    kv_cache_specs,
 )
-from vllm_metal.metal_kernel_backend.selection import make_backends  # noqa: E402
+from vllm_metal.kv_cache.workspace import StepMemory  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.calibration import (  # noqa: E402
     KeyConstants,
     calibrate,
 )
+from vllm_metal.model_cache import ModelCache  # noqa: E402
 from vllm_metal.model_runner import ModelRunner  # noqa: E402
 
 if TYPE_CHECKING:
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 logger = init_logger("vllm.metal.worker")
-
-KV_CACHE_LAYOUT = "LBNHC"
-"""vLLM's name for one region per layer, block-major inside it."""
 
 
 class MetalWorker(WorkerBase):
@@ -65,7 +63,7 @@ class MetalWorker(WorkerBase):
         model = model_loader.load_model(self.model_config)
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
-        self.backends = self._make_backends()
+        self.model_cache = self._make_cache()
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -73,44 +71,52 @@ class MetalWorker(WorkerBase):
         return [KV_CACHE_LAYOUT]
 
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
-        return self._specs()
+        return self.model_cache.specs(self.model_config.max_model_len)
 
     @user_errors_end_child_process()
     def determine_available_memory(self) -> int:
         """Bytes for pages; nothing is kept."""
-        cache = self.cache_config
-        self.plan = planner.MemoryPlan(
+        cache, model = self.cache_config, self.model_config
+        plan = planner.MemoryPlan(
             device=self.metal_device,
             utilization=cache.gpu_memory_utilization,
             weights=self.weights,
-            workspace=self._measure_workspace(),
+            workspace=0,
             requested_bytes=cache.kv_cache_memory_bytes,
         )
-        if self.model_config.original_max_model_len != -1:
-            self.plan.require(self.model_config.max_model_len, self._capacity(self.plan.page_bytes))
+        self.step_memory = self._measure_steps()
+        most = self.model_cache.capacity(plan.page_bytes, model.max_model_len)
+        workspace = self.step_memory.workspace(plan.page_bytes, most.pooled_tokens)
+        self.plan = replace(plan, workspace=workspace)
+        if model.original_max_model_len != -1:
+            planned = self.model_cache.capacity(self.plan.page_bytes, model.max_model_len)
+            self.plan.require(model.max_model_len, planned)
         return self.plan.page_bytes
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
-        layout = cache_layout(kv_cache_config)
+        cache, max_model_len = self.model_cache, self.model_config.max_model_len
+        num_blocks, layout = kv_cache_config.num_blocks, cache_layout(kv_cache_config)
+        self.kv_cache = KVCache(cache.backends, num_blocks, cache.states, layout)
         mx.set_cache_limit(self.plan.workspace)
-        self.kv_cache = KVCache(
-            self.backends, kv_cache_config.num_blocks, self.binding.states, layout
-        )
-        max_num_blocks = block_table_lengths(self.vllm_config, kv_cache_config)
+        mx.set_memory_limit(mx.get_active_memory() + self.plan.workspace)
         self.model_runner = ModelRunner(
-            self.vllm_config, self.binding, self.kv_cache, max_num_blocks
+            self.vllm_config,
+            self.binding,
+            self.kv_cache,
+            block_table_lengths(self.vllm_config, kv_cache_config),
+            self.step_memory.decode_tokens(self.plan.workspace),
         )
         logger.info(
             planner.report(
                 self.plan,
-                [backend.name for backend in self.backends],
-                CacheSummary.of(self.backends),
-                self._capacity(self.kv_cache.nbytes),
-                self.model_config.max_model_len,
-                self._dense_capacity(self.kv_cache.nbytes),
+                [backend.name for backend in cache.backends],
+                cache.summary,
+                cache.capacity(self.kv_cache.nbytes, max_model_len),
+                cache.dense_capacity(self.kv_cache.nbytes, max_model_len),
+                max_model_len,
             )
         )
 
@@ -154,24 +160,12 @@ class MetalWorker(WorkerBase):
     def shutdown(self) -> None:
         self.model_runner = None
 
-    def _make_backends(self) -> list[AttentionBackend]:
-        cache = self.cache_config
-        turboquant = parse(self.vllm_config.additional_config, cache.cache_dtype)
+    def _make_cache(self) -> ModelCache:
+        turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
         if turboquant is not None:
             self._tell_loss(turboquant.k_quant, turboquant.v_quant)
-        dense = dense_dtype(cache.cache_dtype, self.model_config.dtype)
-        return make_backends(
-            self.binding.layers,
-            cache.block_size,
-            model_loader.mlx_dtype(dense),
-            turboquant,
-            self._calibrate,
-            self.binding.states,
-        )
-
-    def _specs(self) -> "dict[str, KVCacheSpec]":
-        model = self.model_config
-        return kv_cache_specs(self.backends, model.dtype, self.binding.states, model.max_model_len)
+        binding = self.binding
+        return ModelCache.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
 
     @staticmethod
     def _tell_loss(k_quant: str, v_quant: str) -> None:
@@ -191,37 +185,21 @@ class MetalWorker(WorkerBase):
         logger.info("TurboQuant keys calibrated in %.1f s", time.perf_counter() - started)
         return constants
 
-    def _capacity(self, page_bytes: int) -> Capacity:
-        return capacity(self.vllm_config, self._specs(), page_bytes)
-
-    def _dense_capacity(self, page_bytes: int) -> Capacity | None:
-        """What the same bytes would hold in 16-bit pages, where groups share blocks."""
-        binding, model = self.binding, self.model_config
-        if len(self.kv_cache.groups) == 1:
-            return None
-        dense = make_backends(
-            binding.layers, self.cache_config.block_size, mx.float16, None, list, binding.states
-        )
-        specs = kv_cache_specs(dense, model.dtype, binding.states, model.max_model_len)
-        return capacity(self.vllm_config, specs, page_bytes)
-
-    def _measure_workspace(self) -> int:
-        """Activations of the largest prefill, plus what attention over a full context adds."""
-        longest = max(warm_up.WORKSPACE_PROBE_LENGTHS)
-        smallest = min((backend.block_size for backend in self.backends), default=longest)
-        num_blocks = -(-longest // smallest)
-        kv_cache = KVCache(self.backends, num_blocks + 1, self.binding.states)
-        self.binding.bind(kv_cache)
-        peaks = warm_up.measure_prefill_peaks(self.binding, kv_cache)
-        self.binding.bind(None)
-        max_model_len = self.model_config.max_model_len
-        query_len = min(self.scheduler_config.max_num_batched_tokens, max_model_len)
+    def _measure_steps(self) -> StepMemory:
+        """What steps take beside weights and pages."""
+        binding, backends = self.binding, self.model_cache.backends
+        scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
+        query_len = min(scheduler.max_num_batched_tokens, max_model_len)
         num_heads = self.model_config.get_num_attention_heads(self.parallel_config)
-        context = max(
-            [
-                backend.prefill_workspace_bytes(max_model_len - query_len, query_len, num_heads)
-                for backend in self.backends
-            ]
-            or [0]
+        probed = KVCache(backends, workspace_probe.NUM_BLOCKS, binding.states)
+        binding.bind(probed)
+        steps = StepMemory(
+            workspace_probe.prefill_peaks(binding, probed, query_len, max_model_len),
+            {b.largest_chunk(query_len, max_model_len, num_heads) for b in backends}
+            or {PrefillChunk(query_len, tokens=0, scored_rows=0)},
+            workspace_probe.decode_peaks(binding, probed, scheduler.max_num_seqs, max_model_len),
+            scheduler.max_num_seqs,
+            gathered_tokens(probed.groups, max_model_len),
         )
-        return planner.extrapolate_workspace(peaks, query_len) + context
+        binding.bind(None)
+        return steps

@@ -292,7 +292,8 @@ def test_decode_rows_fetch_their_tokens_and_zeros(candidate, dtype):
             assert not numbers[:, request.seq_len :].any()
 
 
-def test_fetching_is_planned_with_room_for_what_comes_and_for_scores(candidate):
-    backend = candidate.make(replace(GROUPED, fetched=True), BLOCK)
-    scores = 4 * 4 * 7 * (100 + 7)
-    assert backend.prefill_workspace_bytes(100, 7, 4) >= 3 * scores + 4 * 107 * 2 * (64 + 64)
+def test_a_large_chunk_in_a_window_or_where_the_model_computes_attention(candidate):
+    fetched = candidate.make(replace(GROUPED, fetched=True), BLOCK).largest_chunk(2000, 9**6, 4)
+    assert (fetched.tokens, fetched.scored_rows) == (9**6, 2000)
+    backend = candidate.make(replace(GROUPED, sliding_window=50), BLOCK)
+    assert backend.largest_chunk(7, 9**6, 4).tokens == 50 + 7 - 1 + BLOCK - 1

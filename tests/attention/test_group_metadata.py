@@ -8,7 +8,11 @@ import pytest
 
 from tests.attention.paged_requests import PagedLayer
 from tests.attention.test_backend import CANDIDATES, GROUPED, Candidate, error
-from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.attention.group_metadata import (
+    decode_metadata,
+    gathered_tokens,
+    prefill_metadata,
+)
 from vllm_metal.kv_cache.groups import KVGroup
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -21,6 +25,15 @@ STATES = KVGroup(100, states=(0,))
 GROUPS = (FULL, WINDOW, STATES)
 TABLE = np.arange(20, 28, dtype=np.int32)
 """Of a window group: blocks of 4 tokens at positions 0, 4, 8, ..."""
+
+
+def test_tokens_gathered_of_a_request_are_those_of_the_layer_that_reads_most():
+    assert gathered_tokens([FULL], 17) == 3 * 8
+    assert gathered_tokens([FULL], 8 * 17) == 18 * 8  # as graphs round
+    assert gathered_tokens([WINDOW], 1000) == 3 * 4  # 6 tokens that begin at the end of a block
+    assert gathered_tokens([WINDOW], 3) == 4
+    assert gathered_tokens(GROUPS, 17) == 3 * 8
+    assert gathered_tokens([STATES], 17) == 0
 
 
 def test_decode_of_a_window_begins_at_the_first_block_that_it_touches():

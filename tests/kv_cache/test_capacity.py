@@ -27,12 +27,28 @@ def test_no_room_is_no_token(page_bytes):
 def test_dense_16_bit_pages_have_ratio_one():
     summary = CacheSummary.of([DensePages(SHAPE, 16, mx.float16)] * 3)
     assert elements_per_token(SHAPE) == 192
-    assert (summary.ratio, summary.bits_per_element, summary.num_compressed) == (1, 16, 0)
+    assert (summary.bits_per_element, summary.num_compressed) == (16, 0)
+    assert summary.bytes_per_token == summary.dense_bytes_per_token
     assert summary.bytes_per_token == 3 * 192 * 2
 
 
 def test_float32_pages_count_as_they_are():
-    assert CacheSummary.of([DensePages(SHAPE, 16, mx.float32)]).ratio == 0.5
+    assert CacheSummary.of([DensePages(SHAPE, 16, mx.float32)]).bits_per_element == 32
+
+
+def test_the_ratio_compares_requests_over_all_groups():
+    """A state takes its block with dense and with compressed layers alike."""
+    groups = KVGroup(16, layers=(0,)), KVGroup(4096, states=(0,))
+    compressed = KVGroup(64, layers=(0,)), groups[1]
+    dense = Capacity(0, 100, 16, groups)
+    assert Capacity(0, 100, 64, compressed).ratio(dense, 128) == (8 + 1) / (2 + 1)
+    assert Capacity(0, 25, 16).ratio(Capacity(0, 100, 16), 128) == 4
+
+
+def test_tokens_of_all_requests_in_the_layer_that_holds_most():
+    groups = KVGroup(16, layers=(0,)), KVGroup(40, layers=(1,)), KVGroup(4096, states=(0,))
+    assert Capacity(1050, 100, 16, groups).pooled_tokens == 10 * 40
+    assert Capacity(1050, 100, 16).pooled_tokens == 160
 
 
 def test_groups_draw_from_one_pool():

@@ -19,9 +19,14 @@ from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.kv_cache.spec import block_table_lengths, cache_layout, capacity, kv_cache_specs
+from vllm_metal.kv_cache.spec import (
+    KV_CACHE_LAYOUT,
+    block_table_lengths,
+    cache_layout,
+    capacity,
+    kv_cache_specs,
+)
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
-from vllm_metal.worker import KV_CACHE_LAYOUT
 
 BFLOAT16, FLOAT32 = mx.bfloat16, mx.float32
 

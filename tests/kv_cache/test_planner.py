@@ -5,10 +5,10 @@ import pytest
 from vllm_metal.device import Device
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
+from vllm_metal.kv_cache.groups import KVGroup
 from vllm_metal.kv_cache.planner import (
     GIB,
     MemoryPlan,
-    extrapolate_workspace,
     format_bytes,
     report,
 )
@@ -113,17 +113,6 @@ def test_memory_of_other_processes_is_shown():
     assert "held by other processes 6.00 GiB" in plan(in_use=6 * GIB).lines()
 
 
-def test_workspace_grows_linearly_with_the_query():
-    assert extrapolate_workspace({32: 10 * MIB, 96: 26 * MIB}, 2048) == (2 + 512) * MIB
-    assert extrapolate_workspace({96: 26 * MIB, 32: 10 * MIB}, 2048) == (2 + 512) * MIB
-
-
-def test_workspace_is_at_least_what_was_measured():
-    """Short queries, and peaks that fall for whatever reason."""
-    assert extrapolate_workspace({32: 10 * MIB, 96: 26 * MIB}, 16) == 26 * MIB
-    assert extrapolate_workspace({32: 30 * MIB, 96: 26 * MIB}, 2048) == 30 * MIB
-
-
 def rows_of(text: str) -> dict[str, str]:
     return {line[4:17].strip(): line[17:] for line in text.splitlines()[1:]}
 
@@ -132,7 +121,7 @@ def test_the_report_counts_without_the_null_block():
     per_block = 384 * 1024
     summary = CacheSummary(30, 0, per_block / 16, per_block / 16, 12288)
     blocks = Capacity(1025 * per_block + 5, per_block, 16)
-    text = report(plan(), ["dense bfloat16"] * 30, summary, blocks, 4096)
+    text = report(plan(), ["dense bfloat16"] * 30, summary, blocks, blocks, 4096)
     assert rows_of(text) == {
         "device": "Apple M4 (metal)",
         "memory limit": "16.00 GiB",
@@ -153,10 +142,23 @@ def test_the_report_of_a_compressed_cache_compares_with_a_dense_one():
     summary = CacheSummary(30, 28, per_token, 3 * 30 * 256, 3 * 30 * 128)
     blocks = Capacity(11 * 16 * per_token, 16 * per_token, 16)
     names = ["dense float16", *["turboquant q8_0/q3_0"] * 28, "dense float16"]
-    rows = rows_of(report(plan(), names, summary, blocks, 32))
+    dense = Capacity(blocks.page_bytes, 16 * 3 * 30 * 256, 16)
+    rows = rows_of(report(plan(), names, summary, blocks, dense, 32))
     assert rows["pages"] == "2 layers dense float16 + 28 layers turboquant q8_0/q3_0"
     assert rows["compressed"] == "28 of 30 layers"
     assert rows["ratio"].startswith("2.49x ")
     assert rows["bits"].startswith("6.43 per key or value element")
     assert rows["tokens"] == "160"
     assert rows["dense tokens"] == "48 in the same bytes"
+
+
+def test_the_ratio_is_that_of_the_whole_cache():
+    """Compressed layers beside a state as large as ten of their blocks: not their own ratio."""
+    groups = KVGroup(64, layers=(0,)), KVGroup(4096, states=(0,))
+    dense_groups = KVGroup(16, layers=(0,)), KVGroup(4096, states=(0,))
+    blocks = Capacity(100 * MIB, MIB, 64, groups)
+    dense = Capacity(100 * MIB, MIB, 16, dense_groups)
+    summary = CacheSummary(1, 1, 0.25, 1.0, 1)
+    rows = rows_of(report(plan(), ["turboquant"], summary, blocks, dense, 1024))
+    assert rows["ratio"].startswith(f"{(64 + 1) / (16 + 1):.2f}x ")
+    assert rows["per request"] == "17.00 MiB at max_model_len"

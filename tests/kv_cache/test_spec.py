@@ -21,6 +21,7 @@ from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.groups import KVGroup, Region
 from vllm_metal.kv_cache.spec import (
+    KV_CACHE_LAYOUT,
     TurboQuantAttentionSpec,
     cache_layout,
     kv_cache_specs,
@@ -35,7 +36,6 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
     key_format,
     value_format,
 )
-from vllm_metal.worker import KV_CACHE_LAYOUT
 
 BLOCK = 16
 SHAPE = LayerShape(num_kv_heads=3, head_size=64, head_size_v=64)

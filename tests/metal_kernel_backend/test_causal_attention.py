@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests import reference
+from vllm_metal.attention.backend import PrefillChunk
 from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.metal_kernel_backend import causal_attention as module
 
@@ -19,7 +20,7 @@ def qkv(query_len: int, seq_len: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(("query_len", "seq_len"), [(50, 50), (50, 83), (33, 70), (1, 40)])
 def test_row_tiles_give_the_whole(monkeypatch, query_len, seq_len, with_sinks):
     """With tiles of one row, the smallest there are."""
-    monkeypatch.setattr(module, "SCORE_TILE_BYTES", 1)
+    monkeypatch.setattr(module, "SCORE_TILE_BYTES", {mx.cpu: 1})
     queries, keys, values = qkv(query_len, seq_len)
     sinks = np.array([0.5, -1, 2, 0], np.float32) if with_sinks else None
     out = module.causal_attention(
@@ -31,9 +32,28 @@ def test_row_tiles_give_the_whole(monkeypatch, query_len, seq_len, with_sinks):
     np.testing.assert_allclose(np.array(out[0]), expected, atol=2e-6)
 
 
-def test_workspace_is_scores_and_probabilities_of_one_tile():
-    assert module.score_workspace_bytes(seq_len=1000, query_len=50, num_heads=4) == 2 * 800_000
-    assert module.score_workspace_bytes(1 << 17, 1 << 11, 32) == 2 * module.SCORE_TILE_BYTES
+def test_a_chunk_fits_where_one_tile_does():
+    """Ten tiles, where MLX is told to keep to one: it waits for each before it begins the next."""
+    heads, query_len, seq_len = 8, 640, 4096
+    tile = 4 * heads * seq_len * module.scored_rows(query_len, seq_len, heads)
+    assert 10 * tile <= 4 * heads * seq_len * query_len
+    queries = mx.zeros((1, heads, query_len, 16))
+    keys = values = mx.zeros((1, heads, seq_len, 16))
+    mx.eval(queries, keys, values)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    limit = mx.set_memory_limit(before + tile)
+    mx.eval(module.causal_attention(queries, keys, values, 1.0, None))
+    mx.set_memory_limit(limit)
+    assert tile < mx.get_peak_memory() - before < 3 * tile
+
+
+def test_a_tile_has_a_row_at_least_and_the_chunk_at_most():
+    assert module.scored_rows(query_len=50, seq_len=1000, num_heads=4) == 50
+    assert module.scored_rows(1 << 11, 1 << 27, 32) == 1
+    whole = module.causal_chunk(50, 1000, 4, None)
+    assert whole == PrefillChunk(query_len=50, tokens=1000, scored_rows=50, score_bytes=4 * 4)
+    assert module.causal_chunk(50, 1000, 4, 128).score_bytes == 2 * whole.score_bytes
 
 
 def test_valid_tokens_end_with_the_request():

@@ -80,29 +80,6 @@ def test_layers_share_index_arrays():
     assert all(derived[1][key] is array for key, array in derived[0].items())
 
 
-@pytest.mark.parametrize("context_len", [0, 700])
-def test_the_workspace_of_a_prefill_is_not_underestimated(context_len):
-    """Measured peak of a prefill against the plan's number."""
-    shape, block, query_len, num_heads = LayerShape(2, 64, 64), 16, 100, 4
-    backend = DensePages(shape, block, mx.float32)
-    num_blocks = -(-(context_len + query_len) // block)
-    pages = backend.allocate(num_blocks + 1)
-    metadata = PrefillMetadata(
-        block_table=mx.arange(1, num_blocks + 1)[None],
-        slot_mapping=mx.arange(context_len, context_len + query_len) + block,
-        context_len=context_len,
-        query_len=query_len,
-    )
-    queries, keys, values = (mx.ones((h, query_len, 64)) for h in (num_heads, 2, 2))
-    mx.eval(queries, keys, values, pages)
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    mx.eval(backend.prefill(pages, queries, keys, values, metadata, 1.0, None))
-    used = mx.get_peak_memory() - before
-    assert used <= backend.prefill_workspace_bytes(context_len, query_len, num_heads) * 1.1
-
-
 def test_a_layer_that_caches_one_array_takes_no_bytes_for_the_other():
     backend = DensePages(LayerShape(1, 8, 0, fetched=True), BLOCK, mx.float32)
     assert backend.page_size_bytes == BLOCK * 8 * 4

@@ -33,6 +33,20 @@ class LayerShape:
     """Tokens that a query sees, itself included; None: all."""
 
 
+@dataclass(frozen=True)
+class PrefillChunk:
+    """How much of a prefill's attention exists at a time in one layer."""
+
+    query_len: int
+    """L."""
+    tokens: int
+    """Tokens whose keys and values are gathered."""
+    scored_rows: int
+    """Query tokens whose scores of all `tokens` exist."""
+    score_bytes: int = 0
+    """What the scores of one query token and one key take, at least; 0 where that is measured."""
+
+
 Pages = tuple[mx.array, ...]
 """The array that holds the pages, `[num_blocks, ...]`, and what the last `store` left beside it."""
 
@@ -150,23 +164,16 @@ class AttentionBackend(ABC):
             fetched.append(stored)
         return tuple(fetched)
 
-    def prefill_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        """Temporary memory that a chunk needs for its context, beyond the model's own."""
-        if not self.shape.fetched:
-            return self.attention_workspace_bytes(context_len, query_len, num_heads)
-        seq_len = context_len + query_len
-        elements = self.shape.head_size + self.shape.head_size_v
-        fetched = _FETCH_COPIES * 4 * seq_len * self.shape.num_kv_heads * elements
-        expanded = 4 * seq_len * num_heads * elements
-        return fetched + expanded + _SCORE_COPIES * 4 * num_heads * query_len * seq_len
+    def largest_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
+        """What a chunk of `query_len` tokens at the end of `seq_len` takes, for the memory plan."""
+        if self.shape.sliding_window is not None:
+            begins_in = self.block_size - 1  # a window may begin anywhere in a block
+            held = self.shape.sliding_window + query_len - 1 + begins_in
+            seq_len = min(seq_len, held)
+        if self.shape.fetched:
+            return PrefillChunk(query_len, seq_len, query_len)
+        return self.attended_chunk(query_len, seq_len, num_heads)
 
     @abstractmethod
-    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        """Temporary memory that `prefill` needs for its context."""
-
-
-_FETCH_COPIES = 3
-"""Arrays of all keys and values that exist at once while they are fetched, in 32 bits."""
-_SCORE_COPIES = 3
-"""Arrays of all scores that exist at once where a model computes attention itself: before and
-after the mask, and probabilities."""
+    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
+        """`largest_chunk` where `prefill` attends: what it gathers and scores at a time."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from vllm_metal.attention.decode_graphs import rounded_blocks
 from vllm_metal.attention.metadata import (
     DecodeMetadata,
     GroupMetadata,
@@ -42,6 +43,22 @@ def prefill_metadata(
         _prefill_group(group, table, start, query_len)
         for group, table in zip(groups, block_tables, strict=True)
     )
+
+
+def gathered_tokens(groups: Sequence[KVGroup], seq_len: int) -> int:
+    """Tokens that one layer gathers of a request in a decode step, with the padding of its graph.
+
+    Of the layer that gathers most; 0 where all layers are recurrent.
+    """
+    most = 0
+    for group in groups:
+        if group.states:
+            continue
+        held = seq_len
+        if group.sliding_window is not None:
+            held = min(held, group.sliding_window + group.block_size - 1)
+        most = max(most, rounded_blocks(-(-held // group.block_size)) * group.block_size)
+    return most
 
 
 def _decode_group(

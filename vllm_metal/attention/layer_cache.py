@@ -135,6 +135,8 @@ class LayerKVCache:
         if isinstance(metadata, DecodeMetadata):
             out = backend.decode(pages, queries[:, :, 0], metadata, scale, sinks)
             return out[:, :, None]
+        # Left to MLX, a chunk without context is stored last: keys and values of all layers exist.
+        [queries] = mx.depends([queries], list(pages))
         new = (part[0] for part in self._new)
         return backend.prefill(pages, queries[0], *new, metadata, scale, sinks)[None]
 

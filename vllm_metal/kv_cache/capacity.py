@@ -40,6 +40,12 @@ class Capacity:
         lengths = range(usable * max(group.block_size for group in self.groups) + 1)
         return max(0, bisect_right(lengths, usable, key=self.blocks_for) - 1)
 
+    @property
+    def pooled_tokens(self) -> int:
+        """Tokens of all requests together in one layer: more fit in no layer."""
+        sizes = [group.block_size for group in self.groups if not group.states]
+        return self.num_blocks * max(sizes, default=self.block_size)
+
     def requests(self, max_model_len: int) -> float:
         """How many requests of `max_model_len` tokens fit."""
         return max(0, self.num_blocks - 1) / self.blocks_for(max_model_len)
@@ -52,6 +58,13 @@ class Capacity:
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes of one request of `num_tokens` tokens."""
         return self.blocks_for(num_tokens) * self.bytes_per_block
+
+    def ratio(self, dense: "Capacity", max_model_len: int) -> float:
+        """How many times more requests of `max_model_len` tokens fit than in `dense` pages.
+
+        Over the whole cache, recurrent states and windows included.
+        """
+        return dense.bytes_for(max_model_len) / self.bytes_for(max_model_len)
 
     def _blocks_of(self, group: KVGroup, num_tokens: int) -> int:
         if group.states:
@@ -68,13 +81,13 @@ DENSE_BYTES = 2
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What the cache of a whole model is made of, for reports."""
+    """What the attention layers' part of a cache is made of, for reports."""
 
     num_layers: int
     num_compressed: int
     bytes_per_token: float
     dense_bytes_per_token: float
-    """Of the same layers, dense in 16 bits."""
+    """Of the same layers, dense in 16 bits and with nothing unused in their pages."""
     num_elements: int
     """Key and value coordinates of one token, all layers."""
 
@@ -89,11 +102,6 @@ class CacheSummary:
             dense_bytes_per_token=elements * DENSE_BYTES,
             num_elements=elements,
         )
-
-    @property
-    def ratio(self) -> float:
-        """How many times more tokens fit than dense, over the whole cache."""
-        return self.dense_bytes_per_token / (self.bytes_per_token or 1)
 
     @property
     def bits_per_element(self) -> float:

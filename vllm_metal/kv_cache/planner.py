@@ -3,7 +3,7 @@
 memory limit x utilization          what vllm_metal may use
   - held by other processes         only where memory is shared with them (CPU)
   - weights
-  - workspace                       activations of the largest step
+  - workspace                       what the largest step takes beside them (`workspace`)
   = bytes for pages
 """
 
@@ -92,25 +92,13 @@ class MemoryPlan:
         ]
 
 
-def extrapolate_workspace(peaks: dict[int, int], query_len: int) -> int:
-    """Workspace of a prefill of `query_len` tokens from measured peaks.
-
-    Args:
-        peaks: bytes at two small query lengths; activations grow linearly with the length.
-        query_len: the largest number of tokens one step may hold.
-    """
-    (short, low), (long, high) = sorted(peaks.items())
-    slope = max(0.0, (high - low) / (long - short))
-    return max(high, int(low + slope * (query_len - short)))
-
-
 def report(
     plan: MemoryPlan,
     backend_names: Sequence[str],
     summary: CacheSummary,
     capacity: Capacity,
+    dense: Capacity,
     max_model_len: int,
-    dense: Capacity | None = None,
 ) -> str:
     """The block of text printed at start.
 
@@ -119,9 +107,8 @@ def report(
         backend_names: of the attention layers.
         summary: of the attention layers.
         capacity: what the bytes hold.
+        dense: what the same bytes hold in 16-bit pages.
         max_model_len: the longest request.
-        dense: what the same bytes hold with dense pages, where that takes more than the summary
-            to tell: layers of several groups share blocks.
     """
     names = " + ".join(f"{n} layers {name}" for name, n in Counter(backend_names).items())
     rows = [
@@ -139,7 +126,13 @@ def report(
         ),
     ]
     if summary.num_compressed:
-        rows += _compression_rows(summary, capacity, dense, max_model_len)
+        ratio = capacity.ratio(dense, max_model_len)
+        rows += [
+            ("compressed", f"{summary.num_compressed} of {summary.num_layers} layers"),
+            ("bits", f"{summary.bits_per_element:.2f} per key or value element, all included"),
+            ("ratio", f"{ratio:.2f}x over the whole cache, against 16-bit pages"),
+            ("dense tokens", f"{dense.tokens:,} in the same bytes"),
+        ]
     return "\n".join(["KV cache plan", *(f"    {name:<13}{value}" for name, value in rows)])
 
 
@@ -156,29 +149,4 @@ def _block_rows(
         ("per request", f"{format_bytes(capacity.bytes_for(max_model_len))} at max_model_len"),
         ("blocks", f"{capacity.num_blocks:,} of {format_bytes(capacity.bytes_per_block)}"),
         ("groups", " + ".join(f"{count} of {kind}" for kind, count in kinds.items())),
-    ]
-
-
-def _compression_rows(
-    summary: CacheSummary, capacity: Capacity, dense: Capacity | None, max_model_len: int
-) -> list[tuple[str, str]]:
-    if dense is not None:
-        ratio = capacity.requests(max_model_len) / (dense.requests(max_model_len) or 1)
-        return [
-            ("compressed", f"{summary.num_compressed} of {summary.num_layers} layers"),
-            (
-                "ratio",
-                f"{ratio:.2f}x requests of max_model_len, over the whole cache, to 16-bit pages",
-            ),
-        ]
-    dense = Capacity(
-        capacity.num_blocks * capacity.bytes_per_block,
-        round(summary.dense_bytes_per_token * capacity.block_size),
-        capacity.block_size,
-    )
-    return [
-        ("compressed", f"{summary.num_compressed} of {summary.num_layers} layers"),
-        ("bits", f"{summary.bits_per_element:.2f} per key or value element, metadata included"),
-        ("ratio", f"{summary.ratio:.2f}x over the whole cache, against 16-bit pages"),
-        ("dense tokens", f"{dense.tokens:,} in the same bytes"),
     ]

@@ -5,6 +5,7 @@ vLLM compares when it merges layers into groups, and in `page_size_padded`.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,9 @@ from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+KV_CACHE_LAYOUT = "LBNHC"
+"""vLLM's name for one region per layer, block-major inside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,13 @@ def cache_layout(planned: KVCacheConfig) -> CacheLayout:
 
 
 def capacity(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec], page_bytes: int) -> Capacity:
-    """What `page_bytes` hold, by vLLM's own grouping of the layers."""
+    """What `page_bytes` hold, by vLLM's own grouping of the layers.
+
+    Also before vLLM has settled the layout, as in the process that serves `/metrics`.
+    """
+    vllm_config = copy(vllm_config)
+    vllm_config.cache_config = copy(vllm_config.cache_config)
+    vllm_config.cache_config.kv_cache_layout = KV_CACHE_LAYOUT
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     layout = cache_layout(get_kv_cache_config_from_groups(vllm_config, groups, 1 << 50))
     bytes_per_block = sum(region.page_bytes for region in layout.regions)

@@ -2,11 +2,13 @@
 
 import mlx.core as mx
 
+from vllm_metal.attention.backend import PrefillChunk
 from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import DecodeMetadata
 
-SCORE_TILE_BYTES = 64 << 20
-"""Bound on one tile of prefill scores where MLX has no fused attention."""
+SCORE_TILE_BYTES = {mx.cpu: 8 << 20, mx.gpu: 128 << 20}
+"""Bound on one tile of prefill scores where MLX has no fused attention: on its CPU backend, and on
+a GPU for most head sizes and in float32."""
 
 FUSED_HEAD_SIZES = (64, 80, 128)
 """Equal head sizes of keys and values for which MLX's GPU backends, Metal and CUDA alike, attend to
@@ -48,7 +50,7 @@ def causal_attention(
     context_len = seq_len - query_len
     rows = query_len
     if not _is_fused(queries, values):
-        rows = max(1, SCORE_TILE_BYTES // (4 * heads * seq_len))
+        rows = scored_rows(query_len, seq_len, heads)
     tiles = []
     for start in range(0, query_len, rows):
         end = min(start + rows, query_len)
@@ -57,9 +59,12 @@ def causal_attention(
             first = max(0, context_len + start + 1 - sliding_window)
             positions = mx.arange(context_len + start, context_len + end)
             mask = seen_keys(positions, first, visible - first, sliding_window)
+        tile = queries[:, :, start:end]
+        if tiles:  # one after the other, or MLX allocates the scores of all tiles at once
+            [tile] = mx.depends([tile], tiles[-1:])
         tiles.append(
             mx.fast.scaled_dot_product_attention(
-                queries[:, :, start:end],
+                tile,
                 keys[:, :, first:visible],
                 values[:, :, first:visible],
                 scale=scale,
@@ -67,20 +72,33 @@ def causal_attention(
                 sinks=sinks,
             )
         )
-        if rows < query_len:
-            mx.eval(tiles[-1])  # or MLX allocates the scores of all tiles at once
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
 def _is_fused(queries: mx.array, values: mx.array) -> bool:
-    on_gpu = mx.default_device() != mx.Device(mx.cpu)
     fused_sizes = queries.shape[-1] == values.shape[-1] in FUSED_HEAD_SIZES
-    return on_gpu and queries.dtype.size == 2 and fused_sizes
+    return _device_type() == mx.gpu and queries.dtype.size == 2 and fused_sizes
 
 
-def score_workspace_bytes(seq_len: int, query_len: int, num_heads: int) -> int:
-    """Temporary bytes of `causal_attention`: scores and probabilities of one tile."""
-    return 2 * min(4 * num_heads * query_len * seq_len, SCORE_TILE_BYTES)
+def causal_chunk(
+    query_len: int, seq_len: int, num_heads: int, sliding_window: int | None
+) -> PrefillChunk:
+    """What `causal_attention` holds at a time. Where it is fused, scores measure as nothing."""
+    rows = scored_rows(query_len, seq_len, num_heads)
+    if _device_type() == mx.gpu:
+        return PrefillChunk(query_len, seq_len, rows)
+    copies = 1 if sliding_window is None else 2  # before and after an explicit mask
+    return PrefillChunk(query_len, seq_len, rows, copies * 4 * num_heads)
+
+
+def scored_rows(query_len: int, seq_len: int, num_heads: int) -> int:
+    """Rows of one tile of `causal_attention` where it is not fused."""
+    tile_bytes = SCORE_TILE_BYTES[_device_type()]
+    return min(query_len, max(1, tile_bytes // (4 * num_heads * seq_len)))
+
+
+def _device_type() -> mx.DeviceType:
+    return mx.default_device().type
 
 
 def softmax_with_sinks(

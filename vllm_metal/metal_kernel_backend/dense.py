@@ -10,12 +10,12 @@ from math import gcd
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
+    causal_chunk,
     finite,
-    score_workspace_bytes,
     valid_tokens,
 )
 
@@ -107,9 +107,8 @@ class DensePages(AttentionBackend):
             units[index].reshape(*rows, size) for index, size in zip(indices, sizes, strict=True)
         )
 
-    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        gathered = 2 * (context_len + query_len) * self.shape.num_kv_heads * self.slot_size
-        return gathered + score_workspace_bytes(context_len + query_len, query_len, num_heads)
+    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
+        return causal_chunk(query_len, seq_len, num_heads, self.shape.sliding_window)
 
     def _geometry(self) -> tuple[int, ...]:
         """What the addresses of tokens depend on, beside their slots."""

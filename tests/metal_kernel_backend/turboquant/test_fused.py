@@ -122,18 +122,21 @@ def test_a_window_bounds_what_is_dequantised():
     assert backend._visible(prefill_metadata(4, 12)) == (0, 12)
 
 
-def test_workspace_is_bounded_until_one_head_alone_is_more():
+def test_what_is_dequantised_at_a_time_is_bounded_until_one_head_alone_is_more():
+    """In the plan, as tokens of all heads; 2^18 tokens of both heads fill a tile in 16 bits."""
     _, backend = pair()
-    head = 4 * 2 * SIZE
-    lengths = [2**10, 2**16, 2**20]
-    workspace = [backend.prefill_workspace_bytes(length - 64, 64, 6) for length in lengths]
-    scores = [2 * min(4 * 6 * 64 * length, 64 << 20) for length in lengths]
-    rows = 4 * 64 * 6 * 2 * SIZE
-    assert workspace == [
-        HEADS * head * 2**10 + rows + scores[0],
-        HEADS * head * 2**16 + rows + scores[1],
-        head * 2**20 + rows + scores[2],
-    ]
+    assert backend.largest_chunk(64, 100, 6).tokens == 100
+    assert backend.largest_chunk(64, 1 << 18, 6).tokens == 1 << 18
+    assert backend.largest_chunk(64, 1 << 19, 6).tokens == 1 << 18
+    assert backend.largest_chunk(64, 1 << 21, 6).tokens == 1 << 20
+
+
+def test_rows_are_scored_in_tiles_of_the_heads_that_are_held():
+    _, backend = pair()
+    whole = backend.largest_chunk(2048, 1 << 18, 6)
+    half = backend.largest_chunk(2048, 1 << 19, 6)
+    assert half.scored_rows == whole.scored_rows == 1
+    assert half.score_bytes == whole.score_bytes == 4 * 6
 
 
 def test_pages_hold_what_the_layout_says():

@@ -15,12 +15,12 @@ from abc import abstractmethod
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
+    causal_chunk,
     finite,
-    score_workspace_bytes,
     softmax_with_sinks,
     valid_tokens,
 )
@@ -207,12 +207,8 @@ class TurboQuantReference(TurboQuantAttention):
         keys = self.key_codec.dequantize(tokens_first)
         return keys.swapaxes(1, 2), self.value_codec.dequantize(values)
 
-    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        seq_len = context_len + query_len
-        sizes = self.shape.head_size + self.shape.head_size_v
-        dequantized = 3 * 4 * seq_len * self.shape.num_kv_heads * sizes
-        quantizing = 2 * 4 * 5 * query_len * self.shape.num_kv_heads * sizes
-        return dequantized + quantizing + score_workspace_bytes(seq_len, query_len, num_heads)
+    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
+        return causal_chunk(query_len, seq_len, num_heads, self.shape.sliding_window)
 
     def _stored(
         self, pages: Pages, metadata: PrefillMetadata

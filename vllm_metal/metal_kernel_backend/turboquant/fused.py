@@ -7,16 +7,14 @@ tile is shared by all rows of the chunk and all query heads of its KV heads, and
 whole context of a head but of one head only, so nothing is merged.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import LayerShape, Pages
+from vllm_metal.attention.backend import LayerShape, Pages, PrefillChunk
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from vllm_metal.metal_kernel_backend.causal_attention import (
-    causal_attention,
-    score_workspace_bytes,
-)
+from vllm_metal.metal_kernel_backend.causal_attention import causal_attention, causal_chunk
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -137,12 +135,16 @@ class TurboQuantFused(TurboQuantAttention):
             part.reshape(self.shape.num_kv_heads, batch, count, -1).swapaxes(0, 1) for part in parts
         )
 
-    def attention_workspace_bytes(self, context_len: int, query_len: int, num_heads: int) -> int:
-        seq_len, width = context_len + query_len, self.shape.head_size + self.shape.head_size_v
-        head = 4 * seq_len * width
-        tile = max(head, min(TILE_BYTES, head * self.shape.num_kv_heads))
-        rows = 4 * query_len * num_heads * width
-        return tile + rows + score_workspace_bytes(seq_len, query_len, num_heads)
+    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
+        held = self._head_tiles(seq_len, itemsize=2)[0].stop
+        heads = self.shape.num_kv_heads
+        tile = causal_chunk(
+            query_len, seq_len, num_heads * held // heads, self.shape.sliding_window
+        )
+        # the plan counts tokens of all heads
+        return replace(
+            tile, tokens=-(-seq_len * held // heads), score_bytes=tile.score_bytes * heads // held
+        )
 
     def _head_tiles(self, count: int, itemsize: int) -> list[slice]:
         """KV heads whose `count` plain tokens are held at a time."""

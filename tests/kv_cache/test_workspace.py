@@ -1,0 +1,114 @@
+"""From the peaks of small forward passes to the workspace: arithmetic only."""
+
+import pytest
+
+from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.kv_cache import workspace
+from vllm_metal.kv_cache.workspace import DECODE_SHARE, ForwardPeaks, StepMemory
+
+
+@pytest.fixture(autouse=True)
+def no_margin(monkeypatch):
+    """So that figures are round."""
+    monkeypatch.setattr(workspace, "MARGIN", 0)
+
+
+GRID = [(rows, tokens) for rows in (4, 16) for tokens in (512, 1024)]
+
+
+def peaks(dense, attention) -> ForwardPeaks:
+    """Measured where peaks are these functions of rows, and of rows and tokens."""
+    return ForwardPeaks({r: dense(r) for r in (32, 128)}, {rs: attention(*rs) for rs in GRID})
+
+
+def test_dense_layers_grow_with_the_rows():
+    measured = peaks(lambda rows: 1000 + 30 * rows, lambda rows, tokens: 0)
+    assert measured.of(2048, 100_000) == 1000 + 30 * 2048
+
+
+def test_attention_grows_with_rows_tokens_and_their_product():
+    measured = peaks(
+        lambda rows: 0, lambda rows, tokens: 70 + 5 * rows + 3 * tokens + 2 * rows * tokens
+    )
+    assert measured.of(600, 7000) == 70 + 5 * 600 + 3 * 7000 + 2 * 600 * 7000
+    tiles = PrefillChunk(600, 7000, scored_rows=11)
+    assert measured.of_chunk(tiles) == 70 + 5 * 600 + 3 * 7000 + 2 * 11 * 7000
+
+
+def test_scores_that_small_passes_hide_are_counted():
+    measured = peaks(lambda rows: 0, lambda rows, tokens: 3 * tokens)
+    assert measured.of_chunk(PrefillChunk(600, 7000, 11, score_bytes=16)) == (
+        3 * 7000 + 16 * 11 * 7000
+    )
+
+
+def test_what_follows_has_a_margin(monkeypatch):
+    monkeypatch.setattr(workspace, "MARGIN", 0.25)
+    assert peaks(lambda rows: 100 * rows, lambda *_: 0).of(1000, 1) == 125_000
+
+
+def test_the_greater_phase_counts():
+    measured = peaks(lambda rows: 100 * rows, lambda rows, tokens: 3 * tokens)
+    assert measured.of(1000, 1000) == 100_000
+    assert measured.of(1000, 100_000) == 300_000
+
+
+def test_a_peak_that_falls_does_not_make_larger_ones_negative():
+    measured = peaks(lambda rows: 5000 - rows, lambda rows, tokens: 9000 - rows - tokens)
+    assert measured.of(2048, 100_000) == 9000 - 4 - 512
+    assert measured.of(1, 1) == 9000 - 4 - 512
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [((1,), (1,)), ((1,), (8, 16)), ((2, 8), (5,))])
+def test_a_server_too_small_for_two_measurements(rows, tokens):
+    grid = {(r, s): 10 * r + s for r in rows for s in tokens}
+    measured = ForwardPeaks({r: 10 * r for r in rows}, grid)
+    assert measured.of(max(rows), max(tokens)) == max(grid.values())
+
+
+def steps(**changes) -> StepMemory:
+    """A prefill of 10 bytes a token; decode of 2 bytes a gathered token and 100 a request."""
+    return StepMemory(
+        prefill=peaks(lambda rows: 10 * rows, lambda rows, tokens: tokens),
+        decode=peaks(lambda rows: 0, lambda rows, tokens: 100 * rows + 2 * rows * tokens),
+        **(
+            {"chunks": {PrefillChunk(512, 1000, 512)}, "max_requests": 8, "max_tokens": 1000}
+            | changes
+        ),
+    )
+
+
+def test_the_largest_chunk_decides_where_little_is_gathered():
+    assert steps().workspace(page_bytes=0, num_tokens=0) == 5120
+    chunks = {PrefillChunk(512, 1000, 512), PrefillChunk(512, 90_000, 1)}
+    assert steps(chunks=chunks).workspace(page_bytes=0, num_tokens=0) == 90_000
+
+
+def test_all_requests_are_gathered_at_once_where_memory_allows():
+    """3200 tokens and an eighth: more than the cache holds is never gathered."""
+    share = 1 << 20
+    assert steps().workspace(share * DECODE_SHARE, num_tokens=3200) == 8 * 100 + 2 * 3600
+    everything = steps().workspace(share * DECODE_SHARE, num_tokens=10**9)
+    assert everything == 8 * 100 + 2 * 8 * 1000
+
+
+def test_gathering_takes_a_share_of_the_memory_at_most():
+    assert steps().workspace(6000 * DECODE_SHARE, num_tokens=3200) == 6000
+    assert steps().workspace(4000 * DECODE_SHARE, num_tokens=3200) == 5120
+
+
+def test_one_request_is_gathered_whatever_it_takes():
+    long = steps(max_tokens=50_000, chunks={PrefillChunk(512, 50_000, 512)})
+    assert long.workspace(page_bytes=0, num_tokens=0) == 100 + 2 * 50_000
+
+
+@pytest.mark.parametrize("workspace", [2900, 3300, 9000, 16_799, 16_800])
+def test_decode_is_cut_to_fit(workspace):
+    plan = steps()
+    tokens = plan.decode_tokens(workspace)
+    assert plan.decode_bytes(tokens) <= workspace
+    assert tokens == 8000 or plan.decode_bytes(tokens + 1) > workspace
+
+
+def test_decode_is_never_cut_below_one_request():
+    assert steps().decode_tokens(0) == 1000

@@ -1,0 +1,108 @@
+"""How much temporary memory a step takes, from the peaks of a few small forward passes.
+
+A forward pass of R rows, each of which attends over S tokens, has two phases that grow, and its
+peak is that of the greater:
+
+    dense layers    a + b R                  feed-forward layers, logits
+    attention       a + b R + c S + d R S    keys and values that are gathered, scores
+
+In a prefill the rows are the tokens of a chunk. In a decode step they are requests: R S tokens
+are gathered.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_metal.attention.backend import PrefillChunk
+
+DECODE_SHARE = 16
+"""Part of the memory that a decode step may take for what it gathers, as 1 / DECODE_SHARE. It runs
+as several forward passes where it would take more, unless a prefill takes more anyway."""
+
+MARGIN = 1 / 16
+"""Added to what follows from small forward passes: where phases overlap, it is not quite linear."""
+
+
+@dataclass(frozen=True)
+class ForwardPeaks:
+    """Peaks in bytes, measured with few rows and tokens, and what follows for many."""
+
+    by_rows: dict[int, int]
+    """By number of rows, with no context to speak of."""
+    by_rows_and_tokens: dict[tuple[int, int], int]
+    """By number of rows and tokens: all pairs of one or two numbers of each, small numbers of rows,
+    so that attention takes more than anything else."""
+
+    def of(self, rows: int, tokens: int) -> int:
+        """Peak of a forward pass of `rows` rows that attend over `tokens` tokens each."""
+        return self.of_chunk(PrefillChunk(rows, tokens, rows))
+
+    def of_chunk(self, chunk: PrefillChunk) -> int:
+        """Peak of a prefill chunk."""
+        return round((1 + MARGIN) * max(self._dense(chunk.query_len), self._attention(chunk)))
+
+    def _dense(self, rows: int) -> float:
+        few, many = min(self.by_rows), max(self.by_rows)
+        low = self.by_rows[few]
+        return low + _slope(few, low, many, self.by_rows[many]) * (rows - few)
+
+    def _attention(self, chunk: PrefillChunk) -> float:
+        peaks = self.by_rows_and_tokens
+        (few, short), (many, long) = min(peaks), max(peaks)
+        by_tokens = [_slope(short, peaks[r, short], long, peaks[r, long]) for r in (few, many)]
+        product = _slope(few, by_tokens[0], many, by_tokens[1])
+        by_token = max(0.0, by_tokens[0] - product * few)
+        by_row = _slope(few, peaks[few, short], many, peaks[many, short])
+        by_row = max(0.0, by_row - product * short)
+        constant = peaks[few, short] - by_row * few - by_token * short - product * few * short
+        score_bytes = max(product, chunk.score_bytes)
+        scores = score_bytes * chunk.scored_rows * chunk.tokens
+        return constant + by_row * chunk.query_len + by_token * chunk.tokens + scores
+
+
+def _slope(x: float, y: float, other_x: float, other_y: float) -> float:
+    """Of the line through two points; 0 where it falls, or they are one."""
+    return max(0.0, (other_y - y) / (other_x - x)) if other_x > x else 0.0
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What the steps of a server take beside weights and pages."""
+
+    prefill: ForwardPeaks
+    chunks: Sequence[PrefillChunk]
+    """The largest chunk, as each kind of layer has it."""
+    decode: ForwardPeaks
+    max_requests: int
+    """Rows of a decode step."""
+    max_tokens: int
+    """Tokens that a request holds, rounded up as `DecodeGraphs` does."""
+
+    def workspace(self, page_bytes: int, num_tokens: int) -> int:
+        """Bytes for any step.
+
+        Args:
+            page_bytes: what pages may take at most.
+            num_tokens: of all requests, in the layer that holds most.
+        """
+        padding = num_tokens // 8  # the most that `DecodeGraphs` adds
+        decode = self.decode_bytes(num_tokens + padding)
+        return max(
+            *map(self.prefill.of_chunk, self.chunks),
+            self.decode.of(1, self.max_tokens),
+            min(decode, page_bytes // DECODE_SHARE),
+        )
+
+    def decode_bytes(self, num_tokens: int) -> int:
+        """Peak of any decode forward that gathers `num_tokens` tokens, over all its requests."""
+        few = min(self.max_requests, -(-num_tokens // self.max_tokens))
+        extremes = {max(1, few), self.max_requests}
+        return max(
+            self.decode.of(rows, min(self.max_tokens, -(-num_tokens // rows))) for rows in extremes
+        )
+
+    def decode_tokens(self, workspace: int) -> int:
+        """The largest number of tokens that a decode forward may gather within `workspace`."""
+        most = range(self.max_requests * self.max_tokens + 1)
+        return max(self.max_tokens, bisect_right(most, workspace, key=self.decode_bytes) - 1)
