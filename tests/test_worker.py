@@ -63,6 +63,18 @@ def test_the_workspace_is_enough_for_real_prefills(make_config):
         assert mx.get_peak_memory() - before < serving.worker.plan.workspace
 
 
+def test_mlx_is_told_the_plan(make_config):
+    """A later worker of the same process is not held to it."""
+    serving = Serving(make_config())
+    held = mx.get_active_memory()
+    device_limit = serving.worker.metal_device.memory_limit
+    limit = mx.set_memory_limit(device_limit)
+    assert limit == pytest.approx(held + serving.worker.plan.workspace, abs=1 << 18)
+    mx.set_memory_limit(limit)
+    serving.worker.init_device()
+    assert mx.set_memory_limit(device_limit) == device_limit
+
+
 def test_too_little_memory_for_one_request(make_config):
     worker = loaded(make_config(kv_cache_memory_bytes=50_000))
     with pytest.raises(UserError, match="Too little memory for one request of 128 tokens"):

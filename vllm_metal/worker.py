@@ -54,6 +54,7 @@ class MetalWorker(WorkerBase):
     def init_device(self) -> None:
         self.device = torch.device("cpu")
         self.metal_device: Device = select_device()
+        mx.set_memory_limit(self.metal_device.memory_limit)  # an earlier worker set it to its plan
         logger.info("MLX device: %s (%s)", self.metal_device.name, self.metal_device.kind)
         if self.metal_device.kind == "cpu":
             logger.info("BLAS for MLX: %s", BLAS)
