@@ -194,8 +194,8 @@ def stop(server: subprocess.Popen) -> None:
             pass
     try:
         os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    except (ProcessLookupError, PermissionError):
+        pass  # nothing is left: macOS says so with the second, of a group of ended processes
     server.wait()
 
 

@@ -97,3 +97,5 @@ def test_speeds_are_a_table():
 def test_unknown_formats_are_refused():
     with pytest.raises(UserError, match="q9_0"):
         examine("--formats", "q9_0/q3_0")
+    with pytest.raises(UserError, match="--formats q8_0 .*'q8_0' is not KEYS/VALUES"):
+        examine("--formats", "q8_0")

@@ -24,6 +24,8 @@ FORBIDDEN = [
     ("metal_kernel_backend", f"{PACKAGE}.kv_cache"),
     ("metal_kernel_backend", "vllm"),
     ("metal_kernel_backend", "mlx_lm"),
+    ("evaluation", "vllm"),
+    ("model_loader", "vllm"),
     ("input_batch", f"{PACKAGE}.model_runner"),
     ("model_loader", f"{PACKAGE}.attention"),
     ("sampler", f"{PACKAGE}.attention"),
@@ -47,7 +49,6 @@ ONLY = [
             "attention.layer_state",
             "attention.model_binding",
             "model_loader",
-            "evaluation.command",
         ],
     ),
     ("vllm.platforms", ["platform"]),
@@ -134,6 +135,12 @@ def test_the_kernel_side_needs_mlx_and_numpy_only(name):
     module = f"metal_kernel_backend.turboquant.{name}"
     own = {n for n in imported(tree(module)) if within(n, PACKAGE) or within(n, "vllm")}
     assert {n for n in own if not within(n, f"{PACKAGE}.metal_kernel_backend")} == set()
+
+
+@pytest.mark.parametrize("module", ["evaluation.arguments", "model_loader", "device", "doctor"])
+def test_formats_are_checked_and_measured_without_vllm(module):
+    loaded = own_modules(module)
+    assert {m for m in loaded for n in imported(tree(m), True) if within(n, "vllm")} == set()
 
 
 @pytest.mark.parametrize("module", ["__init__", "platform", "cli"])

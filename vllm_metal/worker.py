@@ -61,7 +61,10 @@ class MetalWorker(WorkerBase):
 
     @user_errors_end_child_process()
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        model = model_loader.load_model(self.model_config)
+        config = self.model_config
+        model = model_loader.load_model(
+            config.model, config.dtype, config.revision, config.trust_remote_code
+        )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
         self.model_cache = self._make_cache()

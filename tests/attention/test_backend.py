@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import inputs
-from tests.attention.paged_requests import PagedLayer, Request
+from tests.attention.paged_layer import PagedLayer, Request
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.host_target import HostTarget

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.attention.paged_requests import PagedLayer
+from tests.attention.paged_layer import PagedLayer
 from tests.attention.test_backend import CANDIDATES, GROUPED, Candidate, error
 from vllm_metal.attention.group_metadata import (
     decode_metadata,

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from vllm_metal.attention.backend import LayerShape
-from vllm_metal.evaluation.block_affine import BlockAffine
+from vllm_metal.errors import UserError
+from vllm_metal.evaluation.block_affine import BlockAffine, parse_bits
 
 SHAPE = LayerShape(1, 64, 64)
 
@@ -33,3 +34,16 @@ def test_values_have_the_lloyd_max_error():
 
 def test_bits_include_scales_and_zero_points():
     assert BlockAffine(SHAPE, 16, 8, 3).bits_per_element == 12.5 / 2
+
+
+def test_a_head_size_that_blocks_do_not_divide():
+    for shape in (LayerShape(1, 80, 64), LayerShape(1, 64, 80)):
+        with pytest.raises(UserError, match="head size 80; 32 must divide it"):
+            BlockAffine(shape, 16, 8, 3)
+
+
+def test_bits_as_text():
+    assert parse_bits("8/3") == (8, 3)
+    for wrong in ("", "8", "8/", "/3", "8/3/3", "9/3", "1/3", "8/7", "x/y", " 8/3", "8/-3"):
+        with pytest.raises(ValueError, match="keys 2, 3, 4, 5, 6, 7, 8; values 2, 3, 4, 5, 6, 8"):
+            parse_bits(wrong)

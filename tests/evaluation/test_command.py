@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from vllm_metal import model_loader
 from vllm_metal.errors import UserError
 from vllm_metal.evaluation import command
 
@@ -33,13 +34,57 @@ def test_table_json_and_plot(demo_model, tmp_path, capsys):
     assert all(name in table for name in pairs)
 
 
-def test_an_unknown_pair_is_named_with_what_is_allowed(demo_model):
-    with pytest.raises(UserError, match="q9_0.*allowed: q2_0"):
-        run(demo_model, "--pairs", "q9_0/q3_0")
+WRONG = {
+    "--pairs q9_0/q3_0": "q9_0.*allowed: q2_0",
+    "--block-affine 8/7": "--block-affine 8/7",
+    "--windows 0": "--windows 0",
+    "--text missing.txt": "--text 'missing.txt'",
+    "--output missing/figures.json": "--output 'missing/figures.json'",
+}
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """A model that is asked for fails the test."""
+    for load in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(model_loader, load, lambda *_: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_arguments_are_refused_before_a_model_is_loaded(arguments, no_model):
+    with pytest.raises(UserError, match=WRONG[arguments]):
+        run("some/model", *arguments.split())
+
+
+def test_an_unknown_device_is_refused(monkeypatch, no_model):
+    monkeypatch.setenv("VLLM_METAL_DEVICE", "nonsense")
+    with pytest.raises(UserError, match="VLLM_METAL_DEVICE='nonsense' is not known"):
+        run("some/model")
+
+
+def test_no_model_in_a_folder_and_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="tokenizer"):
+        run(tmp_path)
+    with pytest.raises(UserError, match="is neither a folder"):
+        run(tmp_path / "missing")
+
+
+def test_a_revision_and_trust_reach_the_loader(monkeypatch):
+    asked = []
+
+    def load(*arguments):
+        asked.append(arguments)
+        raise UserError("enough")
+
+    monkeypatch.setattr(model_loader, "load_model", load)
+    monkeypatch.setattr(model_loader, "load_tokenizer", lambda *arguments: asked.append(arguments))
+    with pytest.raises(UserError, match="enough"):
+        run("some/model", "--revision", "v2", "--trust-remote-code")
+    assert asked == [("some/model", "v2", True), ("some/model", "float32", "v2", True)]
 
 
 def test_a_short_text_is_an_error(demo_model, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    with pytest.raises(UserError, match="tokens; 6000 are needed"):
+    with pytest.raises(UserError, match="tokens; needed: .*6000 for the long window"):
         run(demo_model, "--text", text)

@@ -40,3 +40,12 @@ def test_an_answer_with_the_number_is_found(monkeypatch):
 def test_a_haystack_too_short_for_its_needles():
     with pytest.raises(ValueError, match="200 tokens do not hold"):
         needle._haystack([1] * 1000, 200, encode)
+
+
+def test_a_text_shorter_than_the_haystack():
+    """Slices past its end are empty, and the last needles would stand close together."""
+    sentences = sum(len(f"\n{beginning} {end}.\n") for beginning, end in needle.NEEDLES)
+    needed = 1000 - sentences
+    assert len(needle._haystack([1] * needed, 1000, encode)) == 1000
+    with pytest.raises(ValueError, match=f"{needed - 1} tokens of hay; {needed} are needed"):
+        needle._haystack([1] * (needed - 1), 1000, encode)

@@ -5,7 +5,6 @@ import pytest
 from tests.tiny_models import VOCABULARY, tiny_model
 from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.errors import UserError
-from vllm_metal.evaluation import needle
 from vllm_metal.evaluation.study import Study, measure
 
 
@@ -21,9 +20,9 @@ def run(study: Study, text: str = "the quick brown fox " * 40) -> dict:
     return figures
 
 
-def test_every_candidate_has_every_figure(monkeypatch):
-    monkeypatch.setattr(needle.find_needles, "__defaults__", ((600,),))
-    study = Study([("q8_0", "q8_0"), ("q3_0", "q2_0")], [(8, 3)], 2, 40, 60)
+def test_every_candidate_has_every_figure():
+    pairs = [("q8_0", "q8_0"), ("q3_0", "q2_0")]
+    study = Study(pairs, [(8, 3)], 2, 40, 60, haystacks=(600,))
     figures = run(study)
     assert figures["dense_perplexity"] > 1
     assert list(figures["pairs"]) == ["q8_0/q8_0", "q3_0/q2_0", "block-affine 8/3"]
@@ -36,5 +35,24 @@ def test_every_candidate_has_every_figure(monkeypatch):
 
 
 def test_a_text_shorter_than_the_long_window():
-    with pytest.raises(UserError, match="800 tokens; 900 are needed"):
+    with pytest.raises(UserError, match="800 tokens; needed: 900 for the long window"):
         run(Study([("q8_0", "q8_0")], windows=1, window_tokens=40, long_window_tokens=900))
+
+
+def test_a_text_shorter_than_the_longest_haystack():
+    study = Study([("q8_0", "q8_0")], windows=1, window_tokens=40, haystacks=(600, 801, 700))
+    with pytest.raises(UserError, match="800 tokens; needed: 801 for the needle test"):
+        run(study)
+
+
+def test_a_text_is_as_long_as_every_part_needs():
+    study = Study([], windows=3, window_tokens=30, long_window_tokens=95, haystacks=(1, 93))
+    study.require(95)
+    with pytest.raises(UserError, match="94 tokens; needed: 95 for the long window"):
+        study.require(94)
+    with pytest.raises(UserError) as error:
+        study.require(0)
+    assert error.value.summary == (
+        "The text has 0 tokens; needed: 90 for 3 windows of 30, 95 for the long window, "
+        "93 for the needle test"
+    )

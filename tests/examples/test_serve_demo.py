@@ -55,6 +55,19 @@ def test_memory_report(script):
         script.memory_report("(APIServer pid=1) INFO 11-21 23:22:01 [a.py:1] hello\n")
 
 
+@pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
+def test_stop_where_the_group_has_ended(script, monkeypatch, error):
+    """Linux says that there is no such group, macOS that a group of zombies may not be killed."""
+
+    def killpg(group, number):
+        raise error
+
+    monkeypatch.setattr(script.os, "killpg", killpg)
+    server = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    script.stop(server)
+    assert server.returncode is not None
+
+
 def test_question_answer_report_and_stop(demo_model):
     run = subprocess.run(
         [sys.executable, SCRIPT, "--", "--max-num-seqs", "2"],

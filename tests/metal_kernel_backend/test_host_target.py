@@ -80,6 +80,14 @@ def test_what_only_some_threads_reach_is_an_error(body):
         run(body, X)
 
 
+def test_compiled_kernels_are_kept_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    np.testing.assert_array_equal(np.array(run("y[i] = x[i] + 17.0f;", X, groups=2)), X + 17)
+    [kept] = (file for file in tmp_path.rglob("*") if file.is_file())
+    assert kept.parent == tmp_path / "vllm_metal" / "host-kernels"
+    assert kept.name.startswith("probe_")
+
+
 def test_a_kernel_that_does_not_compile_is_an_error():
     with pytest.raises(RuntimeError, match="does not compile"):
         run("y[i] = undeclared;", X)

@@ -5,26 +5,46 @@ rotated, Lloyd-Max codes of a Gaussian, one float16 RMS for each 32. What is sto
 model reads back; the pages hold the read-back numbers, so only the loss is measured, not the size.
 """
 
+from itertools import product
+
 import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape, Pages
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.turboquant.formats import value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import DEGREE, value_format
 from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
 GROUP = 32
+KEY_BITS = range(2, 9)
+VALUE_BITS = tuple(DEGREE)
 GAUSSIAN = 1 << 12
 """A head size so large that the codebook is a Gaussian's."""
 
 
+def parse_bits(text: str) -> tuple[int, int]:
+    """`8/3` as the bits of keys and of values. Raises ValueError for anything else."""
+    for bits in product(KEY_BITS, VALUE_BITS):
+        if text == "{}/{}".format(*bits):
+            return bits
+    keys, values = (", ".join(map(str, bits)) for bits in (KEY_BITS, VALUE_BITS))
+    raise ValueError(f"{text!r} is not KEYS/VALUES in bits; allowed: keys {keys}; values {values}")
+
+
 class BlockAffine(DensePages):
-    """Reads every key and value as the block formats would give it back."""
+    """Reads every key and value as the block formats would give it back.
+
+    Raises UserError for a head size that blocks do not divide.
+    """
 
     reproducible = True
 
     def __init__(self, shape: LayerShape, block_size: int, key_bits: int, value_bits: int):
         super().__init__(shape, block_size, mx.float32)
+        for size in (shape.head_size, shape.head_size_v):
+            if size % GROUP:
+                raise UserError(f"Block-affine formats of head size {size}; {GROUP} must divide it")
         self.name = f"block-affine {key_bits} bit / Lloyd-Max {value_bits} bit"
         self.key_bits = key_bits
         self.bits_per_element = (key_bits + 1 + value_bits + 0.5) / 2

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import platform
-import pydoc_data.topics
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_metal.errors import UserError
 from vllm_metal.quality import FORMAT_PAIRS
 
 if TYPE_CHECKING:
@@ -25,6 +23,8 @@ WINDOWS, WINDOW_TOKENS, LONG_WINDOW_TOKENS = 3, 1024, 6000
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("model", help="model folder or Hugging Face name")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face name")
+    parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--text", type=Path, help="text file (default: Python's documentation)")
     parser.add_argument(
         "--pairs",
@@ -56,41 +56,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints a table; returns the exit code."""
-    for option, bits in (("--pairs", args.pairs), ("--block-affine", args.block_affine)):
-        if any(pair.count("/") != 1 for pair in bits):
-            raise UserError(f"{option} {' '.join(bits)!r} is not a list of K/V")
-    pairs = [tuple(pair.split("/")) for pair in args.pairs]
-    for k_quant, v_quant in pairs:
-        _check_formats(k_quant, v_quant)
+    """Measures and prints a table; returns the exit code. Raises UserError."""
     from vllm_metal.blas import load_fast_blas
 
     blas = load_fast_blas()
-    import mlx.core as mx
-    import mlx_lm
-
+    from vllm_metal import model_loader
     from vllm_metal.attention.model_binding import ModelBinding
-    from vllm_metal.evaluation.study import Study, measure
+    from vllm_metal.device import select_device
+    from vllm_metal.evaluation.arguments import check_files, read_text, study_of
+    from vllm_metal.evaluation.study import measure
 
-    model, tokenizer = mlx_lm.load(args.model)
-    model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
+    study, text = study_of(args), read_text(args.text)
+    check_files(args.output, args.plot)
+    select_device()
+    source = args.revision, args.trust_remote_code
+    tokenizer = model_loader.load_tokenizer(args.model, *source)
+    model = model_loader.load_model(args.model, "float32", *source)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    study = Study(
-        pairs,
-        [tuple(map(int, bits.split("/"))) for bits in args.block_affine],
-        args.windows,
-        args.window_tokens,
-        args.long_window_tokens,
-        args.max_model_len,
-        not args.no_needles,
-    )
-    token_ids = encode(read_text(args.text))
     measured = measure(
-        study, ModelBinding(model), token_ids, encode, tokenizer.decode, progress_line()
+        study, ModelBinding(model), encode(text), encode, tokenizer.decode, progress_line()
     )
     print(file=sys.stderr)
     figures = describe(study, Path(args.model).name, args.text, blas) | measured
@@ -100,11 +87,6 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot(figures, args.plot)
     return 0
-
-
-def read_text(path: Path | None) -> str:
-    """The text of a file, or Python's documentation."""
-    return path.read_text() if path else "".join(pydoc_data.topics.topics.values())
 
 
 def progress_line() -> Callable[[str], None]:
@@ -193,12 +175,3 @@ def plot(figures: dict, path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=130)
-
-
-def _check_formats(k_quant: str, v_quant: str) -> None:
-    from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
-
-    try:
-        key_format(k_quant), value_format(v_quant)
-    except ValueError as error:
-        raise UserError(f"--pairs {k_quant}/{v_quant}", [str(error)]) from error

@@ -17,6 +17,9 @@ from vllm_metal.evaluation.sequence import PagedSequence
 
 DECODE_POSITIONS = 16
 """Positions of a window at which the decode path is compared, too."""
+FIRST_DECODE_POSITION = 8
+MIN_WINDOW_TOKENS = FIRST_DECODE_POSITION + DECODE_POSITIONS
+"""Tokens of a window at least, so that these positions differ."""
 
 Backends = Sequence[AttentionBackend]
 
@@ -96,7 +99,8 @@ def _compare_window(
     result.kld.append(np.concatenate(klds))
     result.top1.append(np.concatenate(tops))
     result.loss_change.append(_next_token_losses(found, window) - losses)
-    positions = np.linspace(8, len(window) - 1, DECODE_POSITIONS).astype(int).tolist()
+    last = len(window) - 1
+    positions = np.linspace(FIRST_DECODE_POSITION, last, DECODE_POSITIONS).astype(int).tolist()
     actual = _log_softmax(sequence.decode_at(window, positions))
     result.decode_kld.append(np.array(_kld(_rows(expected, positions), actual)))
 

@@ -46,7 +46,7 @@ def find_needles(
     hay: Sequence[int],
     encode: Encode,
     decode: Decode,
-    haystacks: Sequence[int] = HAYSTACKS,
+    haystacks: Sequence[int],
 ) -> list[Needle]:
     """Asks for every needle of every haystack.
 
@@ -57,6 +57,9 @@ def find_needles(
         encode: text to token ids, without special tokens.
         decode: token ids to text.
         haystacks: context lengths.
+
+    Raises:
+        ValueError: a haystack does not hold the sentences, or the text is shorter than it.
     """
     needles = []
     questions = [encode(f"\n{beginning}") for beginning, _ in NEEDLES]
@@ -77,11 +80,13 @@ def _depth(i: int) -> float:
 
 
 def _haystack(hay: Sequence[int], length: int, encode: Encode) -> list[int]:
-    """`length` tokens of hay with the needles at even depths. ValueError if they do not fit."""
+    """`length` tokens of hay with the needles at even depths."""
     needles = [encode(f"\n{beginning} {end}.\n") for beginning, end in NEEDLES]
     room = length - sum(map(len, needles))
     if room < 0:
         raise ValueError(f"{length} tokens do not hold the sentences, which take {length - room}")
+    if len(hay) < room:
+        raise ValueError(f"{len(hay)} tokens of hay; {room} are needed")
     tokens: list[int] = []
     start = 0
     for i, needle in enumerate(needles):

@@ -17,7 +17,7 @@ from vllm_metal.errors import UserError
 from vllm_metal.evaluation.attention_error import WithAttentionError, attention_error
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
-from vllm_metal.evaluation.needle import Decode, Encode, find_needles
+from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
 from vllm_metal.key_samples import collect_key_samples
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
@@ -42,11 +42,19 @@ class Study:
     """Tokens of one window more; 0 for none."""
     max_model_len: int | None = None
     """Length that keys are calibrated for; the longest window if not given."""
-    needles: bool = True
+    haystacks: Sequence[int] = ()
+    """Context lengths of the needle test, tokens; none for no such test."""
 
-    @property
-    def tokens_needed(self) -> int:
-        return max(self.windows * self.window_tokens, self.long_window_tokens)
+    def require(self, num_tokens: int) -> None:
+        """Raises UserError unless a text of `num_tokens` tokens is long enough for every part."""
+        needs = {
+            f"{self.windows} windows of {self.window_tokens}": self.windows * self.window_tokens,
+            "the long window": self.long_window_tokens,
+            "the needle test": max(self.haystacks, default=0),
+        }
+        unmet = [f"{need} for {part}" for part, need in needs.items() if num_tokens < need]
+        if unmet:
+            raise UserError(f"The text has {num_tokens} tokens; needed: {', '.join(unmet)}")
 
 
 def measure(
@@ -73,8 +81,7 @@ def measure(
     Raises:
         UserError: the text is too short.
     """
-    if len(token_ids) < study.tokens_needed:
-        raise UserError(f"The text has {len(token_ids)} tokens; {study.tokens_needed} are needed")
+    study.require(len(token_ids))
     stride = len(token_ids) // study.windows
     windows = [token_ids[i * stride :][: study.window_tokens] for i in range(study.windows)]
     dense = _backends(binding, None, neutral_constants(binding.layers))
@@ -94,8 +101,16 @@ def measure(
         fidelity, _ = compare(binding, dense, candidates, [token_ids[:length]], progress)
         for name in candidates:
             results[name]["long_window_kld"] = fidelity[name].summary()["kld"]
-    if study.needles:
-        _add_needles(binding, dense, candidates, token_ids, encode, decode, results, progress)
+    if study.haystacks:
+
+        def find(backends: Sequence[AttentionBackend]) -> list[Needle]:
+            return find_needles(binding, backends, token_ids, encode, decode, study.haystacks)
+
+        progress("needles: dense")
+        expected = find(dense)
+        for name, make in candidates.items():
+            progress(f"needles: {name}")
+            results[name] |= _needle_figures(find(make()), expected)
     return {"dense_perplexity": perplexity, "pairs": results}
 
 
@@ -123,16 +138,11 @@ def _backends(binding, config, constants) -> Sequence[AttentionBackend]:
     return make_backends(binding.layers, BLOCK_SIZE, mx.float32, config, constants)
 
 
-def _add_needles(binding, dense, candidates, token_ids, encode, decode, results, progress) -> None:
-    progress("needles: dense")
-    expected = find_needles(binding, dense, token_ids, encode, decode)
-    for name, make in candidates.items():
-        progress(f"needles: {name}")
-        found = find_needles(binding, make(), token_ids, encode, decode)
-        kept = sum(a.found for a, b in zip(found, expected, strict=True) if b.found)
-        results[name] |= {
-            "needles_found": sum(needle.found for needle in found),
-            "needles_kept": kept,
-            "needles_found_dense": sum(needle.found for needle in expected),
-            "needles": len(expected),
-        }
+def _needle_figures(found: Sequence[Needle], expected: Sequence[Needle]) -> dict[str, int]:
+    """Counts of a candidate's answers, beside those of the dense cache."""
+    return {
+        "needles_found": sum(needle.found for needle in found),
+        "needles_kept": sum(a.found for a, b in zip(found, expected, strict=True) if b.found),
+        "needles_found_dense": sum(needle.found for needle in expected),
+        "needles": len(expected),
+    }

@@ -20,6 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from vllm_metal.cache_folder import cache_folder
 from vllm_metal.metal_kernel_backend.kernel_library import (
     Kernel,
     Run,
@@ -138,7 +139,7 @@ def _compiled(
     command += ["-march=native"] if platform.machine() == "x86_64" else []
     command += ["-fvisibility=hidden", "-fno-strict-aliasing", "-w", "-x", "c++", "-"]
     key = hashlib.sha256("\0".join([*command, platform.node(), source]).encode()).hexdigest()[:24]
-    path = cache_folder() / f"{kernel.name}_{key}.so"
+    path = cache_folder() / "host-kernels" / f"{kernel.name}_{key}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
@@ -169,12 +170,6 @@ def host_compiler() -> list[str]:
     except ImportError:
         raise RuntimeError("the host target needs a C++ compiler; install g++ or clang") from None
     return [sys.executable, "-m", "ziglang", "c++"]
-
-
-def cache_folder() -> Path:
-    """Where compiled host kernels are kept: $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "vllm-metal" / "host-kernels"
 
 
 def _numpy_type(dtype: mx.Dtype) -> type:

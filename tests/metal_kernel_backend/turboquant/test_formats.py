@@ -7,6 +7,7 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
     VALUE_FORMATS,
     key_format,
+    parse_pair,
     value_format,
 )
 
@@ -125,3 +126,14 @@ def test_unknown_names_are_refused_with_the_allowed_ones():
     with pytest.raises(ValueError, match="v_quant is 'int8'; allowed: q2_0, .*q8_0$"):
         value_format("int8")
     assert set(VALUE_FORMATS) == {"q2_0", "q3_0", "q4_0", "q5_0", "q6_0", "q8_0"}
+
+
+def test_a_pair_as_text():
+    assert parse_pair("uint4/q3_0") == ("uint4", "q3_0")
+    for text in ("", "q8_0", "q8_0 q3_0"):
+        with pytest.raises(ValueError, match=f"'{text}' is not KEYS/VALUES"):
+            parse_pair(text)
+    with pytest.raises(ValueError, match="k_quant is ''; allowed: "):
+        parse_pair("/q3_0")
+    with pytest.raises(ValueError, match="v_quant is 'q3_0/q3_0'; allowed: "):
+        parse_pair("q8_0/q3_0/q3_0")

@@ -1,10 +1,13 @@
 """What the kernels are told of a format. The kernels themselves: test_launcher, tests/kernels."""
 
+import re
+
 import numpy as np
 import pytest
 
-from vllm_metal.metal_kernel_backend.kernel_library import library_source
-from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS
+from vllm_metal.metal_kernel_backend.kernel_library import SIMD_SIZE, library_source
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import GROUP
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, SCALE_FACTORS
 from vllm_metal.metal_kernel_backend.turboquant.kernels import (
     CODEBOOK_FACTORS,
     CODEBOOK_MIDPOINTS,
@@ -27,11 +30,24 @@ def test_a_codebook_holds_coefficients_factors_and_positive_midpoints(format):
     np.testing.assert_array_equal(numbers[CODEBOOK_MIDPOINTS:][: len(positive)], positive)
 
 
-def test_python_and_metal_agree_on_the_places_of_a_codebook():
-    text = library_source("turboquant")
-    assert f"int CODEBOOK_FACTORS = {CODEBOOK_FACTORS};" in text
-    assert f"int CODEBOOK_MIDPOINTS = {CODEBOOK_MIDPOINTS};" in text
-    assert f"int NUM_SCALES = {len(KEY_FORMATS['q4_0'].scale_factors(64))};" in text
+def test_python_and_metal_agree_on_every_whole_number_that_both_hold():
+    [num_scales] = {len(factors) for factors in SCALE_FACTORS.values()}
+    constants = re.findall(
+        r"^constant constexpr int (\w+) = (.*?);", library_source("turboquant"), re.MULTILINE
+    )
+    assert dict(constants) == {
+        "SIMD_SIZE": str(SIMD_SIZE),
+        "CHUNK": str(GROUP),
+        "CODEBOOK_FACTORS": str(CODEBOOK_FACTORS),
+        "CODEBOOK_MIDPOINTS": str(CODEBOOK_MIDPOINTS),
+        "NUM_SCALES": str(num_scales),
+    }
+
+
+def test_the_parts_of_a_codebook_do_not_overlap():
+    for format in KEY_FORMATS.values():
+        assert format.num_terms <= CODEBOOK_FACTORS
+        assert CODEBOOK_FACTORS + len(format.scale_factors(64)) <= CODEBOOK_MIDPOINTS
 
 
 def test_names_of_buffers_are_words_of_their_own():

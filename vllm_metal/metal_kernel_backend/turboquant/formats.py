@@ -173,6 +173,14 @@ def value_format(name: str) -> Format:
     return _named("v_quant", name, VALUE_FORMATS)
 
 
+def parse_pair(text: str) -> tuple[str, str]:
+    """`q8_0/q3_0` as the names of a key and a value format. Raises ValueError for anything else."""
+    k_quant, slash, v_quant = text.partition("/")
+    if not slash:
+        raise ValueError(f"{text!r} is not KEYS/VALUES, e.g. q8_0/q3_0")
+    return key_format(k_quant).name, value_format(v_quant).name
+
+
 def _named(option: str, name: str, formats: dict[str, Format]) -> Format:
     if name not in formats:
         raise ValueError(f"{option} is {name!r}; allowed: {', '.join(formats)}")
