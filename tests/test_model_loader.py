@@ -161,4 +161,5 @@ def test_a_revision_is_asked_for(monkeypatch, checkpoint):
 
     monkeypatch.setattr(model_loader, "snapshot_download", download)
     load_model("some/model", "float32", "v2")
-    assert asked == [("some/model", "v2")]
+    model_loader.load_structure("some/model", "v3")
+    assert asked == [("some/model", "v2"), ("some/model", "v3")]

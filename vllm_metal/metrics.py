@@ -32,7 +32,8 @@ def figures(vllm_config: "VllmConfig") -> dict[str, float]:
     from vllm_metal.attention.model_binding import ModelBinding
 
     model = vllm_config.model_config
-    binding = ModelBinding(model_loader.load_structure(model.model, model.trust_remote_code))
+    structure = model_loader.load_structure(model.model, model.revision, model.trust_remote_code)
+    binding = ModelBinding(structure)
     layers, states = binding.layers, binding.states
     cache = ModelCache.of(vllm_config, layers, states, neutral_constants(layers))
     known = {"ratio": cache.ratio(model.max_model_len)}

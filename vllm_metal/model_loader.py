@@ -55,7 +55,9 @@ def load_tokenizer(
         raise UserError(f"transformers cannot load the tokenizer of {model!r}: {reason}") from error
 
 
-def load_structure(model: str, trust_remote_code: bool = False) -> nn.Module:
+def load_structure(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """The model with its shapes and without its weights, from the config file alone.
 
     Nothing is evaluated, so it takes no memory.
@@ -63,7 +65,7 @@ def load_structure(model: str, trust_remote_code: bool = False) -> nn.Module:
     Raises:
         UserError: there is no config file, or mlx-lm does not know the model.
     """
-    path = _local_folder(model, None, _CONFIG_FILES)
+    path = _local_folder(model, revision, _CONFIG_FILES)
     if not (path / "config.json").exists():
         raise UserError(f"{model!r} holds no config.json")
     return _load(path, trust_remote_code, strict=False)

@@ -65,6 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--weights", type=parse_size, help="bytes of weights, where unknown")
+    parser.add_argument("--revision", help="of a model on the hub, as in vLLM")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
@@ -72,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns the exit code."""
-    model = model_loader.load_structure(args.model, args.trust_remote_code)
+    model = model_loader.load_structure(args.model, args.revision, args.trust_remote_code)
     binding = ModelBinding(model)
     weights = args.weights or model_loader.weight_bytes_on_disk(args.model)
     if weights is None:

@@ -197,7 +197,7 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
         return
-    if _has_recurrent_state(model.model, model.trust_remote_code):
+    if _has_recurrent_state(model.model, model.revision, model.trust_remote_code):
         cache.enable_prefix_caching = False
         cache.mamba_cache_mode = "none"
         cache.mamba_block_size = model.max_model_len
@@ -205,13 +205,13 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
 
 
 @cache
-def _has_recurrent_state(model: str, trust_remote_code: bool) -> bool:
+def _has_recurrent_state(model: str, revision: str | None, trust_remote_code: bool) -> bool:
     """Read once: vLLM checks a configuration many times."""
     load_fast_blas()  # before MLX is first imported
     from vllm_metal.attention.layer_kinds import has_recurrent_state
     from vllm_metal.model_loader import load_structure
 
-    return has_recurrent_state(load_structure(model, trust_remote_code))
+    return has_recurrent_state(load_structure(model, revision, trust_remote_code))
 
 
 def text_only(model: "ModelConfig") -> None:

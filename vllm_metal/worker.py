@@ -135,7 +135,11 @@ class MetalWorker(WorkerBase):
         elif batched:
             logger.info("%s cannot be traced: decode is built anew each step", name)
         else:
-            logger.info("%s takes no array of positions: decode runs one request at a time", name)
+            logger.info(
+                "Decode of %s runs one request at a time: two together are not known to give "
+                "what each gives alone",
+                name,
+            )
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def get_supported_tasks(self) -> tuple[str, ...]:
