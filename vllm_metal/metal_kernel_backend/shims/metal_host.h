@@ -103,8 +103,7 @@ constexpr size_t STACK_BYTES = 128 << 10;
 extern "C" void metal_host_switch(void** save, void* load) __asm__("metal_host_switch");
 #if defined(__x86_64__)
 __asm__(
-    ".text\n"
-    "metal_host_switch:\n"
+    ".text\nmetal_host_switch:\n"
     "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
     "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
     "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n  ret\n");
@@ -112,8 +111,7 @@ constexpr int FRAME_WORDS = 8;  // 6 registers, where to return, the caller that
 constexpr int RETURN_WORD = 6;
 #elif defined(__aarch64__)
 __asm__(
-    ".text\n.p2align 2\n"
-    "metal_host_switch:\n"
+    ".text\n.p2align 2\nmetal_host_switch:\n"
     "  stp x19, x20, [sp, #-160]!\n  stp x21, x22, [sp, #16]\n  stp x23, x24, [sp, #32]\n"
     "  stp x25, x26, [sp, #48]\n  stp x27, x28, [sp, #64]\n  stp x29, x30, [sp, #80]\n"
     "  stp d8, d9, [sp, #96]\n  stp d10, d11, [sp, #112]\n"
