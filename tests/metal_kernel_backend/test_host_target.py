@@ -1,12 +1,22 @@
-"""Kernels on the CPU: what a simdgroup and a threadgroup are, in place writes, failures."""
+"""Kernels on the CPU: what a simdgroup and a threadgroup are, in place writes, failures.
+
+And the kernels' programs, built for systems that the tests do not run on.
+"""
+
+import subprocess
+import sys
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from vllm_metal.metal_kernel_backend import host_target
-from vllm_metal.metal_kernel_backend.host_target import HostTarget
-from vllm_metal.metal_kernel_backend.kernel_library import Kernel
+from vllm_metal.metal_kernel_backend.host_target import COMPILE_FLAGS, HostTarget, host_source
+from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Target
+from vllm_metal.metal_kernel_backend.turboquant.kernels import DECODE, DEQUANTIZE, MERGE, STORE
+from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 
 
 def run(body: str, x: mx.array, threads: int = 64, groups: int = 1, template=()) -> mx.array:
@@ -103,3 +113,60 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
             host_target.host_compiler()
     finally:
         host_target.host_compiler.cache_clear()
+
+
+class Recording(Target):
+    """Keeps the programs that the host target would compile; every output is zeros."""
+
+    name = "host"
+
+    def __init__(self):
+        self.programs = {}
+
+    def build(self, kernel, resident=None):
+        def run(inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+            dtypes = [array.dtype for array in inputs]
+            self.programs[kernel.name] = host_source(kernel, template, dtypes, output_dtypes)
+            return [mx.zeros(*output) for output in zip(output_shapes, output_dtypes, strict=True)]
+
+        return run
+
+
+@cache
+def kernel_programs() -> dict[str, str]:
+    """The program of each kernel, for one layer of 2 KV heads of size 128."""
+    target = Recording()
+    layout = SlotLayout.of("q8_0", "q3_0", 128, 2, 16)
+    launcher = Launcher(layout, target, num_cores=8)
+    pages, new = mx.zeros(layout.pages_shape(4), mx.uint16), mx.zeros((1, 2, 128), mx.float16)
+    heads, size, slots = mx.zeros((2, 128)), mx.zeros((128,)), mx.zeros((1,), mx.int32)
+    constants = LayerConstants(heads, heads, heads, size)
+    token = launcher.store(pages, new, new, slots, constants)
+    queries, table = mx.zeros((1, 1, 8, 128), mx.float16), mx.zeros((1, 3), mx.int32)
+    launcher.decode(pages, queries, table, slots, constants, 0.1, 40, token)
+    launcher.dequantize(pages, table[0], constants, 0, 3, token, mx.float16)
+    return target.programs
+
+
+LIBRARY_STUBS = """
+void* operator new[](unsigned long size) { return std::malloc(size); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+"""
+"""What the programs take from the C++ library: zig would build that first, for minutes."""
+
+
+@pytest.mark.parametrize("system", ["aarch64-macos", "aarch64-linux-gnu"])
+@pytest.mark.parametrize("kernel", [STORE, DECODE, MERGE, DEQUANTIZE], ids=lambda x: x.name)
+def test_the_kernels_build_for_other_systems(kernel, system, tmp_path):
+    pytest.importorskip("ziglang", reason="the cross compiler comes from ziglang (extra: test)")
+    zig, target = [sys.executable, "-m", "ziglang"], ["-target", system]
+    program, built = kernel_programs()[kernel.name] + LIBRARY_STUBS, tmp_path / "built.o"
+    flags = [flag for flag in COMPILE_FLAGS if flag != "-shared"]
+    link = ["build-lib", *target, "-dynamic", "-lc", "-z", "defs", built]
+    link += ["-fno-compiler-rt", "-fno-ubsan-rt"]
+    for command, source in [
+        (["c++", *target, "-c", *flags, "-o", built], program),
+        ([*link, f"-femit-bin={tmp_path / 'linked.so'}"], None),
+    ]:
+        result = subprocess.run([*zig, *command], input=source, text=True, capture_output=True)
+        assert result.returncode == 0, result.stderr

@@ -85,7 +85,10 @@ HOST_TYPES = {
     mx.uint8: "uchar",
 }
 
-HOST_ENTRY = """
+HOST_PROGRAM = """{shim}
+namespace metal {{
+
+{library}
 static void metal_host_body(void* arguments, uint3 group, uint thread_index) {{
   void* const* buffers = static_cast<void* const*>(arguments);
   const uint3 threadgroup_position_in_grid = group;
@@ -99,7 +102,15 @@ extern "C" __attribute__((visibility("default"))) int launch(
     void* const* buffers, const uint* groups, uint threads) {{
   return host::run_grid(groups, threads, metal_host_body, const_cast<void**>(buffers));
 }}
+
+}} // namespace metal
 """
+
+COMPILE_FLAGS = (
+    "-std=c++14 -O1 -shared -fPIC -ffp-contract=off -fvisibility=hidden -fno-strict-aliasing -w "
+    "-x c++ -"
+).split()
+"""For every compiler and system. The program is read from standard input."""
 
 
 def host_source(
@@ -120,11 +131,12 @@ def host_source(
         const = "const " if i < len(kernel.input_names) else ""
         kind = f"{const}{HOST_TYPES[dtype]}*"
         declarations.append(f"  {kind} {name} = static_cast<{kind}>(buffers[{i}]);")
-    entry = HOST_ENTRY.format(
+    return HOST_PROGRAM.format(
+        shim=shim_source("metal_host.h"),
+        library=without_includes(library_text(kernel)),
         declarations="\n".join(declarations),
         body=declare_threadgroup(kernel.body, "static thread_local"),
     )
-    return shim_source("metal_host.h") + without_includes(library_text(kernel)) + entry
 
 
 @cache
@@ -135,9 +147,8 @@ def _compiled(
     output_dtypes: tuple[mx.Dtype, ...],
 ) -> Callable[..., int]:
     source = host_source(kernel, template, input_dtypes, output_dtypes)
-    command = [*host_compiler(), "-std=c++14", "-O1", "-shared", "-fPIC", "-ffp-contract=off"]
-    command += ["-march=native"] if platform.machine() == "x86_64" else []
-    command += ["-fvisibility=hidden", "-fno-strict-aliasing", "-w", "-x", "c++", "-"]
+    native = ["-march=native"] if platform.machine() == "x86_64" else []
+    command = [*host_compiler(), *native, *COMPILE_FLAGS]
     key = hashlib.sha256("\0".join([*command, platform.node(), source]).encode()).hexdigest()[:24]
     path = cache_folder() / "host-kernels" / f"{kernel.name}_{key}.so"
     if not path.is_file():

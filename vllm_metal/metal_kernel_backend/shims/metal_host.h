@@ -2,6 +2,9 @@
 // threadgroup is a fibre with its own stack; the functions of a simdgroup and the barriers pass
 // control on until all of their threads have arrived. A simdgroup function that only some of its
 // threads reach, undefined on a GPU, is an error here.
+//
+// All of it, and the kernel after it, is in namespace metal: there a name hides the one that the
+// system's headers may have declared globally. Those are included here, before the macros.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -13,6 +16,8 @@
 #define constant
 #define thread
 #define threadgroup
+
+namespace metal {
 
 using uchar = unsigned char;
 using ushort = unsigned short;
@@ -92,44 +97,51 @@ namespace host {
 constexpr unsigned SIMD = 32;
 constexpr size_t STACK_BYTES = 128 << 10;
 
+// Saves the registers that a call preserves on the stack, stores the stack pointer through `save`,
+// takes `load` as the stack pointer and returns there. The label is the name on every system: some
+// would put an underscore in front. A new stack begins with a frame that returns to its entry.
+extern "C" void metal_host_switch(void** save, void* load) __asm__("metal_host_switch");
 #if defined(__x86_64__)
-// Saves the registers that a call preserves, changes stacks and returns on the other one.
-extern "C" void metal_host_switch(void** save, void* load);
 __asm__(
-    ".text\n.weak metal_host_switch\n.hidden metal_host_switch\nmetal_host_switch:\n"
+    ".text\nmetal_host_switch:\n"
     "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
     "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
     "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n  ret\n");
+constexpr int FRAME_WORDS = 8;  // 6 registers, where to return, the caller that an entry lacks
+constexpr int RETURN_WORD = 6;
+#elif defined(__aarch64__)
+__asm__(
+    ".text\n.p2align 2\nmetal_host_switch:\n"
+    "  stp x19, x20, [sp, #-160]!\n  stp x21, x22, [sp, #16]\n  stp x23, x24, [sp, #32]\n"
+    "  stp x25, x26, [sp, #48]\n  stp x27, x28, [sp, #64]\n  stp x29, x30, [sp, #80]\n"
+    "  stp d8, d9, [sp, #96]\n  stp d10, d11, [sp, #112]\n"
+    "  stp d12, d13, [sp, #128]\n  stp d14, d15, [sp, #144]\n"
+    "  mov x2, sp\n  str x2, [x0]\n  mov sp, x1\n"
+    "  ldp x21, x22, [sp, #16]\n  ldp x23, x24, [sp, #32]\n"
+    "  ldp x25, x26, [sp, #48]\n  ldp x27, x28, [sp, #64]\n  ldp x29, x30, [sp, #80]\n"
+    "  ldp d8, d9, [sp, #96]\n  ldp d10, d11, [sp, #112]\n"
+    "  ldp d12, d13, [sp, #128]\n  ldp d14, d15, [sp, #144]\n"
+    "  ldp x19, x20, [sp], #160\n  ret\n");
+constexpr int FRAME_WORDS = 20;  // x19 to x30, d8 to d15
+constexpr int RETURN_WORD = 11;  // x30
+#else
+#error "metal_host.h changes stacks on x86-64 and arm64 only"
+#endif
+
 struct Context {
   void* stack_pointer = nullptr;
   void start(char* stack, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(
-        (reinterpret_cast<uintptr_t>(stack) + STACK_BYTES) & ~uintptr_t(15));
-    *--top = nullptr;
-    *--top = reinterpret_cast<void*>(entry);
-    for (int i = 0; i < 6; i++) {
-      *--top = nullptr;
+    uintptr_t end = (reinterpret_cast<uintptr_t>(stack) + STACK_BYTES) & ~uintptr_t(15);
+    void** frame = reinterpret_cast<void**>(end) - FRAME_WORDS;
+    for (int i = 0; i < FRAME_WORDS; i++) {
+      frame[i] = i == RETURN_WORD ? reinterpret_cast<void*>(entry) : nullptr;
     }
-    stack_pointer = top;
+    stack_pointer = frame;
   }
   static void change(Context& from, Context& to) {
     metal_host_switch(&from.stack_pointer, to.stack_pointer);
   }
 };
-#else
-#include <ucontext.h>
-struct Context {
-  ucontext_t state;
-  void start(char* stack, void (*entry)()) {
-    getcontext(&state);
-    state.uc_stack.ss_sp = stack;
-    state.uc_stack.ss_size = STACK_BYTES;
-    state.uc_link = nullptr;
-    makecontext(&state, entry, 0);
-  }
-  static void change(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
-};
-#endif
 
 struct Meeting {
   unsigned arrived = 0;
@@ -284,3 +296,5 @@ inline void threadgroup_barrier(mem_flags) {
   unsigned needed = ++host::self().barriers * host::machine.num_fibres;
   host::wait(host::machine.barrier_arrived, needed);
 }
+
+} // namespace metal
