@@ -101,10 +101,10 @@ class TurboQuantFused(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        first, count = self._visible(metadata)
+        _, count = self._visible(metadata)
+        group = queries.shape[0] // self.shape.num_kv_heads
         tiles = []
         for heads in self._head_tiles(count, queries.dtype.size):
-            group = queries.shape[0] // self.shape.num_kv_heads
             rows = slice(heads.start * group, heads.stop * group)
             tiles.append(
                 causal_attention(
