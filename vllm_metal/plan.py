@@ -7,23 +7,21 @@ recurrent states are those that the server will see, and its figures come from t
 
 import argparse
 import json
-import os
+import logging
 import re
 from dataclasses import asdict, dataclass
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+import mlx.core as mx
+from vllm.config import VllmConfig
 
-import mlx.core as mx  # noqa: E402
-from vllm.config import VllmConfig  # noqa: E402
-
-from vllm_metal import model_loader  # noqa: E402
-from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
-from vllm_metal.config import TurboQuantConfig  # noqa: E402
-from vllm_metal.errors import UserError  # noqa: E402
-from vllm_metal.kv_cache.planner import GIB, format_bytes  # noqa: E402
-from vllm_metal.metal_kernel_backend.selection import neutral_constants  # noqa: E402
-from vllm_metal.model_cache import ModelCache  # noqa: E402
-from vllm_metal.quality import FORMAT_PAIRS, measured_loss  # noqa: E402
+from vllm_metal import model_loader
+from vllm_metal.attention.model_binding import ModelBinding
+from vllm_metal.config import TurboQuantConfig
+from vllm_metal.errors import UserError
+from vllm_metal.kv_cache.planner import GIB, format_bytes
+from vllm_metal.metal_kernel_backend.selection import neutral_constants
+from vllm_metal.model_cache import ModelCache
+from vllm_metal.quality import FORMAT_PAIRS, measured_loss
 
 WORKSPACE = GIB // 2
 """Assumed for activations; a running server measures its own."""
@@ -127,7 +125,7 @@ def table(
     longest: int | None,
 ) -> tuple[list[Row], UserError | None]:
     """Dense pages and every recommended pair, in order of size; or why there is no pair."""
-    vllm_config = VllmConfig()
+    vllm_config = _quiet_config()
     vllm_config.cache_config.block_size = block_size
     rows = []
     for pair in (None, *FORMAT_PAIRS):
@@ -144,6 +142,17 @@ def table(
             return rows, refusal
         rows.append(_row(cache, pair, page_bytes, max_model_len, longest))
     return rows, None
+
+
+def _quiet_config() -> VllmConfig:
+    """vLLM's defaults, without what it logs about them."""
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return VllmConfig()
+    finally:
+        logger.setLevel(level)
 
 
 def _row(

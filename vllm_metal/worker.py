@@ -207,7 +207,7 @@ class MetalWorker(WorkerBase):
             or {PrefillChunk(query_len, tokens=0, scored_rows=0)},
             workspace_probe.decode_peaks(binding, probed, scheduler.max_num_seqs, max_model_len),
             scheduler.max_num_seqs,
-            gathered_tokens(probed.groups, max_model_len),
+            max(1, gathered_tokens(probed.groups, max_model_len)),
         )
         binding.bind(None)
         return steps

@@ -77,7 +77,7 @@ class StepMemory:
     max_requests: int
     """Rows of a decode step."""
     max_tokens: int
-    """Tokens that a request holds, rounded up as `DecodeGraphs` does."""
+    """Tokens that a request holds, rounded up as `DecodeGraphs` does; 1 where it holds none."""
 
     def workspace(self, page_bytes: int, num_tokens: int) -> int:
         """Bytes for any step.
