@@ -286,6 +286,11 @@ METAL_FUNC float rounded_product(float a, float b) {
 }
 #endif
 
+#ifndef ROUGH_INVERSE
+// 1 / x with an error of a few units in the last place at most.
+METAL_FUNC float rough_inverse(float x) { return 1.0f / x; }
+#endif
+
 // A vector of D = M * 2^k elements, spread over a simdgroup: lane l holds elements l W .. l W + W-1
 // of each of the M blocks of 2^k. Lanes past the end of a short block hold zeros.
 
@@ -461,14 +466,13 @@ struct SoftmaxState {
 
 // ---------------------------------------------------------------------------------- quantisation
 
-// How many of width, 2 width, ... last width, each rounded, are at most the magnitude.
-METAL_FUNC int multiples(float magnitude, float width, int last) {
-  if (magnitude >= rounded_product(float(last), width)) {
-    return last;
-  }
-  float count = min(floor(magnitude / width), float(last));
+// How many of width, 2 width, ... last width, each rounded, are at most the magnitude; a whole
+// number. `inverse` is 1 / width, roughly, so that the first guess is off by one at most.
+METAL_FUNC float multiples(float magnitude, float width, float inverse, int last) {
+  float count = min(floor(magnitude * inverse), float(last));
   count -= magnitude < rounded_product(count, width) ? 1.0f : 0.0f;
-  return int(count) + (magnitude >= rounded_product(count + 1.0f, width) ? 1 : 0);
+  count += magnitude >= rounded_product(count + 1.0f, width) ? 1.0f : 0.0f;
+  return magnitude >= rounded_product(float(last), width) ? float(last) : count;
 }
 
 // A rotated vector to codes and a scale, as quantizer.py has it: same operations, same rounding.
@@ -489,7 +493,8 @@ struct Quantizer {
       }
       return count;
     }
-    return multiples(magnitude, rounded_product(scale, codebook[0]), HALF - 1);
+    float width = rounded_product(scale, codebook[0]);
+    return int(multiples(magnitude, width, rough_inverse(width), HALF - 1));
   }
 
   static METAL_FUNC float centroid(const device float* codebook, int steps) {
@@ -637,8 +642,8 @@ struct GroupedQuantizer {
   // The lowest level whose grid reaches the group's largest magnitude, or one from which all that
   // are tried exist.
   static METAL_FUNC int lowest_level(float reach, float scale) {
-    int filled =
-        multiples(reach, rounded_product(scale, 4.0f * LEVEL_UNIT), LEVEL_BASE + NUM_LEVELS - 1);
+    float unit = rounded_product(scale, 4.0f * LEVEL_UNIT);
+    int filled = int(multiples(reach, unit, rough_inverse(unit), LEVEL_BASE + NUM_LEVELS - 1));
     return min(max(filled + 1 - LEVEL_BASE, 0), NUM_LEVELS - TRIED_LEVELS);
   }
 
@@ -676,6 +681,7 @@ struct GroupedQuantizer {
     for (int block = 0; block < M; block++) {
       best_levels[block] = 0;
     }
+    UNROLL
     for (int candidate = 0; candidate < NUM_SCALES; candidate++) {
       float trial = rounded_product(largest, codebook[CODEBOOK_FACTORS + candidate]);
       // Each group takes the level with the least error.
@@ -687,15 +693,16 @@ struct GroupedQuantizer {
         lowest[block] = taken[block] = lowest_level(reach[block], trial);
         best_gain[block] = -INFINITY;
       }
+      UNROLL
       for (int which = 0; which < TRIED_LEVELS; which++) {
         UNROLL
         for (int block = 0; block < M; block++) {
           float cell = weight(lowest[block] + which, step);
+          float width = rounded_product(trial, cell), inverse = rough_inverse(width);
           UNROLL
           for (int i = 0; i < W; i++) {
             float magnitude = abs(y.x[block][i]);
-            float c =
-                (float(multiples(magnitude, rounded_product(trial, cell), HALF - 1)) + 0.5f) * cell;
+            float c = (multiples(magnitude, width, inverse, HALF - 1) + 0.5f) * cell;
             c = holds ? c : 0.0f;
             tried_terms.x[block][i] = rounded_product(magnitude, c);
             tried_squares.x[block][i] = rounded_product(c, c);
@@ -735,9 +742,10 @@ struct GroupedQuantizer {
     UNROLL
     for (int block = 0; block < M; block++) {
       float width = rounded_product(best_scale, weight(best_levels[block], step));
+      float inverse = rough_inverse(width);
       UNROLL
       for (int i = 0; i < W; i++) {
-        int count = multiples(abs(y.x[block][i]), width, HALF - 1);
+        int count = int(multiples(abs(y.x[block][i]), width, inverse, HALF - 1));
         int index = Vector<D>::index(lane, block, i);
         if (holds) {
           codes[index] = uchar(y.x[block][i] >= 0.0f ? HALF + count : HALF - 1 - count);

@@ -1,6 +1,7 @@
 """The kernels against the codec (bytes) and the oracle (attention): on the CPU, or on a GPU."""
 
 import os
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -57,8 +58,26 @@ def random_cases(count: int) -> list[Case]:
     ]
 
 
-ALL_CASES = CASES + random_cases(int(os.environ.get("KERNEL_CASES", "0")))
-"""KERNEL_CASES=200 adds as many random instantiations, at about five seconds each."""
+def product_cases(part: str) -> list[Case]:
+    """Part i of n, as "i/n", of the product of formats, head sizes, blocks and groups."""
+    if not part:
+        return []
+    i, n = map(int, part.split("/"))
+    pages = list(product(KEY_FORMATS, VALUE_FORMATS, (64, 80, 96, 128, 256), (8, 16, 32)))
+    dtypes = mx.float16, mx.bfloat16, mx.float32
+    return [
+        Case(k_quant, v_quant, size, 1, block, group, dtypes[j % 3], {"run_tokens": 2 + j % 2 * 2})
+        for k_quant, v_quant, size, block in pages[i::n]
+        for j, group in enumerate((1, 2, 4, 6, 8, 12))
+    ]
+
+
+ALL_CASES = [
+    *CASES,
+    *random_cases(int(os.environ.get("KERNEL_CASES", "0"))),
+    *product_cases(os.environ.get("KERNEL_PRODUCT", "")),
+]
+"""KERNEL_CASES=200 adds as many random instantiations, KERNEL_PRODUCT=0/16 a sixteenth of 6,480."""
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
@@ -67,6 +86,9 @@ def test_store_decode_and_dequantize(case):
     stored = Stored(case, inputs.lengths(case.block_size))
     stored.check_bytes()
     stored.check()
+    sinks = mx.array(np.linspace(-1, 2, case.num_kv_heads * case.group).astype(np.float32))
+    softcap = {"softcap": 4.0} if case.group == 2 else {}  # as in Gemma 2
+    stored.check(window=case.block_size + 3, sinks=sinks, **softcap)
     keys, values = stored.dequantize(-1, 2, stored.lengths[-1] - 2)
     last = slice(-stored.lengths[-1] + 2, None)
     for codec, made, given in (
