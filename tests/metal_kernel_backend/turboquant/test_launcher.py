@@ -9,7 +9,12 @@ import pytest
 
 from tests import inputs
 from tests.metal_kernel_backend.turboquant.stored_requests import Case, Stored
-from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.formats import (
+    KEY_FORMATS,
+    VALUE_FORMATS,
+    value_format,
+)
+from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
 CASES = [
     Case("q8_0", "q3_0", 128, 2, 16, 4),
@@ -144,6 +149,37 @@ def test_ugly_keys_and_values(name, k_quant, v_quant, head_size):
     rounding = scores * head_size**-0.5 * 2**-12  # of scores: queries are halves in the kernel
     bound = (2e-2 + rounding) * np.abs(expected).max()
     assert np.abs(got - expected).max() <= max(bound, 1e-14)
+
+
+def on_a_bound() -> np.ndarray:
+    """Whole numbers [N, 64], each row with one that lies on a bound of q8_0 cells, or next to it.
+
+    Exact after rotation and back, if rotated first: sums of whole numbers over 8.
+    """
+    rng = np.random.default_rng(0)
+    largest = np.arange(1000, 4000, dtype=np.float32)
+    rows = []
+    for factor in value_format("q8_0").scale_factors(64):
+        widths = largest * factor * np.float32(1 / 32)
+        bounds = widths[:, None] * np.arange(1, 128, dtype=np.float32)
+        whole = np.rint(bounds)
+        near = (np.abs(bounds - whole) <= np.spacing(bounds)) & (whole < largest[:, None])
+        for i, j in np.argwhere(near)[:100]:
+            row = np.rint(rng.standard_normal(64) * largest[i] / 3)
+            row = np.clip(row, -largest[i], largest[i])
+            row[:2] = largest[i], whole[i, j]
+            rows.append(row)
+    return np.array(rows, np.float32)
+
+
+def test_magnitudes_on_a_bound_and_next_to_it():
+    """The kernel's first guess of a code may be off by one there; the stored one may not."""
+    rotated = on_a_bound()
+    values = np.array(rotate(mx.array(rotated))) * signs(64)
+    assert (np.array(rotate(mx.array(values * signs(64)))) == rotated).all()
+    case = Case("q8_0", "q8_0", 64, 1, 16, 1, mx.float32)
+    keys = np.ascontiguousarray(values[::-1, None, :])  # whose reverse are the values
+    Stored(case, [len(values)], keys=keys).check_bytes()
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
