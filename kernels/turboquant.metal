@@ -1171,10 +1171,8 @@ struct Decode {
       Chunk<Slots::value_bits> value_codes[PAIRS];
       load_run<Slots::next_value>(value_codes, Slots::value_codes(page, slot, value_chunk));
       uint key_levels[PAIRS];
-      UNROLL
-      for (int p = 0; p < PAIRS; p++) {
-        key_levels[p] = Slots::key_has_levels
-            ? load_pair(Slots::key_levels(page, slot + 2 * p, key_chunk)) : 0u;
+      if (Slots::key_has_levels) {
+        load_words(Slots::key_levels(page, slot, key_chunk), key_levels);
       }
       uint key_scales[OWN_PAIRS], key_biases[OWN_PAIRS], value_scales[OWN_PAIRS];
       UNROLL

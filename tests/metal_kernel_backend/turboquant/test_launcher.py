@@ -77,12 +77,12 @@ def product_cases(part: str) -> list[Case]:
     ]
 
 
-ALL_CASES = [
+ALL_CASES = product_cases(os.environ.get("KERNEL_PRODUCT", "")) or [
     *CASES,
     *random_cases(int(os.environ.get("KERNEL_CASES", "0"))),
-    *product_cases(os.environ.get("KERNEL_PRODUCT", "")),
 ]
-"""KERNEL_CASES=200 adds as many random instantiations, KERNEL_PRODUCT=0/16 a sixteenth of 6,480."""
+"""KERNEL_CASES=200 adds as many random instantiations; KERNEL_PRODUCT=0/96 means a part of the
+product alone (`benchmarks/kernel_product.sh`)."""
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
