@@ -7,6 +7,7 @@
 # a C++ compiler. Each slice adds a line to the output: what pytest says of it.
 set -euo pipefail
 out=${1:?usage: kernel_product.sh OUTPUT_FILE [FIRST_SLICE] [LAST_SLICE]}
+cores=$(nproc)  # asked first: it heeds OMP_NUM_THREADS
 export OUT_FILE=$out OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 slice() {
   summary=$(KERNEL_PRODUCT=$1/96 python3 -m pytest -q --noconftest -p no:cacheprovider \
@@ -14,4 +15,4 @@ slice() {
   echo "$1/96: $summary" >>"$OUT_FILE"
 }
 export -f slice
-seq "${2:-0}" "${3:-95}" | xargs -P "$(nproc)" -I {} bash -c 'slice {}'
+seq "${2:-0}" "${3:-95}" | xargs -P "$cores" -I {} bash -c 'slice {}'
