@@ -11,10 +11,7 @@ import argparse
 import gc
 import json
 import os
-import platform
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -29,6 +26,7 @@ import mlx.core as mx  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from vllm_metal.demo_model import fetch_demo_model  # noqa: E402
+from vllm_metal.provenance import provenance  # noqa: E402
 
 KINDS = {
     "dense float32": {},
@@ -100,12 +98,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     args = parser.parse_args()
-    figures = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "mlx_device": str(mx.default_device()),
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "vllm")},
-    }
+    figures = provenance("mlx", "mlx-lm", "vllm")
     for kind in args.kinds:
         figures[kind] = run(KINDS[kind], args.cache_bytes, args.prompt_len, args.output_len)
         gc.collect()

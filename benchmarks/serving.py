@@ -16,12 +16,9 @@ without the time it waits for MLX.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -39,6 +36,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 from vllm_metal import model_runner  # noqa: E402
 from vllm_metal.demo_model import fetch_demo_model  # noqa: E402
+from vllm_metal.provenance import provenance  # noqa: E402
 
 PROMPT_LEN = 128
 NEW_TOKENS = 48
@@ -193,11 +191,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     args = parser.parse_args()
     figures = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "mlx_device": str(mx.default_device()),
+        **provenance("mlx", "mlx-lm", "vllm", "torch"),
         "blas": BLAS,
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "vllm", "torch")},
         "prompt_len": PROMPT_LEN,
         "new_tokens": NEW_TOKENS,
         "prefill_len": PREFILL_LEN,

@@ -10,11 +10,8 @@ processor time, which other work on the machine disturbs less.
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what `register` sets for the engine
@@ -36,6 +33,7 @@ from vllm_metal.metal_kernel_backend.selection import (  # noqa: E402
     make_backends,
     neutral_constants,
 )
+from vllm_metal.provenance import provenance  # noqa: E402
 
 BLOCK_SIZE = 16
 CONTEXTS = (128, 1000, 4000)
@@ -109,11 +107,8 @@ def main() -> None:
     model.set_dtype(mx.float32)
     binding = ModelBinding(model)
     figures = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "mlx_device": str(mx.default_device()),
+        **provenance("mlx", "mlx-lm", "torch"),
         "blas": BLAS,
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "torch")},
         "steps": args.steps,
         "contexts": {str(n): measure(binding, n, args.steps) for n in args.contexts},
     }

@@ -2,13 +2,9 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,20 +97,16 @@ def progress_line() -> Callable[[str], None]:
 
 def describe(study: "Study", model: str, text: Path | None, blas: str | None) -> dict:
     """Where and on what the figures were measured."""
-    import mlx.core as mx
-
     from vllm_metal.metal_kernel_backend.kernel_library import available_target
+    from vllm_metal.provenance import provenance
 
     target = available_target()
     return {
         "model": model,
         "text": str(text) if text else f"pydoc_data.topics, Python {sys.version[:6]}",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "mlx_device": str(mx.default_device()),
+        **provenance("mlx", "mlx-lm"),
         "kernels": target.name if target else "none, MLX operations",
         "blas": blas,
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
         "windows": study.windows,
         "window_tokens": study.window_tokens,
         "long_window_tokens": study.long_window_tokens,

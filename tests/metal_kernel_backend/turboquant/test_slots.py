@@ -42,6 +42,11 @@ def packed(slots: Slots, keys: Quantized, values: Quantized) -> mx.array:
     )
 
 
+def no_tokens(layout: SlotLayout, num_blocks: int) -> mx.array:
+    """Pages of zeros."""
+    return mx.zeros(layout.pages_shape(num_blocks), mx.uint16)
+
+
 def slots_of(block_ids: list[int], length: int, block_size: int) -> np.ndarray:
     positions = np.arange(length)
     return np.array(block_ids)[positions // block_size] * block_size + positions % block_size
@@ -56,7 +61,7 @@ def test_bytes_of_a_page(k_quant, v_quant, sizes):
     keys, values = tokens(layout, 24)
     mapping = np.random.default_rng(1).permutation(24)
     indices = slots.indices(mx.array(mapping))
-    pages = slots.store(slots.allocate(3), packed(slots, keys, values), indices)
+    pages = slots.store(no_tokens(layout, 3), packed(slots, keys, values), indices)
     memory = np.array(pages).tobytes()
     assert len(memory) == 3 * layout.page_size_bytes
 
@@ -96,7 +101,7 @@ def test_what_is_stored_is_loaded(k_quant, v_quant, head_size, block_size):
         blocks = [7, 2, 9, 4, 1][: -(-length // block_size)]
         keys, values = tokens(layout, length)
         indices = slots.indices(mx.array(slots_of(blocks, length, block_size)))
-        pages = slots.store(slots.allocate(10), packed(slots, keys, values), indices)
+        pages = slots.store(no_tokens(layout, 10), packed(slots, keys, values), indices)
         loaded = slots.load(pages, mx.array([blocks]))
         for stored, found in zip((keys, values), loaded, strict=True):
             assert found.codes.shape == (1, 3, len(blocks) * block_size, head_size)
@@ -118,8 +123,8 @@ def test_tokens_stored_one_by_one_are_as_stored_together():
     keys, values = tokens(layout, 11)
     halfwords = packed(slots, keys, values)
     mapping = mx.array(slots_of([3, 1], 11, 8))
-    together = slots.store(slots.allocate(4), halfwords, slots.indices(mapping))
-    single = slots.allocate(4)
+    together = slots.store(no_tokens(layout, 4), halfwords, slots.indices(mapping))
+    single = no_tokens(layout, 4)
     for i in range(11):
         indices = slots.indices(mapping[i : i + 1])
         single = slots.store(single, halfwords[:, i : i + 1], indices)
@@ -131,13 +136,13 @@ def test_padding_touches_the_null_block_only():
     layout = SlotLayout.of("q4_0", "q4_0", 64, 2, 8)
     slots = Slots(layout)
     indices = slots.indices(mx.array([-1, 9, -1]))
-    pages = np.array(slots.store(slots.allocate(3), packed(slots, *tokens(layout, 3)), indices))
+    pages = np.array(slots.store(no_tokens(layout, 3), packed(slots, *tokens(layout, 3)), indices))
     assert pages[1].any() and not pages[2].any()
 
 
 def test_a_slot_never_written_reads_as_zero():
     layout = SlotLayout.of("uint8", "q8_0", 64, 1, 8)
-    keys, values = Slots(layout).load(Slots(layout).allocate(2), mx.array([[1]]))
+    keys, values = Slots(layout).load(no_tokens(layout, 2), mx.array([[1]]))
     key = Quantizer([(layout.key_format, False)], 64).dequantize(keys)
     value = Quantizer([(layout.value_format, True)], 64).dequantize(values)
     assert (np.array(key) == 0).all() and (np.array(value) == 0).all()
@@ -147,7 +152,7 @@ def test_a_store_is_in_place():
     """Hundreds of stores of 16 tokens into 50 MB take no second copy of the pages."""
     layout = SlotLayout.of("q8_0", "q3_0", 64, 3, 16)
     slots = Slots(layout)
-    owner = [slots.allocate(12_000)]
+    owner = [no_tokens(layout, 12_000)]
     halfwords = packed(slots, *tokens(layout, 16))
     mx.eval(owner, halfwords)
     before = mx.get_active_memory()

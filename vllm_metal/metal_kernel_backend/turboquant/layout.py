@@ -137,10 +137,6 @@ class SlotLayout:
         """Stored bits per coordinate, keys and values averaged, metadata included."""
         return 8 * self.slot_size / (self.key_head_size + self.value_head_size)
 
-    def compression_ratio(self, dense_bytes_per_element: int = 2) -> float:
-        """How many times more tokens fit than with dense pages of 16 (or other) bits."""
-        return 8 * dense_bytes_per_element / self.bits_per_element
-
     def pages_shape(self, num_blocks: int) -> tuple[int, int]:
         """Shape of the array of pages, in uint16 halfwords."""
         return num_blocks, self.page_size_bytes // 2

@@ -28,10 +28,6 @@ class Slots:
         value = layout.value_head_size, layout.value_format.bits
         self._pack_codes = packing(key, value)
 
-    def allocate(self, num_blocks: int) -> mx.array:
-        """Pages of zeros; a slot never written holds zero vectors."""
-        return mx.zeros(self.layout.pages_shape(num_blocks), mx.uint16)
-
     def pack(self, tokens: Quantized) -> mx.array:
         """What `TokenCodec` makes of T tokens to uint16 [H, T, slot_size / 2].
 
