@@ -85,12 +85,12 @@ class Slots:
 
         Each float16 [B, H, 1, 1, N * block_size].
         """
-        batch, heads = head_pages.shape[:2]
+        batch, heads, _, end = head_pages.shape
         first, plane = self.layout.key_scales_offset // 2, self.layout.block_size
-        numbers = head_pages[..., first:].view(mx.float16)
+        numbers = head_pages.view(mx.float16)
         return [
             numbers[..., begin : begin + plane].reshape(batch, heads, 1, 1, -1)
-            for begin in range(0, numbers.shape[-1], plane)
+            for begin in range(first, end, plane)
         ]
 
     def load(self, pages: mx.array, block_table: mx.array) -> tuple[Quantized, Quantized]:
