@@ -38,11 +38,11 @@ BELOW = 1 - 2.0**-20
 """Makes a quotient smaller by more than rounding, its own and that of a product, could add."""
 
 SMALL = 1 << 14
-"""Up to this many coordinates it is the number of operations that counts, and all comparisons are
-made in one; beyond, one by one."""
+"""Up to this many coordinates it is the number of operations that counts: all comparisons are made
+in one, and both sums of a candidate. Beyond, one by one."""
 
 IS_ENERGY = mx.array([False, True])[:, None, None]
-"""Tells <c, c> from <y, c> where both are summed up in one pass."""
+"""Tells <c, c> from <y, c> where both are summed up in one."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Quantizer:
         self.half = _each([format.num_codes // 2 for format in formats])
         self.has_bias = _flags([format.has_bias for format in formats])
         self.unbiased = _flags([unbiased for _, unbiased in kinds])
-        self.uniform = any(format.degree == 1 for format in formats)
+        self.any_uniform = any(format.degree == 1 for format in formats)
         polynomials = [format.coefficients(head_size) for format in formats]
         self.coefficients = [_each(terms) for terms in zip_longest(*polynomials, fillvalue=0)]
         factors = [format.scale_factors(head_size)[:, None] for format in formats]
@@ -80,6 +80,7 @@ class Quantizer:
         self.widths = _each([f * c[0] for f, c in zip(factors, polynomials, strict=True)])
         """`factors` times c1, which is a power of two in a uniform format."""
         self.last = _each([(f.num_codes // 2 - 1) * (f.degree == 1) for f in formats])
+        """The most steps in a uniform format, and 0 in others."""
         self.midpoints = _positive_midpoints(formats, head_size)
 
     def quantize(self, y: mx.array) -> Quantized:
@@ -95,8 +96,7 @@ class Quantizer:
     def quantize_spread(self, y: mx.array) -> Quantized:
         """`quantize` of [..., 1, 1, D], to codes of that shape, scales and biases [..., 1, 1, 1].
 
-        The axes of 1 are for what each candidate is compared with or summed up to, and the
-        candidates.
+        The axes of 1 hold M midpoints or 2 sums, and 5 candidates, on the way.
         """
         biases = None
         if self.has_bias is not None:
@@ -147,12 +147,12 @@ class Quantizer:
 
         Shapes [..., 1, 1, D] and [..., 1, 1, 1] give whole numbers [..., 1, 5, D].
         """
-        steps = []
-        if self.midpoints is not None:
-            steps.append(self._counted_steps(magnitude, largest))
-        if self.uniform:
-            steps.append(self._divided_steps(magnitude, largest))
-        return sum(steps[1:], steps[0])
+        if self.midpoints is None:
+            return self._divided_steps(magnitude, largest)
+        steps = self._counted_steps(magnitude, largest)
+        if self.any_uniform:
+            steps = steps + self._divided_steps(magnitude, largest)
+        return steps
 
     def _counted_steps(self, magnitude: mx.array, largest: mx.array) -> mx.array:
         """`_steps` by comparison with every bound; 0 in a uniform format."""
@@ -177,7 +177,7 @@ class Quantizer:
 
 
 def _sums(magnitude: mx.array, centroids: mx.array) -> Sequence[mx.array]:
-    """<y, c> and <c, c> of each candidate, [..., 1, 5, 1]."""
+    """<y, c> and <c, c> of each candidate, both [..., 1, 5, 1]."""
     if magnitude.size > SMALL:
         return tree_sum(magnitude * centroids), tree_sum(centroids * centroids)
     both = tree_sum(mx.where(IS_ENERGY, centroids, magnitude) * centroids)
@@ -191,7 +191,7 @@ def _middle(y: mx.array) -> mx.array:
 
 
 def _each(constants: Sequence[float] | Sequence[np.ndarray]) -> mx.array:
-    """A constant of each kind, to go with [..., F, M, 5, D]; without F where there is one kind."""
+    """A constant of each kind, to go with [..., F, M, 5, D]; without F where all are equal."""
     stacked = np.array(constants)
     stacked = stacked.astype(bool if stacked.dtype == bool else np.float32)
     if (stacked == stacked[0]).all():
