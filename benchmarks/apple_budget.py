@@ -45,8 +45,9 @@ def cycles_per_pair(k_quant: str, v_quant: str) -> float:
     fold = halves + (LANES // 2 - 1) * (2 + 2 + 1)
     softmax = 25
     addresses_and_loads = 40
-    total = unpacking(key.bits, key.num_terms) + unpacking(value.bits, value.num_terms)
-    total += products + scores + fold + softmax + addresses_and_loads
+    levels = TOKENS // 2 * (4 + 1 + 2 + 2 * GROUP) if key.has_levels(HEAD_SIZE) else 0
+    total = sum(unpacking(form.bits, form.num_terms(HEAD_SIZE)) for form in (key, value))
+    total += products + levels + scores + fold + softmax + addresses_and_loads
     return total / (CHUNK * TOKENS)
 
 

@@ -27,6 +27,10 @@ constant constexpr int CHUNK = 16;               // codes that are packed togeth
 constant constexpr int CODEBOOK_FACTORS = 4;     // codebook: c1, c3, c5, -, 5 scale factors, ...
 constant constexpr int CODEBOOK_MIDPOINTS = 16;  // ... positive midpoints
 constant constexpr int NUM_SCALES = 5;
+constant constexpr int NUM_LEVELS = 16;   // of a chunk of a key; a centroid is multiplied by
+constant constexpr int LEVEL_BASE = 12;   // (LEVEL_BASE + level) * LEVEL_UNIT
+constant constexpr int TRIED_LEVELS = 3;
+constant constexpr float LEVEL_UNIT = 0.03125f;
 constant constexpr float LOG2_E = 1.44269504088896341f;
 constant constexpr float LOWEST_SCORE = -1e30f;  // running maximum before the first token
 constant constexpr float RESCALE_MARGIN = 8.0f;  // in powers of two
@@ -36,9 +40,9 @@ constant constexpr float RESCALE_MARGIN = 8.0f;  // in powers of two
 
 template <
     int NUM_KV_HEADS, int BLOCK_SIZE, int KEY_HEAD_SIZE, int VALUE_HEAD_SIZE, int KEY_BITS,
-    int VALUE_BITS, int KEY_TERMS, int VALUE_TERMS, int KEY_HAS_BIAS, int PAGE_BYTES,
-    int HEAD_PAGE_BYTES, int VALUE_CODES_OFFSET, int KEY_SCALES_OFFSET, int KEY_BIASES_OFFSET,
-    int VALUE_SCALES_OFFSET>
+    int VALUE_BITS, int KEY_TERMS, int VALUE_TERMS, int KEY_HAS_LEVELS, int KEY_HAS_BIAS,
+    int PAGE_BYTES, int HEAD_PAGE_BYTES, int VALUE_CODES_OFFSET, int KEY_LEVELS_OFFSET,
+    int KEY_SCALES_OFFSET, int KEY_BIASES_OFFSET, int VALUE_SCALES_OFFSET>
 struct SlotLayout {
   static constant constexpr int num_kv_heads = NUM_KV_HEADS;
   static constant constexpr int block_size = BLOCK_SIZE;
@@ -50,6 +54,7 @@ struct SlotLayout {
   static constant constexpr int value_bits = VALUE_BITS;
   static constant constexpr int key_terms = KEY_TERMS;
   static constant constexpr int value_terms = VALUE_TERMS;
+  static constant constexpr bool key_has_levels = KEY_HAS_LEVELS;
   static constant constexpr bool key_has_bias = KEY_HAS_BIAS;
 
   // One KV head's page of a block.
@@ -75,6 +80,12 @@ struct SlotLayout {
   static constant constexpr int next_key = KEY_HEAD_SIZE * KEY_BITS / 8;
   static constant constexpr int next_value = VALUE_HEAD_SIZE * VALUE_BITS / 8;
 
+  // A halfword for each slot: the levels of chunk `chunk` and its three neighbours, 4 bits each.
+  static METAL_FUNC const device uchar* key_levels(
+      const device uchar* page, uint slot, uint chunk) {
+    return page + (KEY_LEVELS_OFFSET + 2 * slot + chunk / 4 * (2 * BLOCK_SIZE));
+  }
+
   // float16, one for each slot.
   static METAL_FUNC const device uchar* key_scale(const device uchar* page, uint slot) {
     return page + (KEY_SCALES_OFFSET + 2 * slot);
@@ -89,7 +100,7 @@ struct SlotLayout {
   }
 };
 
-// The scales (or biases) of an even slot and the next.
+// The scales (or biases, or levels) of an even slot and the next.
 METAL_FUNC uint load_pair(const device uchar* scales) { return *(const device uint*)scales; }
 
 // ------------------------------------------------------------------------------------- unpacking
@@ -216,6 +227,14 @@ METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
              half2(offset, offset));
 }
 
+// What multiplies the centroids of chunk `chunk` of both tokens, from their levels; exact.
+METAL_FUNC half2 level_weights(uint levels, uint chunk) {
+  constexpr float OFFSET = (float(LEVEL_BASE) - 1024.0f) * LEVEL_UNIT;
+  uint word = bits_over(levels >> (chunk % 4 * 4), 0x000f000fu, 0x64006400u);
+  half unit = half(LEVEL_UNIT), offset = half(OFFSET);
+  return fma(as_type<half2>(word), half2(unit, unit), half2(offset, offset));
+}
+
 // -------------------------------------------------------------------------------------- codebook
 // centroid(code) = c1 x + c3 x^3 + c5 x^5, x = code - (n - 1) / 2 = g n / 2 with g a grid point.
 // With the highest coefficient in the unit, which is left to the caller, the rest is
@@ -265,6 +284,11 @@ METAL_FUNC float rounded_product(float a, float b) {
 #pragma clang fp contract(off)
   return a * b;
 }
+#endif
+
+#ifndef ROUGH_INVERSE
+// 1 / x with an error of a few units in the last place at most.
+METAL_FUNC float rough_inverse(float x) { return 1.0f / x; }
 #endif
 
 // A vector of D = M * 2^k elements, spread over a simdgroup: lane l holds elements l W .. l W + W-1
@@ -442,6 +466,15 @@ struct SoftmaxState {
 
 // ---------------------------------------------------------------------------------- quantisation
 
+// How many of width, 2 width, ... last width, each rounded, are at most the magnitude; a whole
+// number. `inverse` is 1 / width, roughly, so that the first guess is off by one at most.
+METAL_FUNC float multiples(float magnitude, float width, float inverse, int last) {
+  float count = min(floor(magnitude * inverse), float(last));
+  count -= magnitude < rounded_product(count, width) ? 1.0f : 0.0f;
+  count += magnitude >= rounded_product(count + 1.0f, width) ? 1.0f : 0.0f;
+  return magnitude >= rounded_product(float(last), width) ? float(last) : count;
+}
+
 // A rotated vector to codes and a scale, as quantizer.py has it: same operations, same rounding.
 template <int D, int BITS, int TERMS, bool HAS_BIAS, bool UNBIASED>
 struct Quantizer {
@@ -461,10 +494,7 @@ struct Quantizer {
       return count;
     }
     float width = rounded_product(scale, codebook[0]);
-    float count = width > 0.0f ? min(floor(magnitude / width), float(HALF - 1)) : 0.0f;
-    count -= magnitude < rounded_product(count, width) ? 1.0f : 0.0f;
-    bool more = count < float(HALF - 1) && magnitude >= rounded_product(count + 1.0f, width);
-    return int(count) + (more ? 1 : 0);
+    return int(multiples(magnitude, width, rough_inverse(width), HALF - 1));
   }
 
   static METAL_FUNC float centroid(const device float* codebook, int steps) {
@@ -578,15 +608,167 @@ struct Quantizer {
   }
 };
 
+// A rotated key to codes, levels and a scale, as grouped_quantizer.py has it. A group is a chunk.
+template <int D, int BITS>
+struct GroupedQuantizer {
+  static constant constexpr int HALF = 1 << (BITS - 1);
+  static constant constexpr int M = Vector<D>::M;
+  static constant constexpr int W = Vector<D>::W;
+
+  // The sum of a group, for each block: neighbours in pairs, then pairs of pairs.
+  static METAL_FUNC void group_sums(const thread Vector<D>& v, thread float (&sums)[M]) {
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      float held[W];
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        held[i] = v.x[block][i];
+      }
+      UNROLL
+      for (int distance = 1; distance < W; distance *= 2) {
+        UNROLL
+        for (int i = 0; i < W; i += 2 * distance) {
+          held[i] += held[i + distance];
+        }
+      }
+      UNROLL
+      for (int distance = 1; distance < CHUNK / W; distance *= 2) {
+        held[0] += simd_shuffle_xor(held[0], ushort(distance));
+      }
+      sums[block] = held[0];
+    }
+  }
+
+  // The lowest level whose grid reaches the group's largest magnitude, or one from which all that
+  // are tried exist.
+  static METAL_FUNC int lowest_level(float reach, float scale) {
+    float unit = rounded_product(scale, 4.0f * LEVEL_UNIT);
+    int filled = int(multiples(reach, unit, rough_inverse(unit), LEVEL_BASE + NUM_LEVELS - 1));
+    return min(max(filled + 1 - LEVEL_BASE, 0), NUM_LEVELS - TRIED_LEVELS);
+  }
+
+  // Weight of a level times the width of a cell.
+  static METAL_FUNC float weight(int level, float step) {
+    return float(LEVEL_BASE + level) * LEVEL_UNIT * step;
+  }
+
+  // Writes codes and levels to threadgroup memory. y changes.
+  static METAL_FUNC void quantize(
+      thread Vector<D>& y, const device float* codebook, threadgroup uchar* codes,
+      threadgroup uchar* levels, thread half& scale, int lane) {
+    const bool holds = Vector<D>::holds(lane);
+    const float step = codebook[0];
+    float reach[M], largest = 0.0f;
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      reach[block] = 0.0f;
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        y.x[block][i] = min(max(y.x[block][i], -16777216.0f), 16777216.0f);
+        reach[block] = max(reach[block], abs(y.x[block][i]));
+      }
+      UNROLL
+      for (int distance = 1; distance < CHUNK / W; distance *= 2) {
+        reach[block] = max(reach[block], simd_shuffle_xor(reach[block], ushort(distance)));
+      }
+      largest = max(largest, reach[block]);
+    }
+    largest = simd_max(largest);
+
+    float best_ratio = -1.0f, best_along = 0.0f, best_energy = 1.0f, best_scale = 0.0f;
+    int best_levels[M];
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      best_levels[block] = 0;
+    }
+    UNROLL
+    for (int candidate = 0; candidate < NUM_SCALES; candidate++) {
+      float trial = rounded_product(largest, codebook[CODEBOOK_FACTORS + candidate]);
+      // Each group takes the level with the least error.
+      Vector<D> terms, squares, tried_terms, tried_squares;
+      int lowest[M], taken[M];
+      float best_gain[M];
+      UNROLL
+      for (int block = 0; block < M; block++) {
+        lowest[block] = taken[block] = lowest_level(reach[block], trial);
+        best_gain[block] = -INFINITY;
+      }
+      UNROLL
+      for (int which = 0; which < TRIED_LEVELS; which++) {
+        UNROLL
+        for (int block = 0; block < M; block++) {
+          float cell = weight(lowest[block] + which, step);
+          float width = rounded_product(trial, cell), inverse = rough_inverse(width);
+          UNROLL
+          for (int i = 0; i < W; i++) {
+            float magnitude = abs(y.x[block][i]);
+            float c = (multiples(magnitude, width, inverse, HALF - 1) + 0.5f) * cell;
+            c = holds ? c : 0.0f;
+            tried_terms.x[block][i] = rounded_product(magnitude, c);
+            tried_squares.x[block][i] = rounded_product(c, c);
+          }
+        }
+        float along[M], energy[M];
+        group_sums(tried_terms, along);
+        group_sums(tried_squares, energy);
+        UNROLL
+        for (int block = 0; block < M; block++) {
+          float gain = 2.0f * along[block] - rounded_product(trial, energy[block]);
+          bool better = which == 0 || gain > best_gain[block];
+          best_gain[block] = better ? gain : best_gain[block];
+          taken[block] = better ? lowest[block] + which : taken[block];
+          UNROLL
+          for (int i = 0; i < W; i++) {
+            terms.x[block][i] = better ? tried_terms.x[block][i] : terms.x[block][i];
+            squares.x[block][i] = better ? tried_squares.x[block][i] : squares.x[block][i];
+          }
+        }
+      }
+      float along = terms.tree_sum(), energy = squares.tree_sum();
+      float ratio = rounded_product(along, along) / energy;
+      if (ratio > best_ratio) {
+        best_ratio = ratio;
+        best_along = along;
+        best_energy = energy;
+        best_scale = trial;
+        UNROLL
+        for (int block = 0; block < M; block++) {
+          best_levels[block] = taken[block];
+        }
+      }
+    }
+    scale = half(min(best_along / best_energy, 65504.0f));
+
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      float width = rounded_product(best_scale, weight(best_levels[block], step));
+      float inverse = rough_inverse(width);
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        int count = int(multiples(abs(y.x[block][i]), width, inverse, HALF - 1));
+        int index = Vector<D>::index(lane, block, i);
+        if (holds) {
+          codes[index] = uchar(y.x[block][i] >= 0.0f ? HALF + count : HALF - 1 - count);
+          if (index % CHUNK == 0) {
+            levels[index / CHUNK] = uchar(best_levels[block]);
+          }
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+};
+
 // ----------------------------------------------------------------------------------------- store
 
 // By its bits, which no optimisation of the compiler for finite numbers touches.
 METAL_FUNC bool is_finite(float x) { return (as_type<uint>(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Stores one new key or value; values that are no numbers become 0. Writes through `pages`, an input of the kernel: readers must bind
-// the kernel's output to be ordered after it.
+// Stores one new key or value; values that are no numbers become 0. Writes through `pages`, an
+// input of the kernel: readers must bind the kernel's output to be ordered after it.
 template <
-    typename Slots, bool KEY, int D, int BITS, int TERMS, bool HAS_BIAS, typename T>
+    typename Slots, bool KEY, int D, int BITS, int TERMS, bool HAS_LEVELS, bool HAS_BIAS,
+    typename T>
 METAL_FUNC void store_vector(
     const device T* vector, const device float* centre, const device float* factors,
     const device float* codebook, const device uchar* page, uint slot, threadgroup uchar* codes,
@@ -607,7 +789,21 @@ METAL_FUNC void store_vector(
   }
   y.rotate(lane);
   half scale = half(0.0f), bias = half(0.0f);
-  Quantizer<D, BITS, TERMS, HAS_BIAS, !KEY>::quantize(y, codebook, codes, scale, bias, lane);
+  threadgroup uchar* levels = codes + D;
+  if (HAS_LEVELS) {
+    GroupedQuantizer<D, BITS>::quantize(y, codebook, codes, levels, scale, lane);
+    for (int quad = lane; quad < (D / CHUNK + 3) / 4; quad += SIMD_SIZE) {
+      uint halfword = 0;
+      UNROLL
+      for (int i = 0; i < 4; i++) {
+        int chunk = quad * 4 + i;
+        halfword |= chunk < D / CHUNK ? uint(levels[chunk]) << (i * 4) : 0u;
+      }
+      *(device ushort*)Slots::key_levels(page, slot, quad * 4) = ushort(halfword);
+    }
+  } else {
+    Quantizer<D, BITS, TERMS, HAS_BIAS, !KEY>::quantize(y, codebook, codes, scale, bias, lane);
+  }
   const device uchar* target =
       KEY ? Slots::key_codes(page, slot, 0) : Slots::value_codes(page, slot, 0);
   Quantizer<D, BITS, TERMS, HAS_BIAS, !KEY>::pack(codes, (device ushort*)target, lane);
@@ -644,13 +840,15 @@ METAL_FUNC void store_vectors(
   }
   const device uchar* page = Slots::head_page(pages, mapped / Slots::block_size, head);
   uint slot = mapped % Slots::block_size;
-  threadgroup uchar* own_codes = codes + simdgroup * Slots::longer;
+  threadgroup uchar* own_codes = codes + simdgroup * (Slots::longer + Slots::longer / CHUNK);
   if (vector % 2 == 0) {
-    store_vector<Slots, true, DK, Slots::key_bits, Slots::key_terms, Slots::key_has_bias>(
+    store_vector<
+        Slots, true, DK, Slots::key_bits, Slots::key_terms, Slots::key_has_levels,
+        Slots::key_has_bias>(
         keys + ulong(row) * DK, centre + head * DK, key_factors + head * DK, key_codebook, page,
         slot, own_codes, lane);
   } else {
-    store_vector<Slots, false, DV, Slots::value_bits, Slots::value_terms, false>(
+    store_vector<Slots, false, DV, Slots::value_bits, Slots::value_terms, false, false>(
         values + ulong(row) * DV, centre, value_factors, value_codebook, page, slot, own_codes,
         lane);
   }
@@ -658,14 +856,20 @@ METAL_FUNC void store_vectors(
 
 // ------------------------------------------------------------------------------------ dequantize
 
-// Two neighbouring stored vectors as the model had them, [n, D].
-template <int D, int BITS, int TERMS, typename T>
+// Two neighbouring stored vectors as the model had them, [n, D]. `levels`: of this lane's chunk.
+template <int D, int BITS, int TERMS, bool HAS_LEVELS, typename T>
 METAL_FUNC void dequantize_pair(
-    const device uchar* a, const device uchar* b, uint scales, uint biases,
+    const device uchar* a, const device uchar* b, uint levels, uint scales, uint biases,
     const device float* codebook, const device float* factors, const device float* centre,
     bool has_centre, bool has_second, device T* output, threadgroup float* scratch, int lane) {
   const Codebook<BITS, TERMS> points(codebook);
   half2 scale = as_type<half2>(scales), bias = as_type<half2>(biases);
+  float unit_a = points.unit * float(scale.x), unit_b = points.unit * float(scale.y);
+  if (HAS_LEVELS) {
+    half2 weights = level_weights(levels, lane);
+    unit_a *= float(weights.x);
+    unit_b *= float(weights.y);
+  }
   if (lane < D / CHUNK) {
     Chunk<BITS> chunk;
     uint pairs[BITS];
@@ -674,10 +878,8 @@ METAL_FUNC void dequantize_pair(
     UNROLL
     for (int i = 0; i < CHUNK; i++) {
       half2 point = points.at(grid_point<BITS>(pairs, i));
-      scratch[lane * CHUNK + i] =
-          float(point.x) * (points.unit * float(scale.x)) + float(bias.x);
-      scratch[D + lane * CHUNK + i] =
-          float(point.y) * (points.unit * float(scale.y)) + float(bias.y);
+      scratch[lane * CHUNK + i] = float(point.x) * unit_a + float(bias.x);
+      scratch[D + lane * CHUNK + i] = float(point.y) * unit_b + float(bias.y);
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -729,15 +931,17 @@ METAL_FUNC void dequantize_tokens(
   uint slot = token % Slots::block_size;
   threadgroup float* own_scratch = scratch + simdgroup * 2 * Slots::longer;
   if (vector % 2 == 0) {
-    dequantize_pair<DK, Slots::key_bits, Slots::key_terms>(
+    uint chunk = min(lane, DK / CHUNK - 1);
+    dequantize_pair<DK, Slots::key_bits, Slots::key_terms, Slots::key_has_levels>(
         Slots::key_codes(page, slot, 0), Slots::key_codes(page, slot + 1, 0),
+        Slots::key_has_levels ? load_pair(Slots::key_levels(page, slot, chunk)) : 0u,
         load_pair(Slots::key_scale(page, slot)),
         Slots::key_has_bias ? load_pair(Slots::key_bias(page, slot)) : 0u, key_codebook,
         query_factors + head * DK, centre + head * DK, true, offset + 1 < n,
         keys + (ulong(row) * n + offset) * DK, own_scratch, lane);
   } else {
-    dequantize_pair<DV, Slots::value_bits, Slots::value_terms>(
-        Slots::value_codes(page, slot, 0), Slots::value_codes(page, slot + 1, 0),
+    dequantize_pair<DV, Slots::value_bits, Slots::value_terms, false>(
+        Slots::value_codes(page, slot, 0), Slots::value_codes(page, slot + 1, 0), 0u,
         load_pair(Slots::value_scale(page, slot)), 0u, value_codebook, value_factors, centre,
         false, offset + 1 < n, values + (ulong(row) * n + offset) * DV, own_scratch, lane);
   }
@@ -966,6 +1170,10 @@ struct Decode {
       uint slot = safe % Slots::block_size;
       Chunk<Slots::value_bits> value_codes[PAIRS];
       load_run<Slots::next_value>(value_codes, Slots::value_codes(page, slot, value_chunk));
+      uint key_levels[PAIRS];
+      if (Slots::key_has_levels) {
+        load_words(Slots::key_levels(page, slot, key_chunk), key_levels);
+      }
       uint key_scales[OWN_PAIRS], key_biases[OWN_PAIRS], value_scales[OWN_PAIRS];
       UNROLL
       for (int p = 0; p < OWN_PAIRS; p++) {
@@ -1011,6 +1219,17 @@ struct Decode {
             dots[r][p] = fma(as_type<half2>(words.y), keys[p][1], dots[r][p]);
             dots[r][p] = fma(as_type<half2>(words.z), keys[p][2], dots[r][p]);
             dots[r][p] = fma(as_type<half2>(words.w), keys[p][3], dots[r][p]);
+          }
+        }
+      }
+
+      if (Slots::key_has_levels) {
+        UNROLL
+        for (int p = 0; p < PAIRS; p++) {
+          half2 weights = level_weights(key_levels[p], key_chunk);
+          UNROLL
+          for (int r = 0; r < R; r++) {
+            dots[r][p] = dots[r][p] * weights;
           }
         }
       }

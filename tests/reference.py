@@ -128,6 +128,47 @@ def quantize(
     return codes.astype(np.uint8), np.minimum(scale, FLOAT16_MAX).astype(np.float16), bias
 
 
+def quantize_with_levels(
+    y: np.ndarray,  # [D] float32, rotated
+    bits: int,
+    factors: np.ndarray,  # float32: candidate scales of a vector whose largest magnitude is 1
+) -> tuple[np.ndarray, np.ndarray, np.float16]:
+    """Codes [D], levels [D / 16] and scale of one key: grids of 2^bits cells over (-4, 4) times
+    (12 + level) / 32 times the scale."""
+    y = np.clip(y.astype(np.float32), np.float32(-(2.0**24)), np.float32(2.0**24))
+    half, cell = 1 << (bits - 1), np.float32(8 / (1 << bits))
+    groups = np.abs(y).reshape(-1, 16)
+    chosen, best = None, np.float32(-1)
+    for factor in factors:
+        scale = np.abs(y).max() * factor
+        levels, steps = [], []
+        for group in groups:
+            reaching = group.max() < np.arange(12, 28) * (scale * np.float32(0.125))
+            lowest = min(int(np.argmax(reaching)) if reaching.any() else 15, 13)
+            tried, gains = [], []
+            for level in range(lowest, lowest + 3):
+                weight = np.float32((12 + level) / 32) * cell
+                bounds = np.arange(1, half, dtype=np.float32) * (scale * weight)
+                tried.append((group[:, None] >= bounds).sum(axis=1))
+                centroids = (tried[-1] + np.float32(0.5)) * weight
+                centroids = centroids.astype(np.float32)
+                along, energy = tree_sum(group * centroids), tree_sum(centroids * centroids)
+                gains.append(2 * along - scale * energy)
+            which = int(np.argmax(gains))
+            levels.append(lowest + which)
+            steps.append(tried[which])
+        weights = np.float32(12 + np.array(levels)[:, None]) / np.float32(32) * cell
+        centroids = ((np.array(steps) + np.float32(0.5)) * weights).astype(np.float32).reshape(-1)
+        along = tree_sum(np.abs(y) * centroids)
+        energy = tree_sum(centroids * centroids)
+        if along * along / energy > best:
+            best = along * along / energy
+            chosen = np.concatenate(steps), np.array(levels), along / energy
+    steps, levels, scale = chosen
+    codes = np.where(y >= 0, half + steps, half - 1 - steps)
+    return codes.astype(np.uint8), levels, np.minimum(scale, FLOAT16_MAX).astype(np.float16)
+
+
 def _codes(y: np.ndarray, scale: np.float32, positive: np.ndarray, half: int) -> np.ndarray:
     """A code counts the positive midpoints that its coordinate's magnitude reaches."""
     steps = (np.abs(y)[:, None] >= positive * scale).sum(axis=1)

@@ -48,7 +48,7 @@ def test_a_wrong_bias_is_counted():
     mx.eval(trial.store())
     assert trial.wrong_bytes() == 0
     pages = np.array(trial.pages)
-    pages[trial.blocks[0], layout.key_biases_offset // 2 + trial.places[0]] ^= 1
+    pages[trial.table[0, 0], layout.key_biases_offset // 2] ^= 1  # the first token's
     trial.pages = mx.array(pages)
     assert trial.wrong_bytes() == 1
 
@@ -56,10 +56,9 @@ def test_a_wrong_bias_is_counted():
 def test_right_bytes_are_found_right_and_one_wrong_one_is_counted(trial):
     mx.eval(trial.store())
     assert trial.wrong_bytes() == 0
-    block = int(trial.blocks[-1])
-    token = int(trial.places[-1])
+    token = (trial.length - 1) % trial.launcher.layout.block_size
     flipped = np.array(trial.pages)
-    flipped[block, token * 64 // 2] ^= 1
+    flipped[trial.table[-1, -1], token * 64 // 2] ^= 1
     kept, trial.pages = trial.pages, mx.array(flipped)
     assert trial.wrong_bytes() == 1
     trial.pages = kept

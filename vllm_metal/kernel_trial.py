@@ -3,9 +3,9 @@
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack
-from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
 
 GROUP = 4
 """Query heads of a KV head."""
@@ -35,9 +35,6 @@ class Trial:
         )
         blocks = -(-length // layout.block_size)
         self.table = 1 + rng.permutation(2 * blocks).reshape(2, blocks)
-        positions = np.arange(length)
-        self.blocks = self.table[:, positions // layout.block_size].reshape(-1)
-        self.places = np.tile(positions % layout.block_size, 2)
         self.pages = mx.zeros(layout.pages_shape(2 * blocks + 1), mx.uint16)
         shape = 2, 1, heads * GROUP, size
         self.queries = mx.array(rng.standard_normal(shape)).astype(dtype)
@@ -45,9 +42,8 @@ class Trial:
         mx.eval(self.pages, self.keys, self.values, self.queries)
 
     def store(self) -> mx.array:
-        slots = self.blocks * self.launcher.layout.block_size + self.places
-        slots = mx.array(slots.astype(np.int32))
-        return self.launcher.store(self.pages, self.keys, self.values, slots, self.constants)
+        arguments = self.keys, self.values, self._slots(), self.constants
+        return self.launcher.store(self.pages, *arguments)
 
     def decode(self, token: mx.array, **settings) -> mx.array:  # [2, 1, Hq, D]
         """`settings` are `sinks` and `window` of the launcher."""
@@ -70,31 +66,21 @@ class Trial:
         return self.launcher.dequantize(self.pages, table, *arguments)
 
     def wrong_bytes(self) -> int:
-        """Stored codes, scales and biases that are not the codec's."""
-        layout = self.launcher.layout
+        """Stored bytes of codes, levels, scales and biases that are not the codec's."""
+        slots = Slots(self.launcher.layout)
         with mx.stream(mx.cpu):
-            keys, values = (
-                self.key_codec.quantize(self.keys),
-                self.value_codec.quantize(self.values),
-            )
-            parts = {
-                layout.key_codes_offset: pack(keys.codes, layout.key_format.bits),
-                layout.value_codes_offset: pack(values.codes, layout.value_format.bits),
-                layout.key_scales_offset: keys.scales[..., None],
-                layout.value_scales_offset: values.scales[..., None],
-            }
-            if keys.biases is not None:
-                parts[layout.key_biases_offset] = keys.biases[..., None]
-            expected = {offset: np.array(part).view(np.uint8) for offset, part in parts.items()}
-        stored = np.array(self.pages).view(np.uint8)
-        stored = stored.reshape(len(stored), layout.num_kv_heads, layout.head_page_bytes)
-        wrong = 0
-        for offset, part in expected.items():
-            size = part.shape[-1]
-            columns = offset + self.places[:, None, None] * size + np.arange(size)
-            heads = np.arange(layout.num_kv_heads)[None, :, None]
-            wrong += int((stored[self.blocks[:, None, None], heads, columns] != part).sum())
-        return wrong
+            tokens = TokenCodec(self.key_codec, self.value_codec).quantize(self.keys, self.values)
+            expected = np.array(slots.pack(tokens))
+            blocks, columns = (np.array(index) for index in slots.indices(self._slots()))
+        stored = np.array(self.pages)[blocks, columns]
+        return int((stored.view(np.uint8) != expected.view(np.uint8)).sum())
+
+    def _slots(self) -> mx.array:
+        """Where the tokens of both requests go, int32 [2 * length]."""
+        size = self.launcher.layout.block_size
+        positions = np.arange(self.length)
+        slots = self.table[:, positions // size] * size + positions % size
+        return mx.array(slots.reshape(-1).astype(np.int32))
 
     def plain(self) -> list[mx.array]:  # [2, H, length, D] each, float32
         """What the codec makes of the keys and values."""

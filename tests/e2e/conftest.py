@@ -13,3 +13,11 @@ def reading_model(tmp_path_factory) -> Path:
     folder = save_checkpoint(tmp_path_factory.mktemp("models") / "characters")
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def long_heads_model(tmp_path_factory) -> Path:
+    """The same with heads of 128, whose compressed keys have levels."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "long_heads", head_dim=128)
+    save_tokenizer(folder)
+    return folder

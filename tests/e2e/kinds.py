@@ -23,7 +23,8 @@ class Kind:
     """Arguments for `save_checkpoint`."""
 
     def __str__(self) -> str:
-        return self.name + "-4bit" * ("quantization" in self.changes)
+        heads = f"-heads of {self.changes['head_dim']}" if "head_dim" in self.changes else ""
+        return self.name + "-4bit" * ("quantization" in self.changes) + heads
 
     def save(self, folder: Path) -> Path:
         """Writes the checkpoint, with a tokenizer; returns its folder."""
@@ -41,6 +42,8 @@ KINDS = [
     # plain, and from a quantised checkpoint
     Kind("llama", "LlamaForCausalLM"),
     Kind("llama", "LlamaForCausalLM", changes=FOUR_BITS),
+    # heads so long that compressed keys have levels
+    Kind("qwen3", "Qwen3ForCausalLM", changes={"head_dim": 128}),
     # mixture of experts
     Kind("mixtral", "MixtralForCausalLM"),
     # sliding windows, and with sinks

@@ -53,19 +53,25 @@ def use_host_kernels(monkeypatch) -> Callable[[], list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("k_quant", "v_quant", "tolerance"), [("q8_0", "q8_0", 0.02), ("q8_0", "q3_0", 0.05)]
+    ("model", "k_quant", "v_quant", "tolerance"),
+    [
+        ("reading_model", "q8_0", "q8_0", 0.02),
+        ("reading_model", "q8_0", "q3_0", 0.05),
+        ("long_heads_model", "q8_0", "q8_0", 0.02),
+    ],
 )
 def test_the_kernels_answer_as_the_reference_path(
-    reading_model, use_host_kernels, k_quant, v_quant, tolerance
+    request, use_host_kernels, model, k_quant, v_quant, tolerance
 ):
     """Log-probabilities agree, and tokens part at near ties only; with 8 bits, nowhere.
 
     The kernels round keys and queries to half. That moves a coordinate of a new token over the
     edge of its cell now and then, by 1/128 of the largest coordinate with 8 bits, by 1/4 with 3.
     """
-    expected = generate(reading_model, k_quant, v_quant)
+    folder = request.getfixturevalue(model)
+    expected = generate(folder, k_quant, v_quant)
     built = use_host_kernels()
-    answers = generate(reading_model, k_quant, v_quant)
+    answers = generate(folder, k_quant, v_quant)
     assert {"turboquant_store", "turboquant_decode", "turboquant_merge"} <= set(built)
     for answer, reference in zip(answers, expected, strict=True):
         for (token, logprob, _), (other, other_logprob, lead) in zip(

@@ -13,7 +13,7 @@ import numpy as np
 from tests import reference
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget, MetalTarget
-from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack, pack_levels
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
@@ -179,8 +179,8 @@ class Stored:
         error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
         assert error < TOLERANCE + rounding
 
-    def planes(self, quantized: Quantized, offsets: tuple[int, int, int], bits: int) -> None:
-        """Asserts that codes, scales and biases lie where the layout says."""
+    def planes(self, quantized: Quantized, offsets: tuple[int, int, int, int], bits: int) -> None:
+        """Asserts that codes, scales, biases and levels lie where the layout says."""
         page_bytes = np.array(self.pages).view(np.uint8)
         page_bytes = page_bytes[
             :, : self.layout.num_kv_heads * self.layout.head_page_bytes
@@ -189,6 +189,13 @@ class Stored:
         parts = [(offsets[0], codes), (offsets[1], _bytes(quantized.scales))]
         if quantized.biases is not None:
             parts.append((offsets[2], _bytes(quantized.biases)))
+        if quantized.levels is not None:
+            halfwords = np.array(pack_levels(quantized.levels))
+            for i in range(halfwords.shape[-1]):
+                offset = offsets[3] + i * 2 * self.case.block_size
+                parts.append(
+                    (offset, np.ascontiguousarray(halfwords[..., i : i + 1]).view(np.uint8))
+                )
         slots = np.concatenate(self.slots)
         blocks, places = slots // self.case.block_size, slots % self.case.block_size
         for offset, part in parts:
@@ -201,7 +208,8 @@ class Stored:
     def check_bytes(self) -> None:
         layout = self.layout
         keys = layout.key_codes_offset, layout.key_scales_offset, layout.key_biases_offset
-        values = layout.value_codes_offset, layout.value_scales_offset, 0
+        keys += (layout.key_levels_offset,)
+        values = layout.value_codes_offset, layout.value_scales_offset, 0, 0
         self.planes(self.key_codec.quantize(self.keys), keys, layout.key_format.bits)
         self.planes(self.value_codec.quantize(self.values), values, layout.value_format.bits)
 

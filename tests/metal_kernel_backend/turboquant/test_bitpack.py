@@ -9,8 +9,10 @@ from vllm_metal.metal_kernel_backend.turboquant.bitpack import (
     lane_elements,
     lanes,
     pack,
+    pack_levels,
     packing,
     unpack,
+    unpack_levels,
 )
 
 GOLDEN = {
@@ -99,3 +101,11 @@ def test_sizes_that_do_not_fit_are_refused():
         pack(mx.zeros((24,), mx.uint8), 4)
     with pytest.raises(ValueError, match="7 halfwords in a vector; a multiple of 3 is needed"):
         unpack(mx.zeros((7,), mx.uint16), 3)
+
+
+def test_levels_lie_four_to_a_halfword():
+    levels = mx.array([[1, 2, 3, 4, 15, 0, 9, 5, 7, 6]])
+    halfwords = pack_levels(levels)
+    assert halfwords.dtype == mx.uint16
+    assert halfwords.tolist() == [[0x4321, 0x590F, 0x0067]]
+    assert unpack_levels(halfwords, 10).tolist() == levels.tolist()

@@ -11,14 +11,17 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALU
 
 NAMES = list(KEY_FORMATS)
 
-COSINES = {"q8_0": 0.99997, "q6_0": 0.99974, "q5_0": 0.99900, "q4_0": 0.9959, "q3_0": 0.9830}
+COSINES = {"q8_0": 0.99999, "q6_0": 0.99983, "q5_0": 0.9993, "q4_0": 0.9971, "q3_0": 0.9830}
 
 
 @pytest.mark.parametrize("name", COSINES)
 def test_cosine_of_random_bfloat16_vectors(name):
-    """Head size 128, one scale for a vector: b + 1/8 bits per coordinate."""
+    """Head size 128, where a key takes b + 3/8 bits a coordinate (q3_0: b + 1/8)."""
     x = mx.random.normal((2000, 1, 128), key=mx.random.key(0)).astype(mx.bfloat16)
     codec = KeyCodec(KEY_FORMATS[name], np.zeros((1, 128)), np.ones((1, 128)))
+    assert (
+        codec.format.bits_per_element(128) == codec.format.bits + (1 if name == "q3_0" else 3) / 8
+    )
     y = np.array(codec.dequantize(codec.quantize(x)))[:, 0].astype(np.float64)
     x = np.array(x.astype(mx.float32))[:, 0].astype(np.float64)
     cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
@@ -110,8 +113,10 @@ def test_centring_and_multiplying_help_keys_that_need_them():
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize("sizes", [(64, 64), (192, 128)])
-@pytest.mark.parametrize(("k_quant", "v_quant"), [("q8_0", "q3_0"), ("uint4", "q8_0")])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize(
+    ("k_quant", "v_quant"), [("q8_0", "q3_0"), ("q3_0", "q4_0"), ("uint4", "q8_0")]
+)
 def test_tokens_are_keys_and_values_side_by_side(monkeypatch, k_quant, v_quant, sizes, at_once):
     """Whether both are quantised in one pass, which needs one size, or one after the other."""
     monkeypatch.setattr(module, "SMALL", 10**6 if at_once else 0)
@@ -129,4 +134,7 @@ def test_tokens_are_keys_and_values_side_by_side(monkeypatch, k_quant, v_quant, 
             assert tokens.scales[head, token].tolist() == [scale.item() for scale in stored]
             if stored_keys.biases is not None:
                 assert tokens.biases[head, token].item() == stored_keys.biases[token, head].item()
+            if stored_keys.levels is not None:
+                assert (tokens.levels[head, token] == stored_keys.levels[token, head]).all()
     assert (tokens.biases is None) == (stored_keys.biases is None)
+    assert (tokens.levels is None) == (stored_keys.levels is None)

@@ -5,6 +5,9 @@ import pytest
 
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
+    LEVEL_BASE,
+    LEVEL_UNIT,
+    NUM_LEVELS,
     VALUE_FORMATS,
     key_format,
     parse_pair,
@@ -78,6 +81,23 @@ def test_codebook_is_increasing_antisymmetric_and_a_polynomial(format):
         np.testing.assert_allclose(centroids, value, rtol=1e-6)
 
 
+def test_long_keys_of_four_and_more_bits_have_levels():
+    """A uniform grid over (-4, 4), and half a halfword for each 32 coordinates, rounded up."""
+    for format in FORMATS:
+        expected = format.name in ("q4_0", "q5_0", "q6_0", "q8_0")
+        assert format.has_levels(128) == expected and not format.has_levels(112)
+        if expected:
+            assert format.coefficients(128).tolist() == [8 / format.num_codes]
+            assert format.num_terms(128) == 1 and format.levels_bytes(64) == 0
+            assert [format.levels_bytes(size) for size in (128, 160, 192, 256)] == [4, 6, 6, 8]
+    assert not any(format.has_levels(512) for format in VALUE_FORMATS.values())
+
+
+def test_weights_of_levels_are_exact_in_half_precision():
+    weights = (LEVEL_BASE + np.arange(NUM_LEVELS)) * LEVEL_UNIT
+    assert (weights.astype(np.float16) == weights).all() and weights.max() < 1
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_midpoints_lie_between_centroids(format):
     centroids, midpoints = format.centroids(64), format.midpoints(64)
@@ -112,12 +132,14 @@ def test_sizes(head_size):
         ("q3_0", 3),
         ("q2_0", 2),
     ]:
-        assert key_format(name).vector_bytes(head_size) == head_size * bits // 8 + 2
+        levels = -(-head_size // 64) * 2 if head_size >= 128 and bits >= 4 else 0
+        assert key_format(name).vector_bytes(head_size) == head_size * bits // 8 + 2 + levels
         assert value_format(name).vector_bytes(head_size) == head_size * bits // 8 + 2
     for bits in (2, 4, 8):
         assert key_format(f"int{bits}").vector_bytes(head_size) == head_size * bits // 8 + 2
         assert key_format(f"uint{bits}").vector_bytes(head_size) == head_size * bits // 8 + 4
-    assert key_format("q4_0").bits_per_element(head_size) == 4 + 16 / head_size
+    assert value_format("q4_0").bits_per_element(head_size) == 4 + 16 / head_size
+    assert key_format("q4_0").bits_per_element(128) == 4 + 3 / 8
 
 
 def test_unknown_names_are_refused_with_the_allowed_ones():

@@ -1,6 +1,7 @@
 """The kernels against the codec (bytes) and the oracle (attention): on the CPU, or on a GPU."""
 
 import os
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +9,12 @@ import pytest
 
 from tests import inputs
 from tests.metal_kernel_backend.turboquant.stored_requests import Case, Stored
-from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.formats import (
+    KEY_FORMATS,
+    VALUE_FORMATS,
+    value_format,
+)
+from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
 CASES = [
     Case("q8_0", "q3_0", 128, 2, 16, 4),
@@ -23,6 +29,8 @@ CASES = [
     Case("int2", "q2_0", 128, 1, 16, 8, mx.float16, {"max_rows": 4, "run_tokens": 2}),
     Case("uint8", "q5_0", 64, 1, 16, 1),
     Case("uint4", "q6_0", 192, 1, 16, 2),
+    Case("q6_0", "q8_0", 160, 1, 16, 2, mx.bfloat16),
+    Case("q5_0", "q4_0", 512, 1, 8, 2),
     Case("uint2", "q8_0", 128, 1, 8, 1, mx.float32),
     Case("q8_0", "q4_0", 192, 2, 16, 2, head_size_v=128, padding=48),
     Case("uint4", "q3_0", 64, 3, 8, 4, mx.float32, head_size_v=96, padding=16),
@@ -55,8 +63,26 @@ def random_cases(count: int) -> list[Case]:
     ]
 
 
-ALL_CASES = CASES + random_cases(int(os.environ.get("KERNEL_CASES", "0")))
-"""KERNEL_CASES=200 adds as many random instantiations, at about five seconds each."""
+def product_cases(part: str) -> list[Case]:
+    """Part i of n, as "i/n", of the product of formats, head sizes, blocks and groups."""
+    if not part:
+        return []
+    i, n = map(int, part.split("/"))
+    pages = list(product(KEY_FORMATS, VALUE_FORMATS, (64, 80, 96, 128, 256), (8, 16, 32)))
+    dtypes = mx.float16, mx.bfloat16, mx.float32
+    return [
+        Case(k_quant, v_quant, size, 1, block, group, dtypes[j % 3], {"run_tokens": 2 + j % 2 * 2})
+        for k_quant, v_quant, size, block in pages[i::n]
+        for j, group in enumerate((1, 2, 4, 6, 8, 12))
+    ]
+
+
+ALL_CASES = product_cases(os.environ.get("KERNEL_PRODUCT", "")) or [
+    *CASES,
+    *random_cases(int(os.environ.get("KERNEL_CASES", "0"))),
+]
+"""KERNEL_CASES=200 adds as many random instantiations; KERNEL_PRODUCT=0/96 means a part of the
+product alone (`benchmarks/kernel_product.sh`)."""
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
@@ -65,6 +91,9 @@ def test_store_decode_and_dequantize(case):
     stored = Stored(case, inputs.lengths(case.block_size))
     stored.check_bytes()
     stored.check()
+    sinks = mx.array(np.linspace(-1, 2, case.num_kv_heads * case.group).astype(np.float32))
+    softcap = {"softcap": 4.0} if case.group == 2 else {}  # as in Gemma 2
+    stored.check(window=case.block_size + 3, sinks=sinks, **softcap)
     keys, values = stored.dequantize(-1, 2, stored.lengths[-1] - 2)
     last = slice(-stored.lengths[-1] + 2, None)
     for codec, made, given in (
@@ -102,17 +131,55 @@ def test_several_thousand_tokens_in_one_or_many_splits(num_cores):
     Stored(case, [3000, 5, 129]).check()
 
 
+@pytest.mark.parametrize(
+    ("k_quant", "v_quant", "head_size"),
+    [("q5_0", "q3_0", 64), ("q8_0", "q8_0", 64), ("uint4", "q2_0", 80), ("q4_0", "q8_0", 128)],
+)
 @pytest.mark.parametrize("name", list(inputs.vectors(64)))
-def test_ugly_keys_and_values(name):
+def test_ugly_keys_and_values(name, k_quant, v_quant, head_size):
     """Their bytes are the codec's too, and attention stays finite and right."""
-    case = Case("q5_0", "q3_0", 64, 1, 16, 4, mx.float32)
-    vectors = inputs.vectors(64)[name]
+    case = Case(k_quant, v_quant, head_size, 1, 16, 4, mx.float32)
+    vectors = inputs.vectors(head_size)[name]
     stored = Stored(case, [len(vectors) - 5, 5], keys=vectors[:, None, :])
     stored.check_bytes()
     queries = stored.queries()
     got, expected = stored.decode(queries), stored.expected(queries)
     assert np.isfinite(got).all()
-    assert np.abs(got - expected).max() <= 2e-2 * max(np.abs(expected).max(), 1e-12)
+    scores = np.linalg.norm(queries, axis=-1).max() * np.linalg.norm(vectors, axis=-1).max()
+    rounding = scores * head_size**-0.5 * 2**-12  # of scores: queries are halves in the kernel
+    bound = (2e-2 + rounding) * np.abs(expected).max()
+    assert np.abs(got - expected).max() <= max(bound, 1e-14)
+
+
+def on_a_bound() -> np.ndarray:
+    """Whole numbers [N, 64], each row with one that lies on a bound of q8_0 cells, or next to it.
+
+    Exact after rotation and back, if rotated first: sums of whole numbers over 8.
+    """
+    rng = np.random.default_rng(0)
+    largest = np.arange(1000, 4000, dtype=np.float32)
+    rows = []
+    for factor in value_format("q8_0").scale_factors(64):
+        widths = largest * factor * np.float32(1 / 32)
+        bounds = widths[:, None] * np.arange(1, 128, dtype=np.float32)
+        whole = np.rint(bounds)
+        near = (np.abs(bounds - whole) <= np.spacing(bounds)) & (whole < largest[:, None])
+        for i, j in np.argwhere(near)[:100]:
+            row = np.rint(rng.standard_normal(64) * largest[i] / 3)
+            row = np.clip(row, -largest[i], largest[i])
+            row[:2] = largest[i], whole[i, j]
+            rows.append(row)
+    return np.array(rows, np.float32)
+
+
+def test_magnitudes_on_a_bound_and_next_to_it():
+    """The kernel's first guess of a code may be off by one there; the stored one may not."""
+    rotated = on_a_bound()
+    values = np.array(rotate(mx.array(rotated))) * signs(64)
+    assert (np.array(rotate(mx.array(values * signs(64)))) == rotated).all()
+    case = Case("q8_0", "q8_0", 64, 1, 16, 1, mx.float32)
+    keys = np.ascontiguousarray(values[::-1, None, :])  # whose reverse are the values
+    Stored(case, [len(values)], keys=keys).check_bytes()
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])

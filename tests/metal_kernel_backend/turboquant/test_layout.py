@@ -27,6 +27,7 @@ def test_planes_tile_the_head_page(k_quant, v_quant):
         planes = [
             (layout.key_codes_offset, layout.block_size * layout.key_codes_bytes),
             (layout.value_codes_offset, layout.block_size * layout.value_codes_bytes),
+            (layout.key_levels_offset, layout.block_size * layout.key_levels_bytes),
             (layout.key_scales_offset, layout.block_size * 2),
             (layout.key_biases_offset, layout.block_size * 2 * layout.key_format.has_bias),
             (layout.value_scales_offset, layout.block_size * 2),
@@ -43,8 +44,10 @@ def test_page_size_is_the_bytes_of_the_array(k_quant, v_quant):
     for layout in layouts(k_quant, v_quant):
         bits = layout.key_head_size * int(layout.key_format.bits)
         bits += layout.value_head_size * int(layout.value_format.bits)
-        scales = 3 if k_quant.startswith("uint") else 2
-        assert layout.slot_size == bits // 8 + 2 * scales
+        numbers = 3 if k_quant.startswith("uint") else 2
+        if layout.key_head_size >= 128 and k_quant in ("q4_0", "q5_0", "q6_0", "q8_0"):
+            numbers += -(-layout.key_head_size // 64)  # four levels in a halfword
+        assert layout.slot_size == bits // 8 + 2 * numbers
         page = layout.block_size * layout.num_kv_heads * layout.slot_size
         assert layout.page_size_bytes == page
         assert np.zeros(layout.pages_shape(3), np.uint16).nbytes == 3 * page
@@ -65,6 +68,15 @@ def test_slot_columns_by_hand():
     assert columns[:32].tolist() == list(range(32, 64))
     assert columns[32:44].tolist() == list(range(512 + 12, 512 + 24))
     assert columns[44:].tolist() == [512 + 192 + 1, 512 + 192 + 16 + 1]
+
+
+def test_slot_columns_with_levels_by_hand():
+    """The third token of a block of q4_0 / q2_0 at head size 128: two planes of levels."""
+    columns = SlotLayout.of("q4_0", "q2_0", 128, 3, 16).slot_columns()[2]
+    codes = 16 * (32 + 16)
+    assert columns[:32].tolist() == list(range(64, 96))
+    assert columns[32:48].tolist() == list(range(512 + 32, 512 + 48))
+    assert columns[48:].tolist() == [codes + 2, codes + 16 + 2, codes + 32 + 2, codes + 48 + 2]
 
 
 def test_ratios_of_the_published_pairs():
@@ -88,10 +100,18 @@ def test_template_holds_the_layout():
     layout = SlotLayout.of("uint4", "q3_0", 80, 5, 16)
     template = dict(layout.template())
     assert all(type(value) is int for value in template.values())
-    assert template["KEY_HAS_BIAS"] == 1
+    assert (template["KEY_HAS_BIAS"], template["KEY_HAS_LEVELS"]) == (1, 0)
     assert template["KEY_BIASES_OFFSET"] == layout.key_biases_offset
     assert template["VALUE_SCALES_OFFSET"] == layout.value_scales_offset
     assert template["HEAD_PAGE_BYTES"] * 5 == layout.page_size_bytes
+
+
+def test_template_holds_the_levels():
+    layout = SlotLayout.of("q5_0", "q3_0", 128, 5, 16)
+    template = dict(layout.template())
+    assert (template["KEY_HAS_LEVELS"], template["KEY_TERMS"]) == (1, 1)
+    assert template["KEY_LEVELS_OFFSET"] == layout.key_levels_offset
+    assert template["KEY_SCALES_OFFSET"] - template["KEY_LEVELS_OFFSET"] == 16 * 4
 
 
 @pytest.mark.parametrize("head_size", [0, -64, 1, 8, 24, 63, 65, 72, 100, 144, 176, 1024])

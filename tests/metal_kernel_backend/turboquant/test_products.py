@@ -6,21 +6,25 @@ import pytest
 
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
-from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.products import (
     PackedVectors,
     output_matrix,
     query_matrices,
 )
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
 B, H, G, S = 2, 3, 4, 5
+
+
+WITHOUT_LEVELS = KEY_FORMATS | VALUE_FORMATS
 
 
 @pytest.fixture(params=[(name, size) for name in KEY_FORMATS for size in (64, 80, 128)], ids=str)
 def case(request):
     """(format, head size, halfwords [B, H, 1, S, D b / 16], codes [B, H, S, D])."""
     name, size = request.param
-    format = KEY_FORMATS[name]
+    format = WITHOUT_LEVELS[name]
     rng = np.random.default_rng(size)
     codes = mx.array(rng.integers(0, format.num_codes, (B, H, S, size)).astype(np.uint8))
     return format, size, pack(codes, format.bits)[:, :, None], codes
@@ -41,6 +45,25 @@ def test_products_with_queries(case):
     packed = PackedVectors(format, size)
     rows = queries[..., None, :] @ query_matrices(multiplier, packed)
     close(packed.products(rows, halfwords)[..., 0, :], expected)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q6_0", "q5_0", "q4_0"])
+@pytest.mark.parametrize("size", [128, 160])
+def test_products_with_queries_under_levels(name, size):
+    """Products are those with what the codec reads: centroids times weights of their levels."""
+    format = KEY_FORMATS[name]
+    rng = np.random.default_rng(size)
+    codes = mx.array(rng.integers(0, format.num_codes, (B, H, S, size)).astype(np.uint8))
+    levels = mx.array(rng.integers(0, 16, (B, H, S, size // 16)).astype(np.uint16))
+    queries = mx.random.normal((B, H, G, size), key=mx.random.key(1))
+    codec = KeyCodec(format, np.zeros((H, size), np.float32), np.ones((H, size), np.float32))
+    keys = codec.quantizer.dequantize(Quantized(codes, mx.ones((B, H, S)), levels=levels))
+    rotated = codec.rotate_queries(queries.reshape(B, H * G, size)).reshape(queries.shape)
+    packed = PackedVectors(format, size)
+    rows = queries[..., None, :] @ query_matrices(np.ones((H, size)), packed)
+    halfwords = pack(codes, format.bits)[:, :, None]
+    got = packed.products(rows, halfwords, levels[:, :, None])[..., 0, :]
+    close(got, rotated @ keys.swapaxes(-1, -2))
 
 
 def test_weighted_sum_to_outputs(case):

@@ -6,10 +6,11 @@ import pytest
 
 from tests import inputs, reference
 from vllm_metal.metal_kernel_backend.turboquant.codec import ValueCodec
-from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized, Quantizer
 
-FORMATS = list(KEY_FORMATS.values())
+WITHOUT_LEVELS = KEY_FORMATS | VALUE_FORMATS
+FORMATS = list(WITHOUT_LEVELS.values())
 UNBIASED = [False, True]
 NAMES = [format.name for format in FORMATS]
 
@@ -25,7 +26,7 @@ SATURATED = 0.5
 
 def stored(x: np.ndarray, name: str, unbiased: bool) -> tuple[Quantized, np.ndarray]:
     """What is stored of rotated vectors, and what they read back as."""
-    quantizer = Quantizer([(KEY_FORMATS[name], unbiased)], x.shape[-1])
+    quantizer = Quantizer([(WITHOUT_LEVELS[name], unbiased)], x.shape[-1])
     quantized = quantizer.quantize(mx.array(x))
     return quantized, np.array(quantizer.dequantize(quantized))
 
@@ -41,7 +42,7 @@ def relative_error(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("unbiased", UNBIASED)
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_bytes_are_those_of_the_oracle(name, unbiased, head_size):
-    format = KEY_FORMATS[name]
+    format = WITHOUT_LEVELS[name]
     cases = inputs.vectors(head_size, count=2) | inputs.beyond(head_size, count=1)
     del cases["subnormal"]  # devices may flush such numbers to zero; the scale is zero anyway
     x = np.concatenate(list(cases.values()))
@@ -64,7 +65,7 @@ def test_stored_bytes_are_those_of_the_oracle(name, unbiased, head_size):
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_of_magnitudes_on_a_bound_and_next_to_it(name):
     """Bounds of every candidate scale, and the floats beside them: a quotient rounds to either."""
-    format = KEY_FORMATS[name]
+    format = WITHOUT_LEVELS[name]
     quantizer = Quantizer([(format, False)], 64)
     positive = format.midpoints(64)[format.num_codes // 2 :]
     for largest in np.exp(np.random.default_rng(0).uniform(-9, 9, 50)).astype(np.float32):
@@ -93,7 +94,7 @@ def test_kinds_side_by_side_are_stored_as_alone(name, other, head_size):
     """Formats with other numbers of codes, terms and biases share every operation."""
     cases = inputs.vectors(head_size, count=2) | inputs.beyond(head_size, count=2)
     x = mx.array(np.concatenate(list(cases.values())).reshape(-1, 2, head_size))
-    kinds = (KEY_FORMATS[name], False), (KEY_FORMATS[other], True)
+    kinds = (WITHOUT_LEVELS[name], False), (WITHOUT_LEVELS[other], True)
     together = Quantizer(kinds, head_size).quantize(x)
     for i, kind in enumerate(kinds):
         alone = Quantizer([kind], head_size).quantize(x[:, i])
@@ -106,7 +107,7 @@ def test_kinds_side_by_side_are_stored_as_alone(name, other, head_size):
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_read_back_as_the_codebook(name, head_size):
-    format = KEY_FORMATS[name]
+    format = WITHOUT_LEVELS[name]
     codes = np.arange(format.num_codes, dtype=np.uint8)
     quantizer = Quantizer([(format, False)], head_size)
     assert (np.array(quantizer.centroids(mx.array(codes))) == format.centroids(head_size)).all()
@@ -117,10 +118,10 @@ def test_codes_read_back_as_the_codebook(name, head_size):
 def test_ugly_vectors_stay_within_bounds(name, head_size):
     """Signs and rotation first, as for values. The bound is that of the bits, for every case."""
     for case, x in inputs.vectors(head_size).items():
-        codec = ValueCodec(KEY_FORMATS[name], head_size)
-        codec.quantizer = Quantizer([(KEY_FORMATS[name], False)], head_size)
+        codec = ValueCodec(WITHOUT_LEVELS[name], head_size)
+        codec.quantizer = Quantizer([(WITHOUT_LEVELS[name], False)], head_size)
         error = relative_error(x, np.array(codec.dequantize(codec.quantize(mx.array(x)))))
-        limit = SATURATED if case == "largest float16" else WORST[KEY_FORMATS[name].bits]
+        limit = SATURATED if case == "largest float16" else WORST[WITHOUT_LEVELS[name].bits]
         assert (error <= limit).all(), (case, error.max())
 
 
@@ -160,8 +161,8 @@ def test_error_falls_with_bits(family, unbiased):
     for case, x in inputs.vectors(128).items():
         errors = []
         for name in family:
-            codec = ValueCodec(KEY_FORMATS[name], 128)
-            codec.quantizer = Quantizer([(KEY_FORMATS[name], unbiased)], 128)
+            codec = ValueCodec(WITHOUT_LEVELS[name], 128)
+            codec.quantizer = Quantizer([(WITHOUT_LEVELS[name], unbiased)], 128)
             y = np.array(codec.dequantize(codec.quantize(mx.array(x))))
             errors.append(relative_error(x, y).mean())
         if case == "zeros":

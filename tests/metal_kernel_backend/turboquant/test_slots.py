@@ -6,6 +6,7 @@ import pytest
 
 from tests import inputs, reference
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.grouped_quantizer import GroupedQuantizer
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized, Quantizer
 from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
@@ -22,7 +23,9 @@ def tokens(layout: SlotLayout, count: int, seed: int = 0) -> tuple[Quantized, Qu
         (layout.value_format, layout.value_head_size),
     ):
         x = rng.standard_normal((count, layout.num_kv_heads, size)).astype(np.float32)
-        pair.append(Quantizer([(format, False)], size).quantize(mx.array(x)))
+        levels = not pair and format.has_levels(size)
+        quantizer = GroupedQuantizer(format, size) if levels else Quantizer([(format, False)], size)
+        pair.append(quantizer.quantize(mx.array(x)))
     return pair[0], pair[1]
 
 
@@ -34,6 +37,7 @@ def packed(slots: Slots, keys: Quantized, values: Quantized) -> mx.array:
             mx.concatenate([keys.codes, values.codes], axis=-1).swapaxes(0, 1),
             mx.stack([keys.scales, values.scales], axis=-1).swapaxes(0, 1),
             biases,
+            None if keys.levels is None else keys.levels.swapaxes(0, 1),
         )
     )
 
@@ -44,7 +48,7 @@ def slots_of(block_ids: list[int], length: int, block_size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-@pytest.mark.parametrize("sizes", [(64, 64), (80, 80), (192, 128)])
+@pytest.mark.parametrize("sizes", [(64, 64), (80, 80), (128, 128), (160, 64), (192, 128)])
 def test_bytes_of_a_page(k_quant, v_quant, sizes):
     """Every byte of every plane, from the offsets of the layout and the oracle's packing."""
     layout = SlotLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], *sizes, 2, 8)
@@ -73,15 +77,20 @@ def test_bytes_of_a_page(k_quant, v_quant, sizes):
             scales.append((layout.value_scales_offset, values.scales))
             if keys.biases is not None:
                 scales.append((layout.key_biases_offset, keys.biases))
+            if keys.levels is not None:
+                for j, level in enumerate(keys.levels[i, head].tolist()):
+                    offset = layout.key_levels_offset + j // 4 * 2 * layout.block_size
+                    halfword = int.from_bytes(plane(*place, offset, slot % 8, 2), "little")
+                    assert halfword >> (j % 4 * 4) & 15 == level
             for offset, numbers in scales:
                 expected = np.array(numbers[i, head]).astype(np.float16).tobytes()
                 assert plane(*place, offset, slot % 8, 2) == expected
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-@pytest.mark.parametrize("block_size", [8, 16, 32])
-def test_what_is_stored_is_loaded(k_quant, v_quant, block_size):
-    layout = SlotLayout.of(k_quant, v_quant, 64, 3, block_size)
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 8), (64, 16), (64, 32), (160, 16)])
+def test_what_is_stored_is_loaded(k_quant, v_quant, head_size, block_size):
+    layout = SlotLayout.of(k_quant, v_quant, head_size, 3, block_size)
     slots = Slots(layout)
     for length in inputs.lengths(block_size):
         blocks = [7, 2, 9, 4, 1][: -(-length // block_size)]
@@ -90,13 +99,17 @@ def test_what_is_stored_is_loaded(k_quant, v_quant, block_size):
         pages = slots.store(slots.allocate(10), packed(slots, keys, values), indices)
         loaded = slots.load(pages, mx.array([blocks]))
         for stored, found in zip((keys, values), loaded, strict=True):
-            assert found.codes.shape == (1, 3, len(blocks) * block_size, 64)
+            assert found.codes.shape == (1, 3, len(blocks) * block_size, head_size)
             codes = np.array(found.codes)[0, :, :length].swapaxes(0, 1)
             assert (codes == np.array(stored.codes)).all()
             scales = np.array(found.scales)[0, :, :length].swapaxes(0, 1)
             assert (scales == np.array(stored.scales)).all()
             assert (np.array(found.scales)[0, :, length:] == 0).all()
             assert (found.biases is None) == (stored.biases is None)
+            assert (found.levels is None) == (stored.levels is None)
+            if stored.levels is not None:
+                levels = np.array(found.levels)[0, :, :length].swapaxes(0, 1)
+                assert (levels == np.array(stored.levels)).all()
 
 
 def test_tokens_stored_one_by_one_are_as_stored_together():

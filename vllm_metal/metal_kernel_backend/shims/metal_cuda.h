@@ -45,6 +45,13 @@ METAL_FUNC float tanh(float x) { return ::tanhf(x); }
 #define ROUNDED_PRODUCT
 METAL_FUNC float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
+#define ROUGH_INVERSE
+METAL_FUNC float rough_inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // In one instruction; the compiler takes two when both masks are constants.
 #define BITS_OVER
 METAL_FUNC uint bits_over(uint word, uint mask, uint other) {

@@ -162,7 +162,8 @@ class TurboQuantReference(TurboQuantAttention):
         batch, num_heads, size = queries.shape
         rows = queries.astype(mx.float32).reshape(batch, self.shape.num_kv_heads, -1, 1, size)
         rotated = rows @ self._query_matrices  # [B, H, G, 1, L]
-        scores = self._keys.products(rotated, self.slots.key_halfwords(head_pages)) * key_scales
+        keys = self.slots.key_halfwords(head_pages), self.slots.key_levels(head_pages)
+        scores = self._keys.products(rotated, *keys) * key_scales
         if biases:
             total = mx.sum(rotated, axis=-1, keepdims=True) / self._keys.gain
             scores = scores + total * biases[0]
@@ -202,9 +203,9 @@ class TurboQuantReference(TurboQuantAttention):
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         keys, values = self.slots.load(pages[0], metadata.block_table)
-        biases = None if keys.biases is None else keys.biases.swapaxes(1, 2)
-        tokens_first = Quantized(keys.codes.swapaxes(1, 2), keys.scales.swapaxes(1, 2), biases)
-        keys = self.key_codec.dequantize(tokens_first)
+        parts = keys.codes, keys.scales, keys.biases, keys.levels
+        tokens_first = (None if part is None else part.swapaxes(1, 2) for part in parts)
+        keys = self.key_codec.dequantize(Quantized(*tokens_first))
         return keys.swapaxes(1, 2), self.value_codec.dequantize(values)
 
     def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:

@@ -16,6 +16,8 @@ codes; the rest lie in the spare bits of the group, read as one little-endian bi
 So no code crosses from one halfword to the next except in spare bits, and widths 2, 4 and 8 are
 plain little-endian packing.
 
+Levels are packed plainly, four to a halfword, the first in its lowest bits.
+
 Packing is a product with a matrix of powers of two: sums of whole numbers below 2^24, which float32
 holds exactly in any order. Unpacking widens each code of a word to a byte of a longer word, and
 looks at that as bytes: element by element, which compiles to one pass over contiguous memory.
@@ -136,6 +138,21 @@ def unpack(halfwords: mx.array, bits: int) -> mx.array:
         rest = spare[0].reshape(*lead, groups, -1)[..., : GROUP - bits * fields]
         codes = mx.concatenate([codes, rest], axis=-1)
     return codes.reshape(*lead, groups * GROUP)
+
+
+def pack_levels(levels: mx.array) -> mx.array:
+    """4-bit levels [..., N] of any type to halfwords uint16 [..., ceil(N / 4)]; the rest is 0."""
+    spare = -levels.shape[-1] % 4
+    if spare:
+        levels = mx.pad(levels, [(0, 0)] * (levels.ndim - 1) + [(0, spare)])
+    quads = levels.astype(mx.uint16).reshape(*levels.shape[:-1], -1, 4)
+    return mx.sum(quads << mx.array([0, 4, 8, 12], mx.uint16), axis=-1).astype(mx.uint16)
+
+
+def unpack_levels(halfwords: mx.array, count: int) -> mx.array:
+    """Halfwords uint16 [..., ceil(N / 4)] to N = `count` levels uint16, as `pack_levels` had."""
+    quads = (halfwords[..., None] >> mx.array([0, 4, 8, 12], mx.uint16)) & 15
+    return quads.reshape(*halfwords.shape[:-1], -1)[..., :count]
 
 
 def _whole_powers(size: int, bits: int) -> np.ndarray:

@@ -5,13 +5,14 @@
 
 R is the rotation, s its signs; centre and m are calibrated constants of the layer and KV head. The
 centre moves every logit of a query by the same amount, which softmax does not see. k' and v' are
-stored as `quantizer` says.
+stored as `quantizer` says, keys with levels as `grouped_quantizer` does.
 """
 
 import mlx.core as mx
 import numpy as np
 
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
+from vllm_metal.metal_kernel_backend.turboquant.grouped_quantizer import GroupedQuantizer
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import SMALL, Quantized, Quantizer
 from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
@@ -23,7 +24,12 @@ class KeyCodec:
         """`centre` and `multiplier` are float32 [H, D], from `calibration`."""
         head_size = centre.shape[-1]
         self.format = format
-        self.quantizer = Quantizer([(format, False)], head_size)
+        self.has_levels = format.has_levels(head_size)
+        self.quantizer = (
+            GroupedQuantizer(format, head_size)
+            if self.has_levels
+            else Quantizer([(format, False)], head_size)
+        )
         self.centre = mx.array(centre)
         self.key_factors = mx.array(signs(head_size) * multiplier)
         """s m: what a centred key is multiplied by, [H, D]."""
@@ -81,13 +87,14 @@ class ValueCodec:
 
 
 class TokenCodec:
-    """Keys and values of tokens together: in one pass where they have one size and are few."""
+    """Keys and values of tokens together: in one pass where they have one size, without levels,
+    and are few."""
 
     def __init__(self, keys: KeyCodec, values: ValueCodec):
         self._keys, self._values = keys, values
         heads, size = keys.centre.shape
-        self._one_size = size == values.factors.size
-        if self._one_size:
+        self._alike = size == values.factors.size and not keys.has_levels
+        if self._alike:
             self._quantizer = Quantizer([(keys.format, False), (values.format, True)], size)
             centres, factors = np.zeros((2, heads, 1, 2, 1, 1, size), np.float32)
             centres[:, 0, 0, 0, 0] = keys.centre
@@ -97,18 +104,21 @@ class TokenCodec:
     def quantize(self, keys: mx.array, values: mx.array) -> Quantized:
         """Keys [T, H, Dk] and values [T, H, Dv] to what slots hold, a key's part first.
 
-        Codes [H, T, Dk + Dv], scales [H, T, 2], and the keys' biases [H, T, 1] or None.
+        Codes [H, T, Dk + Dv], scales [H, T, 2], and what only keys have: biases [H, T, 1] or None,
+        levels [H, T, Dk / 16] or None.
         """
-        if self._one_size and keys.size + values.size <= SMALL:
+        if self._alike and keys.size + values.size <= SMALL:
             return self._quantize_at_once(keys, values)
         stored_keys = self._keys.quantize(keys)
         stored_values = self._values.quantize(values)
         codes = mx.concatenate([stored_keys.codes, stored_values.codes], axis=-1)
         scales = mx.stack([stored_keys.scales, stored_values.scales], axis=-1)
-        biases = stored_keys.biases
+        biases, levels = stored_keys.biases, stored_keys.levels
         if biases is not None:
             biases = biases[..., None].swapaxes(0, 1)
-        return Quantized(codes.swapaxes(0, 1), scales.swapaxes(0, 1), biases)
+        if levels is not None:
+            levels = levels.swapaxes(0, 1)
+        return Quantized(codes.swapaxes(0, 1), scales.swapaxes(0, 1), biases, levels)
 
     def _quantize_at_once(self, keys: mx.array, values: mx.array) -> Quantized:
         x = mx.concatenate([keys, values], axis=-1).astype(mx.float32)

@@ -12,10 +12,15 @@ quantiser of one coordinate of a rotated vector of norm sqrt(head_size), whose d
 (1 - t^2)^((D - 3) / 2) with t = coordinate / sqrt(D). They are integrals, not samples, and so the
 same everywhere.
 
+One scale for a long vector leaves much to gain. From `GROUPED_HEAD_SIZE` on, keys of 4 and more
+bits have a uniform grid, and beside the scale a 4-bit `level` for each `GROUP_SIZE` coordinates:
+
+    scale * (LEVEL_BASE + level) * LEVEL_UNIT * centroid(code)
+
 No MLX here: the planner and the command line read this file too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -36,6 +41,21 @@ SCALE_FACTORS = {
 coordinate: the five that serve rotated vectors of 64 to 256 coordinates best. 36 candidates would
 give 0.2 % to 1.3 % less error (8 bits: 4 %)."""
 
+GROUPED_HEAD_SIZE = 128
+"""Keys of so many coordinates have levels. At 64 the scale alone is 1/4 bit a coordinate, and
+levels would be as much again."""
+
+GROUP_SIZE = 16
+"""Coordinates that share a level."""
+
+NUM_LEVELS = 16
+LEVEL_BASE = 12
+LEVEL_UNIT = 1 / 32
+
+LEVEL_SCALE_FACTORS = (1.04, 1.06, 1.08, 1.10, 1.12)
+"""Candidate scales with levels, as fractions of the scale at which the grid of the highest level
+ends at the largest coordinate. Above 1, so that the group that holds it has levels to try."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -48,20 +68,28 @@ class Format:
     """Degree of the codebook polynomial: 1 (uniform), 3 or 5."""
     has_bias: bool = False
     """Affine: a float16 bias (the middle of the grid) is stored beside the scale."""
+    grouped: bool = False
+    """From GROUPED_HEAD_SIZE on: degree 1, and levels beside the scale."""
 
     @property
     def num_codes(self) -> int:
         return 1 << self.bits
 
-    @property
-    def num_terms(self) -> int:
-        """Coefficients of the codebook polynomial: c1, c3, c5."""
-        return (self.degree + 1) // 2
+    def has_levels(self, head_size: int) -> bool:
+        """Whether vectors of this size have a level for each GROUP_SIZE coordinates."""
+        return self.grouped and head_size >= GROUPED_HEAD_SIZE
 
-    @property
-    def metadata_bytes(self) -> int:
-        """Bytes of the scale and, where there is one, the bias."""
-        return 4 if self.has_bias else 2
+    def num_terms(self, head_size: int) -> int:
+        """Coefficients of the codebook polynomial: c1, c3, c5."""
+        return 1 if self.has_levels(head_size) else (self.degree + 1) // 2
+
+    def levels_bytes(self, head_size: int) -> int:
+        """Bytes of the levels of one vector: whole halfwords of four."""
+        return -(-head_size // (4 * GROUP_SIZE)) * 2 if self.has_levels(head_size) else 0
+
+    def metadata_bytes(self, head_size: int) -> int:
+        """Bytes of the scale and, where there are any, the levels and the bias."""
+        return 2 + self.levels_bytes(head_size) + (2 if self.has_bias else 0)
 
     def codes_bytes(self, head_size: int) -> int:
         """Bytes of the codes of one vector."""
@@ -69,7 +97,7 @@ class Format:
 
     def vector_bytes(self, head_size: int) -> int:
         """Bytes of one stored vector, metadata included."""
-        return self.codes_bytes(head_size) + self.metadata_bytes
+        return self.codes_bytes(head_size) + self.metadata_bytes(head_size)
 
     def bits_per_element(self, head_size: int) -> float:
         """Stored bits per coordinate, metadata included."""
@@ -77,7 +105,7 @@ class Format:
 
     def coefficients(self, head_size: int) -> np.ndarray:
         """The codebook polynomial (c1, c3, c5), float32 [num_terms]."""
-        if self.degree == 1:
+        if self.num_terms(head_size) == 1:
             return np.array([8.0 / self.num_codes], np.float32)
         return _fit(self.bits, self.degree, head_size).astype(np.float32)
 
@@ -99,6 +127,9 @@ class Format:
 
     def scale_factors(self, head_size: int) -> np.ndarray:
         """Candidate scales of a vector whose largest magnitude is 1, float32 [5]."""
+        if self.has_levels(head_size):
+            highest = (LEVEL_BASE + NUM_LEVELS - 1) * LEVEL_UNIT * 4
+            return (np.array(LEVEL_SCALE_FACTORS) / highest).astype(np.float32)
         factors = np.array(SCALE_FACTORS[self.bits])
         return (factors / self.centroids(head_size)[-1]).astype(np.float32)
 
@@ -151,15 +182,12 @@ def _fit(bits: int, degree: int, head_size: int) -> np.ndarray:
     return fitted / half ** np.arange(1, degree + 1, 2)
 
 
-def _lloyd_max(bits: int) -> Format:
-    return Format(f"q{bits}_0", bits, DEGREE[bits])
-
-
-_LLOYD_MAX = [_lloyd_max(bits) for bits in DEGREE]
+_LLOYD_MAX = [Format(f"q{bits}_0", bits, degree) for bits, degree in DEGREE.items()]
+_GROUPED = [replace(format, grouped=format.bits >= 4) for format in _LLOYD_MAX]
 _UNIFORM = [Format(f"int{bits}", bits, 1) for bits in (2, 4, 8)]
 _AFFINE = [Format(f"uint{bits}", bits, 1, has_bias=True) for bits in (2, 4, 8)]
 
-KEY_FORMATS = {format.name: format for format in (*_LLOYD_MAX, *_UNIFORM, *_AFFINE)}
+KEY_FORMATS = {format.name: format for format in (*_GROUPED, *_UNIFORM, *_AFFINE)}
 VALUE_FORMATS = {format.name: format for format in _LLOYD_MAX}
 
 

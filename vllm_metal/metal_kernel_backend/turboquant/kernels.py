@@ -15,8 +15,8 @@ CODEBOOK_MIDPOINTS = 16
 SLOTS = """
   using Slots = SlotLayout<
       NUM_KV_HEADS, BLOCK_SIZE, KEY_HEAD_SIZE, VALUE_HEAD_SIZE, KEY_BITS, VALUE_BITS, KEY_TERMS,
-      VALUE_TERMS, KEY_HAS_BIAS, PAGE_BYTES, HEAD_PAGE_BYTES, VALUE_CODES_OFFSET, KEY_SCALES_OFFSET,
-      KEY_BIASES_OFFSET, VALUE_SCALES_OFFSET>;
+      VALUE_TERMS, KEY_HAS_LEVELS, KEY_HAS_BIAS, PAGE_BYTES, HEAD_PAGE_BYTES, VALUE_CODES_OFFSET,
+      KEY_LEVELS_OFFSET, KEY_SCALES_OFFSET, KEY_BIASES_OFFSET, VALUE_SCALES_OFFSET>;
 """
 
 POSITION = """threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
@@ -31,7 +31,7 @@ STORE = Kernel(
     ("token",),
     SLOTS
     + f"""
-  threadgroup uchar codes[SIMDGROUPS * Slots::longer];
+  threadgroup uchar codes[SIMDGROUPS * (Slots::longer + Slots::longer / CHUNK)];
   store_vectors<Slots, SIMDGROUPS>(
       pages, keys, values, slot_mapping, centre, key_factors, value_factors, key_codebook,
       value_codebook, params, token, codes, {POSITION});

@@ -4,12 +4,13 @@ Each layer has one array of pages, [num_blocks, page]. A page is num_kv_heads he
 bytes where blocks are padded to a size that other layers share. A head page holds the block_size
 tokens of one KV head in planes, so that a run of tokens is a run of bytes:
 
-    0                      value_codes_offset   key_scales_offset           value_scales_offset
-    ├── key codes ───────────┼── value codes ──────┼── key scales ┬ key biases ┼── value scales ──┤
-       block_size x D_k b_k/8   block_size x D_v b_v/8   x 2          x 2            x 2
+    0               value_codes_offset         key_levels_offset      value_scales_offset
+    ├── key codes ────┼── value codes ─────┼ key levels ┬ key scales ┬ key biases ┼ value scales ┤
+      block_size x D_k b_k/8      x D_v b_v/8     x 2 D_k/64     x 2          x 2            x 2
 
 In a plane tokens follow one another. Codes are packed as in `bitpack`; scales and biases are
-float16. Every plane begins on a multiple of 16 bytes.
+float16. Key levels, where the format has them, are planes of halfwords: the first has levels 0 to 3
+of every token, 4 bits each, and so on. Every plane begins on a multiple of 16 bytes.
 """
 
 from dataclasses import dataclass
@@ -109,8 +110,17 @@ class SlotLayout:
         return self.block_size * self.key_codes_bytes
 
     @property
-    def key_scales_offset(self) -> int:
+    def key_levels_bytes(self) -> int:
+        """Levels of one key; 0 unless the key format has them."""
+        return self.key_format.levels_bytes(self.key_head_size)
+
+    @property
+    def key_levels_offset(self) -> int:
         return self.value_codes_offset + self.block_size * self.value_codes_bytes
+
+    @property
+    def key_scales_offset(self) -> int:
+        return self.key_levels_offset + self.block_size * self.key_levels_bytes
 
     @property
     def key_biases_offset(self) -> int:
@@ -119,7 +129,8 @@ class SlotLayout:
 
     @property
     def value_scales_offset(self) -> int:
-        return self.key_scales_offset + self.block_size * self.key_format.metadata_bytes
+        biases = 2 if self.key_format.has_bias else 0
+        return self.key_biases_offset + self.block_size * biases
 
     @property
     def bits_per_element(self) -> float:
@@ -138,15 +149,14 @@ class SlotLayout:
         """Where a slot lies in its head page, in halfwords: int32 [block_size, slot_size / 2].
 
         Row t belongs to token t of the block. Its halfwords are those of the key's codes, the
-        value's codes, the key's scale and bias, and the value's scale.
+        value's codes, the key's levels, scale and bias, and the value's scale.
         """
-        planes = [
+        codes = [
             (self.key_codes_offset, self.key_codes_bytes),
             (self.value_codes_offset, self.value_codes_bytes),
-            (self.key_scales_offset, 2),
-            (self.key_biases_offset, self.key_format.metadata_bytes - 2),
-            (self.value_scales_offset, 2),
         ]
+        halfword_planes = range(self.key_levels_offset, self.head_page_bytes, 2 * self.block_size)
+        planes = [*codes, *((offset, 2) for offset in halfword_planes)]
         tokens = np.arange(self.block_size)[:, None]
         columns = [(offset + tokens * size + np.arange(0, size, 2)) // 2 for offset, size in planes]
         return np.concatenate(columns, axis=1).astype(np.int32)
@@ -160,12 +170,14 @@ class SlotLayout:
             ("VALUE_HEAD_SIZE", self.value_head_size),
             ("KEY_BITS", self.key_format.bits),
             ("VALUE_BITS", self.value_format.bits),
-            ("KEY_TERMS", self.key_format.num_terms),
-            ("VALUE_TERMS", self.value_format.num_terms),
+            ("KEY_TERMS", self.key_format.num_terms(self.key_head_size)),
+            ("VALUE_TERMS", self.value_format.num_terms(self.value_head_size)),
+            ("KEY_HAS_LEVELS", int(self.key_format.has_levels(self.key_head_size))),
             ("KEY_HAS_BIAS", int(self.key_format.has_bias)),
             ("PAGE_BYTES", self.page_size_bytes),
             ("HEAD_PAGE_BYTES", self.head_page_bytes),
             ("VALUE_CODES_OFFSET", self.value_codes_offset),
+            ("KEY_LEVELS_OFFSET", self.key_levels_offset),
             ("KEY_SCALES_OFFSET", self.key_scales_offset),
             ("KEY_BIASES_OFFSET", self.key_biases_offset),
             ("VALUE_SCALES_OFFSET", self.value_scales_offset),

@@ -55,10 +55,12 @@ class Quantized:
     """float16 [...]."""
     biases: mx.array | None = None
     """float16 [...]; None unless the format has them."""
+    levels: mx.array | None = None
+    """[..., D / 16], whole numbers of 0 to 15; None unless the format has them."""
 
 
 class Quantizer:
-    """Rotated vectors of one size to codes and scales, and back.
+    """Rotated vectors of one size to codes and scales, and back. Without levels.
 
     Args:
         kinds: format, and whether its scale is unbiased (values) or has the least squared error
@@ -167,13 +169,20 @@ class Quantizer:
     def _divided_steps(self, magnitude: mx.array, largest: mx.array) -> mx.array:
         """`_steps` for the midpoints c1, 2 c1, ... of a uniform format, by division; 0 in others.
 
-        c1 is a power of two, so width * i is scale * (c1 i). The quotient is taken a little too
-        small, so that its whole part is the answer or 1 less.
+        c1 is a power of two, so width * i is scale * (c1 i).
         """
-        widths = largest * self.widths
-        steps = mx.floor(magnitude / widths * BELOW)
-        steps = steps + (magnitude >= (steps + 1) * widths)
-        return mx.where(magnitude < self.last * widths, steps, self.last)
+        return multiples(magnitude, largest * self.widths, self.last)
+
+
+def multiples(magnitude: mx.array, width: mx.array, last: mx.array | int) -> mx.array:
+    """How many of width, 2 width, ... last width, each rounded, are at most the magnitude.
+
+    Whole numbers, float32. The quotient is taken a little too small, so that its whole part is the
+    answer or 1 less.
+    """
+    count = mx.floor(magnitude / width * BELOW)
+    count = count + (magnitude >= (count + 1) * width)
+    return mx.where(magnitude < last * width, count, last)
 
 
 def _sums(magnitude: mx.array, centroids: mx.array) -> Sequence[mx.array]:

@@ -5,7 +5,13 @@ Pages are uint16 `SlotLayout.pages_shape`. A store is one scatter, so that MLX w
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.turboquant.bitpack import packing, unpack
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import (
+    pack_levels,
+    packing,
+    unpack,
+    unpack_levels,
+)
+from vllm_metal.metal_kernel_backend.turboquant.formats import GROUP_SIZE
 from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
@@ -35,7 +41,10 @@ class Slots:
         if tokens.biases is not None:
             key, value = numbers[..., :1], numbers[..., 1:]
             numbers = mx.concatenate([key, tokens.biases, value], axis=-1)
-        return mx.concatenate([self._pack_codes(tokens.codes), numbers.view(mx.uint16)], axis=-1)
+        parts = [self._pack_codes(tokens.codes), numbers.view(mx.uint16)]
+        if tokens.levels is not None:
+            parts.insert(1, pack_levels(tokens.levels))
+        return mx.concatenate(parts, axis=-1)
 
     def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array]:
         """Where `store` writes the tokens of these slots: the same for all layers of a step.
@@ -93,16 +102,34 @@ class Slots:
             for begin in range(first, end, plane)
         ]
 
+    def key_levels(self, head_pages: mx.array) -> mx.array | None:
+        """Levels of the keys, uint16 [B, H, 1, N * block_size, D_k / 16], where there are any."""
+        layout = self.layout
+        planes = layout.key_levels_bytes // 2
+        if not planes:
+            return None
+        batch, heads, blocks, _ = head_pages.shape
+        first, end = layout.key_levels_offset // 2, layout.key_scales_offset // 2
+        halfwords = head_pages[..., first:end].reshape(batch, heads, blocks, planes, -1)
+        levels = unpack_levels(halfwords.swapaxes(-1, -2), layout.key_head_size // GROUP_SIZE)
+        return levels.reshape(batch, heads, 1, blocks * layout.block_size, -1)
+
     def load(self, pages: mx.array, block_table: mx.array) -> tuple[Quantized, Quantized]:
         """The keys and values of blocks [B, N], each [B, H, N * block_size, D]."""
         head_pages = self.head_pages(pages, self.head_page_indices(block_table))
         key_scales, *biases, value_scales = (
             plane.squeeze((2, 3)) for plane in self.numbers(head_pages)
         )
+        levels = self.key_levels(head_pages)
         keys = unpack(self.key_halfwords(head_pages).squeeze(2), self.layout.key_format.bits)
         values = unpack(self.value_halfwords(head_pages).squeeze(2), self.layout.value_format.bits)
         return (
-            Quantized(keys, key_scales, biases[0] if biases else None),
+            Quantized(
+                keys,
+                key_scales,
+                biases[0] if biases else None,
+                None if levels is None else levels.squeeze(2),
+            ),
             Quantized(values, value_scales),
         )
 
