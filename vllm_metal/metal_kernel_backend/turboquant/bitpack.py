@@ -50,18 +50,25 @@ class Packing:
     def __init__(self, vectors: Sequence[tuple[int, int]]):
         for size, _ in vectors:
             _check(size, GROUP, "codes")
-        self._whole = mx.array(_block_diagonal(list(starmap(_whole_powers, vectors))))
+        whole = _block_diagonal(list(starmap(_whole_powers, vectors)))
         spare = _block_diagonal(list(starmap(_spare_powers, vectors)))
-        self._spare = mx.array(spare) if spare.any() else None
-        """What a product with it gives: the bit string of the spare bits, at each halfword."""
+        self._has_spare = bool(spare.any())
+        self._in_one = all(bits * (GROUP % bits) <= 24 - GROUP for _, bits in vectors)
+        """Whether one product gives both, the bit string of the spare bits above the halfword."""
+        self._whole = mx.array(whole + spare * 2**GROUP if self._in_one else whole)
+        self._spare = mx.array(spare)
+        """What a product with it gives: the bit string, at each halfword of its group."""
         pieces = np.concatenate(list(starmap(_pieces, vectors)), axis=1)
         self._begin, self._mask, self._place = (mx.array(row) for row in pieces)
 
     def __call__(self, codes: mx.array) -> mx.array:
         """Codes float32 [H, T, sum of sizes] to uint16 [H, T, sum of size * bits / 16]."""
         halfwords = (codes @ self._whole).astype(mx.uint32)
-        if self._spare is not None:
-            string = (codes @ self._spare).astype(mx.uint32)
+        if self._has_spare:
+            if self._in_one:
+                string = halfwords >> GROUP
+            else:
+                string = (codes @ self._spare).astype(mx.uint32)
             halfwords = halfwords | (((string >> self._begin) & self._mask) << self._place)
         return halfwords.astype(mx.uint16)
 

@@ -96,9 +96,9 @@ class TokenCodec:
         self._alike = size == values.factors.size and not keys.has_levels
         if self._alike:
             self._quantizer = Quantizer([(keys.format, False), (values.format, True)], size)
-            centres, factors = np.zeros((2, heads, 1, 2, size), np.float32)
-            centres[:, 0, 0] = keys.centre
-            factors[:, 0] = np.stack([keys.key_factors, [values.factors] * heads], axis=1)
+            centres, factors = np.zeros((2, heads, 1, 2, 1, 1, size), np.float32)
+            centres[:, 0, 0, 0, 0] = keys.centre
+            factors[:, 0, :, 0, 0] = np.stack([keys.key_factors, [values.factors] * heads], axis=1)
             self._centres, self._factors = mx.array(centres), mx.array(factors)
 
     def quantize(self, keys: mx.array, values: mx.array) -> Quantized:
@@ -122,7 +122,7 @@ class TokenCodec:
 
     def _quantize_at_once(self, keys: mx.array, values: mx.array) -> Quantized:
         x = mx.concatenate([keys, values], axis=-1).astype(mx.float32)
-        x = x.reshape(*keys.shape[:2], 2, -1).swapaxes(0, 1)
-        stored = self._quantizer.quantize(rotate((x - self._centres) * self._factors))
-        biases = None if stored.biases is None else stored.biases[..., :1]
-        return Quantized(stored.codes.flatten(-2), stored.scales, biases)
+        x = x.reshape(*keys.shape[:2], 2, 1, 1, -1).swapaxes(0, 1)
+        stored = self._quantizer.quantize_spread(rotate((x - self._centres) * self._factors))
+        biases = None if stored.biases is None else stored.biases[:, :, 0, 0, 0]
+        return Quantized(stored.codes.flatten(2), stored.scales.flatten(2), biases)

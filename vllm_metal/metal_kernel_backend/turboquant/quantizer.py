@@ -38,8 +38,11 @@ BELOW = 1 - 2.0**-20
 """Makes a quotient smaller by more than rounding, its own and that of a product, could add."""
 
 SMALL = 1 << 14
-"""Up to this many coordinates it is the number of operations that counts, and all comparisons are
-made in one; beyond, one by one."""
+"""Up to this many coordinates it is the number of operations that counts: all comparisons are made
+in one, and both sums of a candidate. Beyond, one by one."""
+
+IS_ENERGY = mx.array([False, True])[:, None, None]
+"""Tells <c, c> from <y, c> where both are summed up in one."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,32 @@ class Quantizer:
         self.half = _each([format.num_codes // 2 for format in formats])
         self.has_bias = _flags([format.has_bias for format in formats])
         self.unbiased = _flags([unbiased for _, unbiased in kinds])
-        self.uniform = _flags([format.degree == 1 for format in formats])
+        self.any_uniform = any(format.degree == 1 for format in formats)
         polynomials = [format.coefficients(head_size) for format in formats]
         self.coefficients = [_each(terms) for terms in zip_longest(*polynomials, fillvalue=0)]
         factors = [format.scale_factors(head_size)[:, None] for format in formats]
         self.factors = _each(factors)
         self.widths = _each([f * c[0] for f, c in zip(factors, polynomials, strict=True)])
         """`factors` times c1, which is a power of two in a uniform format."""
-        self.last = _each([format.num_codes // 2 - 1 for format in formats])
+        self.last = _each([(f.num_codes // 2 - 1) * (f.degree == 1) for f in formats])
+        """The most steps in a uniform format, and 0 in others."""
         self.midpoints = _positive_midpoints(formats, head_size)
 
     def quantize(self, y: mx.array) -> Quantized:
         """Rotated vectors, float32 [..., D], or [..., F, D] of F kinds."""
         lead = y.shape[:-1]
-        y = y[..., None, None, :]  # the new axes will hold M midpoints and 5 candidates
+        stored = self.quantize_spread(y[..., None, None, :])
+        return Quantized(
+            stored.codes.reshape(y.shape),
+            stored.scales.reshape(lead),
+            None if stored.biases is None else stored.biases.reshape(lead),
+        )
+
+    def quantize_spread(self, y: mx.array) -> Quantized:
+        """`quantize` of [..., 1, 1, D], to codes of that shape, scales and biases [..., 1, 1, 1].
+
+        The axes of 1 hold M midpoints or 2 sums, and 5 candidates, on the way.
+        """
         biases = None
         if self.has_bias is not None:
             y = mx.clip(y, -LIMIT, LIMIT)
@@ -92,9 +107,7 @@ class Quantizer:
             y = y - biases.astype(mx.float32)
         magnitude = mx.minimum(mx.abs(y), LIMIT)
         steps = self._steps(magnitude, mx.max(magnitude, axis=-1, keepdims=True))
-        centroids = self._polynomial(steps + 0.5)
-        along = tree_sum(magnitude * centroids)  # <y, c> of each candidate, [..., 1, 5, 1]
-        energy = tree_sum(centroids * centroids)  # <c, c>
+        along, energy = _sums(magnitude, self._polynomial(steps + 0.5))
         best = mx.argmax(along * along / energy, axis=-2, keepdims=True)
         scales = along / energy
         if self.unbiased is not None:
@@ -104,11 +117,7 @@ class Quantizer:
         scales = mx.take_along_axis(scales, best, axis=-2)
         steps = mx.take_along_axis(steps, best, axis=-2)
         codes = mx.where(y >= 0, self.half + steps, self.half - 1 - steps)
-        return Quantized(
-            codes.reshape(*lead, -1),
-            scales.reshape(lead),
-            None if biases is None else biases.reshape(lead),
-        )
+        return Quantized(codes, scales, biases)
 
     def dequantize(self, quantized: Quantized) -> mx.array:
         """The vectors the codes stand for, still rotated, float32 [..., D]."""
@@ -143,12 +152,12 @@ class Quantizer:
         if self.midpoints is None:
             return self._divided_steps(magnitude, largest)
         steps = self._counted_steps(magnitude, largest)
-        if self.uniform is None:
-            return steps
-        return mx.where(self.uniform, self._divided_steps(magnitude, largest), steps)
+        if self.any_uniform:
+            steps = steps + self._divided_steps(magnitude, largest)
+        return steps
 
     def _counted_steps(self, magnitude: mx.array, largest: mx.array) -> mx.array:
-        """`_steps` by comparison with every bound."""
+        """`_steps` by comparison with every bound; 0 in a uniform format."""
         bounds = largest * self.factors * self.midpoints  # [..., M, 5, 1]
         if magnitude.size <= SMALL:
             return mx.sum(magnitude >= bounds, axis=-3, keepdims=True)
@@ -158,7 +167,7 @@ class Quantizer:
         return steps
 
     def _divided_steps(self, magnitude: mx.array, largest: mx.array) -> mx.array:
-        """`_steps` for the midpoints c1, 2 c1, ... of a uniform format, by division.
+        """`_steps` for the midpoints c1, 2 c1, ... of a uniform format, by division; 0 in others.
 
         c1 is a power of two, so width * i is scale * (c1 i).
         """
@@ -168,12 +177,20 @@ class Quantizer:
 def multiples(magnitude: mx.array, width: mx.array, last: mx.array | int) -> mx.array:
     """How many of width, 2 width, ... last width, each rounded, are at most the magnitude.
 
-    Whole numbers. The quotient is taken a little too small, so that its whole part is the answer or
-    1 less.
+    Whole numbers, float32. The quotient is taken a little too small, so that its whole part is the
+    answer or 1 less.
     """
-    count = (magnitude / width * BELOW).astype(mx.int32)
+    count = mx.floor(magnitude / width * BELOW)
     count = count + (magnitude >= (count + 1) * width)
-    return mx.where(magnitude >= last * width, last, count)
+    return mx.where(magnitude < last * width, count, last)
+
+
+def _sums(magnitude: mx.array, centroids: mx.array) -> Sequence[mx.array]:
+    """<y, c> and <c, c> of each candidate, both [..., 1, 5, 1]."""
+    if magnitude.size > SMALL:
+        return tree_sum(magnitude * centroids), tree_sum(centroids * centroids)
+    both = tree_sum(mx.where(IS_ENERGY, centroids, magnitude) * centroids)
+    return mx.split(both, 2, axis=-3)
 
 
 def _middle(y: mx.array) -> mx.array:
@@ -183,10 +200,10 @@ def _middle(y: mx.array) -> mx.array:
 
 
 def _each(constants: Sequence[float] | Sequence[np.ndarray]) -> mx.array:
-    """A constant of each kind, to go with [..., F, M, 5, D]; without F where there is one kind."""
+    """A constant of each kind, to go with [..., F, M, 5, D]; without F where all are equal."""
     stacked = np.array(constants)
     stacked = stacked.astype(bool if stacked.dtype == bool else np.float32)
-    if len(stacked) == 1:
+    if (stacked == stacked[0]).all():
         return mx.array(stacked[0])
     shape = (1, 1, 1, *stacked.shape[1:])[-3:]
     return mx.array(stacked.reshape(-1, *shape))

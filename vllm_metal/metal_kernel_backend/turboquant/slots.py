@@ -3,9 +3,12 @@
 Pages are uint16 `SlotLayout.pages_shape`. A store is one scatter, so that MLX writes in place.
 """
 
+from math import gcd
+
 import mlx.core as mx
 
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import (
+    WORDS,
     pack_levels,
     packing,
     unpack,
@@ -90,12 +93,12 @@ class Slots:
 
         Each float16 [B, H, 1, 1, N * block_size].
         """
-        batch, heads = head_pages.shape[:2]
+        batch, heads, _, end = head_pages.shape
         first, plane = self.layout.key_scales_offset // 2, self.layout.block_size
-        numbers = head_pages[..., first:].view(mx.float16)
+        numbers = head_pages.view(mx.float16)
         return [
             numbers[..., begin : begin + plane].reshape(batch, heads, 1, 1, -1)
-            for begin in range(0, numbers.shape[-1], plane)
+            for begin in range(first, end, plane)
         ]
 
     def key_levels(self, head_pages: mx.array) -> mx.array | None:
@@ -130,7 +133,11 @@ class Slots:
         )
 
     def _halfwords(self, head_pages: mx.array, offset: int, size: int) -> mx.array:
-        """A plane with `size` bytes a token, [B, H, 1, N * block_size, size / 2]."""
+        """A plane with `size` bytes a token, [B, H, 1, N * block_size, size / 2].
+
+        Copied in words of up to 8 bytes.
+        """
+        word = gcd(size, 8)
         end = offset + self.layout.block_size * size
-        plane = head_pages[..., offset // 2 : end // 2]
-        return plane.reshape(*plane.shape[:2], 1, -1, size // 2)
+        plane = head_pages.view(WORDS[word])[..., offset // word : end // word]
+        return plane.reshape(*plane.shape[:2], 1, -1, size // word).view(mx.uint16)
