@@ -88,7 +88,7 @@ def test_speeds_are_a_table():
     speed = doctor.Speed(8192, 120.0, 180.0, 30.0, 512.4, 90.0)
     report = doctor.Report("q8_0/q3_0", store_us=5.0, speeds=[speed])
     facts = {"kernels": "metal", "memory_limit": 1 << 34}
-    lines = doctor.render(facts, [report], 128).splitlines()
+    lines = doctor.render(facts, [report], 128, 8).splitlines()
     header, row = lines[lines.index(doctor.SPEED_HEADER) :][:2]
     assert row.split() == ["8192", "120", "180", "1.50", "x", "512", "25", "%", "90"]
     assert len(header) == len(row)
