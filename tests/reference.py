@@ -175,6 +175,13 @@ def _codes(y: np.ndarray, scale: np.float32, positive: np.ndarray, half: int) ->
     return np.where(y >= 0, half + steps, half - 1 - steps)
 
 
+def relative_error(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """|x - y| / |x| of each vector, in float64; 0 where both are zero."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    norm = np.linalg.norm(x, axis=-1)
+    return np.linalg.norm(x - y, axis=-1) / np.where(norm > 0, norm, 1)
+
+
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes [D] to halfwords uint16 [D * bits / 16], bit by bit, from the table in `bitpack`."""
     fields, spare = divmod(16, bits)

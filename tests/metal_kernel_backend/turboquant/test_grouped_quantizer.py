@@ -32,12 +32,6 @@ def rotated(x: np.ndarray) -> np.ndarray:
     return np.array(rotate(mx.array(x.astype(np.float32) * signs(x.shape[-1]))))
 
 
-def relative_error(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    norm = np.linalg.norm(x, axis=-1)
-    return np.linalg.norm(x - y, axis=-1) / np.where(norm > 0, norm, 1)
-
-
 @pytest.mark.parametrize("head_size", [128, 160, 256])
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_bytes_are_those_of_the_oracle(name, head_size):
@@ -93,7 +87,7 @@ def test_ugly_vectors_stay_within_bounds(name, head_size):
         if case == "largest float16":  # beyond any scale after rotation
             continue
         y = rotated(x)
-        error = relative_error(y, stored(y, name)[1])
+        error = reference.relative_error(y, stored(y, name)[1])
         assert (error <= WORST[KEY_FORMATS[name].bits]).all(), (case, error.max())
 
 
@@ -114,7 +108,7 @@ def test_what_no_scale_can_hold_is_finite(name):
 def test_error_falls_with_bits():
     for case, x in inputs.vectors(128).items():
         y = rotated(x)
-        errors = [relative_error(y, stored(y, name)[1]).mean() for name in NAMES]
+        errors = [reference.relative_error(y, stored(y, name)[1]).mean() for name in NAMES]
         if case == "zeros":
             assert errors == [0] * len(NAMES)
         elif case != "largest float16":

@@ -31,13 +31,6 @@ def stored(x: np.ndarray, name: str, unbiased: bool) -> tuple[Quantized, np.ndar
     return quantized, np.array(quantizer.dequantize(quantized))
 
 
-def relative_error(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """|x - y| / |x| of each vector, in float64; 0 where both are zero."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    norm = np.linalg.norm(x, axis=-1)
-    return np.linalg.norm(x - y, axis=-1) / np.where(norm > 0, norm, 1)
-
-
 @pytest.mark.parametrize("head_size", [64, 80])
 @pytest.mark.parametrize("unbiased", UNBIASED)
 @pytest.mark.parametrize("name", NAMES)
@@ -120,7 +113,7 @@ def test_ugly_vectors_stay_within_bounds(name, head_size):
     for case, x in inputs.vectors(head_size).items():
         codec = ValueCodec(WITHOUT_LEVELS[name], head_size)
         codec.quantizer = Quantizer([(WITHOUT_LEVELS[name], False)], head_size)
-        error = relative_error(x, np.array(codec.dequantize(codec.quantize(mx.array(x)))))
+        error = reference.relative_error(x, np.array(codec.dequantize(codec.quantize(mx.array(x)))))
         limit = SATURATED if case == "largest float16" else WORST[WITHOUT_LEVELS[name].bits]
         assert (error <= limit).all(), (case, error.max())
 
@@ -164,7 +157,7 @@ def test_error_falls_with_bits(family, unbiased):
             codec = ValueCodec(WITHOUT_LEVELS[name], 128)
             codec.quantizer = Quantizer([(WITHOUT_LEVELS[name], unbiased)], 128)
             y = np.array(codec.dequantize(codec.quantize(mx.array(x))))
-            errors.append(relative_error(x, y).mean())
+            errors.append(reference.relative_error(x, y).mean())
         if case == "zeros":
             assert errors == [0] * len(family)
         else:

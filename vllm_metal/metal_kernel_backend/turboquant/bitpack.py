@@ -33,6 +33,9 @@ import numpy as np
 GROUP = 16
 """Codes in a group."""
 
+LEVEL_SHIFTS = mx.array([0, 4, 8, 12], mx.uint16)
+"""Where the levels of a halfword begin."""
+
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 """The unsigned integer of so many bytes."""
 
@@ -53,11 +56,11 @@ class Packing:
         whole = _block_diagonal(list(starmap(_whole_powers, vectors)))
         spare = _block_diagonal(list(starmap(_spare_powers, vectors)))
         self._has_spare = bool(spare.any())
-        self._in_one = all(bits * (GROUP % bits) <= 24 - GROUP for _, bits in vectors)
-        """Whether one product gives both, the bit string of the spare bits above the halfword."""
-        self._whole = mx.array(whole + spare * 2**GROUP if self._in_one else whole)
-        self._spare = mx.array(spare)
-        """What a product with it gives: the bit string, at each halfword of its group."""
+        in_one = all(bits * (GROUP % bits) <= 24 - GROUP for _, bits in vectors)
+        self._whole = mx.array(whole + spare * 2**GROUP if in_one else whole)
+        self._spare = None if in_one else mx.array(spare)
+        """What a product with it gives: the bit string of the spare bits, at each halfword of its
+        group. None where short strings are in the first product, above the halfword."""
         pieces = np.concatenate(list(starmap(_pieces, vectors)), axis=1)
         self._begin, self._mask, self._place = (mx.array(row) for row in pieces)
 
@@ -65,7 +68,7 @@ class Packing:
         """Codes float32 [H, T, sum of sizes] to uint16 [H, T, sum of size * bits / 16]."""
         halfwords = (codes @ self._whole).astype(mx.uint32)
         if self._has_spare:
-            if self._in_one:
+            if self._spare is None:
                 string = halfwords >> GROUP
             else:
                 string = (codes @ self._spare).astype(mx.uint32)
@@ -146,12 +149,12 @@ def pack_levels(levels: mx.array) -> mx.array:
     if spare:
         levels = mx.pad(levels, [(0, 0)] * (levels.ndim - 1) + [(0, spare)])
     quads = levels.astype(mx.uint16).reshape(*levels.shape[:-1], -1, 4)
-    return mx.sum(quads << mx.array([0, 4, 8, 12], mx.uint16), axis=-1).astype(mx.uint16)
+    return mx.sum(quads << LEVEL_SHIFTS, axis=-1).astype(mx.uint16)
 
 
 def unpack_levels(halfwords: mx.array, count: int) -> mx.array:
     """Halfwords uint16 [..., ceil(N / 4)] to N = `count` levels uint16, as `pack_levels` had."""
-    quads = (halfwords[..., None] >> mx.array([0, 4, 8, 12], mx.uint16)) & 15
+    quads = (halfwords[..., None] >> LEVEL_SHIFTS) & 15
     return quads.reshape(*halfwords.shape[:-1], -1)[..., :count]
 
 

@@ -14,11 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import lane_elements, lanes
-from vllm_metal.metal_kernel_backend.turboquant.formats import (
-    LEVEL_BASE,
-    LEVEL_UNIT,
-    Format,
-)
+from vllm_metal.metal_kernel_backend.turboquant.formats import Format
+from vllm_metal.metal_kernel_backend.turboquant.grouped_quantizer import level_weights
 from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
 
@@ -26,15 +23,14 @@ class PackedVectors:
     """Reads packed codes of one format and size as numbers to multiply with.
 
     A number is the centroid divided by `gain`, the highest coefficient of the codebook polynomial:
-    where the codebook is uniform, the code itself, less the middle one. Levels multiply it by
-    LEVEL_BASE + level; LEVEL_UNIT is in the gain.
+    where the codebook is uniform, the code itself, less the middle one.
     """
 
     def __init__(self, format: Format, head_size: int):
         self._bits = format.bits
         self._middle = (format.num_codes - 1) / 2
         *lower, highest = format.coefficients(head_size).astype(np.float64)
-        self.gain = float(highest) * (LEVEL_UNIT if format.has_levels(head_size) else 1)
+        self.gain = float(highest)
         self._lower = [float(coefficient / highest) for coefficient in reversed(lower)]
         elements = lane_elements(head_size, format.bits)
         self._ends = np.cumsum([part.size for part in elements]).tolist()
@@ -53,7 +49,7 @@ class PackedVectors:
         """Dot products of the numbers with queries whose columns are those of `rows`."""
         numbers = self._numbers(halfwords)
         if levels is not None:
-            weights = (levels.astype(mx.float32) + LEVEL_BASE)[..., None]
+            weights = level_weights(levels)[..., None]
             numbers = [
                 (part.reshape(*levels.shape, -1) * weights).reshape(part.shape) for part in numbers
             ]
