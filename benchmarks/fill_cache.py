@@ -18,15 +18,15 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what `register` sets for the engine
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from vllm_metal.blas import load_fast_blas
+from vllm_metal.machine.blas import load_fast_blas
 
 load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from vllm_metal.demo_model import fetch_demo_model  # noqa: E402
-from vllm_metal.provenance import provenance  # noqa: E402
+from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
+from vllm_metal.evaluation.provenance import provenance  # noqa: E402
 
 KINDS = {
     "dense float32": {},

@@ -1,9 +1,9 @@
-"""Writes the measured table of `vllm_metal/quality.json` into `docs/turboquant.md`.
+"""Writes the measured table of `docs/turboquant.md` from the committed measurement.
 
     python benchmarks/quality_table.py [--check]
 
-The figures come from `vllm-metal eval ... --output vllm_metal/quality.json`. With `--check` nothing
-is written and the exit code says whether the page is current.
+The figures come from `vllm-metal eval ... --output FIGURES` (the file named below). With `--check`
+nothing is written and the exit code says whether the page is current.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FIGURES = ROOT / "vllm_metal" / "quality.json"
+FIGURES = ROOT / "vllm_metal/metal_kernel_backend/turboquant/measured_loss.json"
 PAGE = ROOT / "docs" / "turboquant.md"
 BEGIN = "<!-- quality: begin, written by benchmarks/quality_table.py -->\n"
 END = "<!-- quality: end -->"

@@ -25,7 +25,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what `register` sets for the engine
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from vllm_metal.blas import load_fast_blas
+from vllm_metal.machine.blas import load_fast_blas
 
 BLAS = load_fast_blas()
 
@@ -35,8 +35,8 @@ from mlx_lm.models.cache import BatchKVCache  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from vllm_metal import model_runner  # noqa: E402
-from vllm_metal.demo_model import fetch_demo_model  # noqa: E402
-from vllm_metal.provenance import provenance  # noqa: E402
+from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
+from vllm_metal.evaluation.provenance import provenance  # noqa: E402
 
 PROMPT_LEN = 128
 NEW_TOKENS = 48

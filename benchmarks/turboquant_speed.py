@@ -16,24 +16,24 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # what `register` sets for the engine
 
-from vllm_metal.blas import load_fast_blas
+from vllm_metal.machine.blas import load_fast_blas
 
 BLAS = load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 import mlx_lm  # noqa: E402
 
-from vllm_metal.attention.decode_graphs import DecodeGraphs  # noqa: E402
 from vllm_metal.attention.metadata import DecodeMetadata  # noqa: E402
-from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
-from vllm_metal.config import TurboQuantConfig  # noqa: E402
-from vllm_metal.demo_model import fetch_demo_model  # noqa: E402
+from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
+from vllm_metal.evaluation.provenance import provenance  # noqa: E402
 from vllm_metal.kv_cache.cache import KVCache  # noqa: E402
 from vllm_metal.metal_kernel_backend.selection import (  # noqa: E402
     make_backends,
     neutral_constants,
 )
-from vllm_metal.provenance import provenance  # noqa: E402
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig  # noqa: E402
+from vllm_metal.model.decode_graphs import DecodeGraphs  # noqa: E402
+from vllm_metal.model.model_binding import ModelBinding  # noqa: E402
 
 BLOCK_SIZE = 16
 CONTEXTS = (128, 1000, 4000)

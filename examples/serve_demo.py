@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_metal.demo_model import fetch_demo_model
+from vllm_metal.commands.demo_model import fetch_demo_model
 from vllm_metal.errors import UserError
 
 QUESTION = "What is the capital of France?"

@@ -19,12 +19,12 @@ from paged_requests import PagedRequests
 from tiny_architectures import STAND_INS, config_of, tiny_model
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.model_binding import ModelBinding
-from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
-from vllm_metal.key_samples import collect_key_samples
 from vllm_metal.metal_kernel_backend.selection import make_backends
 from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.startup.key_samples import collect_key_samples
 
 CHUNKS = ((17, 12, 8), (4,), (9, 11))
 """Tokens of the chunks of each prompt. The windows of the tiny models are 8."""

@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.attention.metadata import GroupMetadata
-from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.warm_up import takes_batched_offsets
+from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.startup.decode_probe import takes_batched_offsets
 
 
 class PagedRequests:

@@ -30,7 +30,11 @@ PAGE = ROOT / "docs" / "supported_models.md"
 TIMEOUT = 300
 """Seconds for one architecture."""
 
-_PRELOAD = ["mlx_lm.utils", "vllm_metal.metal_kernel_backend.selection", "vllm_metal.warm_up"]
+_PRELOAD = [
+    "mlx_lm.utils",
+    "vllm_metal.metal_kernel_backend.selection",
+    "vllm_metal.startup.decode_probe",
+]
 """Imported once, by the process that all others are forked from. None of it evaluates anything,
 after which MLX would hang in a fork."""
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_metal.blas import load_fast_blas
+from vllm_metal.machine.blas import load_fast_blas
 
 load_fast_blas()  # before any test module imports MLX
 
-from vllm_metal.demo_model import fetch_demo_model  # noqa: E402
+from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from vllm_metal import cli, demo_model
+from vllm_metal import cli
+from vllm_metal.commands import demo_model
 
 
 def test_help_names_every_command(capsys):

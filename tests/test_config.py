@@ -5,14 +5,9 @@ import dataclasses
 import pytest
 from vllm.config.cache import CacheDType
 
-from vllm_metal.config import (
-    DEFAULT_FORMATS,
-    PRESETS,
-    TurboQuantConfig,
-    dense_dtype,
-    parse,
-)
+from vllm_metal.config import DEFAULT_FORMATS, PRESETS, dense_dtype, parse
 from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 
 
@@ -64,28 +59,6 @@ def test_the_value_is_frozen_and_equal_in_every_process():
     assert first == second and hash(first) == hash(second)
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.k_quant = "q4_0"
-
-
-def test_layers_kept_dense():
-    config = parse({"turboquant": True, "skip_layers": [0, 5]}, "auto")
-    assert config.skipped(6) == {0, 5}
-    with pytest.raises(UserError, match=r"skip_layers names layer 5 \(allowed: 0 to 4\)"):
-        config.skipped(5)
-
-
-@pytest.mark.parametrize(
-    ("boundary", "num_layers", "dense"),
-    [
-        (0, 4, set()),
-        (1, 4, {0, 3}),
-        (2, 6, {0, 1, 4, 5}),
-        (3, 4, {0, 1, 2, 3}),
-        (9, 4, {0, 1, 2, 3}),
-    ],
-)
-def test_layers_at_both_ends_kept_dense(boundary, num_layers, dense):
-    config = parse({"turboquant": True, "skip_layers": {"boundary": boundary}}, "auto")
-    assert config.skipped(num_layers) == dense
 
 
 @pytest.mark.parametrize(

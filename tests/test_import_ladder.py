@@ -1,7 +1,4 @@
-"""Who may import whom: the rungs of the package, read off the syntax trees.
-
-worker, platform, command line  >  model_runner  >  metal_kernel_backend  >  attention, kv_cache
-"""
+"""Who may import whom: the ladder of the package's folders, read off the syntax trees."""
 
 import ast
 from collections.abc import Iterator
@@ -13,47 +10,40 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "vllm_metal"
 
-FORBIDDEN = [
-    # (importing module or package, what it must not import)
-    ("attention", f"{PACKAGE}.metal_kernel_backend"),
-    ("attention", "vllm"),
-    ("kv_cache", f"{PACKAGE}.metal_kernel_backend"),
-    ("kv_cache.cache", "vllm"),
-    ("kv_cache.planner", "vllm"),
-    ("kv_cache.workspace", "vllm"),
-    ("metal_kernel_backend", f"{PACKAGE}.kv_cache"),
-    ("metal_kernel_backend", "vllm"),
-    ("metal_kernel_backend", "mlx_lm"),
-    ("evaluation", "vllm"),
-    ("model_loader", "vllm"),
-    ("input_batch", f"{PACKAGE}.model_runner"),
-    ("model_loader", f"{PACKAGE}.attention"),
-    ("sampler", f"{PACKAGE}.attention"),
+LADDER = [
+    ["errors"],
+    ["machine"],
+    ["attention"],
+    ["kv_cache", "metal_kernel_backend"],
+    ["config", "model"],
+    ["model_pages"],
+    ["runner", "startup"],
+    ["commands", "evaluation"],
+    ["cli", "metrics", "platform", "worker"],
+    ["__init__"],
 ]
+"""Rungs from the ground up. A module imports from its own folder and from rungs below; what stands
+on one rung does not import each other."""
+
+WITHOUT_VLLM = [
+    "machine",
+    "attention",
+    "metal_kernel_backend",
+    "evaluation",
+    "kv_cache.cache",
+    "kv_cache.planner",
+    "kv_cache.workspace",
+    "model.model_loader",
+    "model.model_binding",
+]
+"""What is used and tested without vLLM."""
 
 ONLY = [
     # (what is imported, the modules or packages that may)
-    (f"{PACKAGE}.worker", []),
-    (f"{PACKAGE}.platform", []),
-    (f"{PACKAGE}.cli", []),
-    (f"{PACKAGE}.evaluation", ["cli", "evaluation"]),
-    (f"{PACKAGE}.model_runner", ["worker"]),
-    (f"{PACKAGE}.workspace_probe", ["worker"]),
-    (f"{PACKAGE}.model_cache", ["worker", "metrics", "plan"]),
-    (f"{PACKAGE}.request_batch", ["model_runner"]),
-    (f"{PACKAGE}.input_batch", ["model_runner"]),
-    (
-        "mlx_lm",
-        [
-            "attention.layer_kinds",
-            "attention.layer_state",
-            "attention.model_binding",
-            "model_loader",
-        ],
-    ),
+    ("mlx_lm", ["model"]),
     ("vllm.platforms", ["platform"]),
-    ("vllm.v1.core.sched", ["model_runner", "request_batch", "worker"]),
-    ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "model_cache", "worker"]),
+    ("vllm.v1.core.sched", ["runner", "worker"]),
+    ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "model_pages", "worker"]),
 ]
 
 KERNEL_SIDE = [
@@ -118,10 +108,34 @@ def own_modules(module: str) -> set[str]:
     return loaded
 
 
-@pytest.mark.parametrize(("importer", "target"), FORBIDDEN)
-def test_forbidden_rungs(importer, target):
+def rung(module: str) -> int:
+    """Where a module of the package stands on the ladder."""
+    [found] = [i for i, names in enumerate(LADDER) if module.split(".")[0] in names]
+    return found
+
+
+def test_every_folder_and_root_module_stands_on_one_rung():
+    top = {module.split(".")[0] for module in modules()}
+    assert sorted(top) == sorted(name for names in LADDER for name in names)
+
+
+def test_imports_go_down_the_ladder():
+    wrong = [
+        f"{module} imports {name}"
+        for module in modules()
+        for name in imported(tree(module))
+        if within(name, PACKAGE) and name != PACKAGE
+        for target in [name.removeprefix(f"{PACKAGE}.")]
+        if target.split(".")[0] != module.split(".")[0]
+        and not (target.split(".")[0] == "__version__" or rung(target) < rung(module))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("importer", WITHOUT_VLLM)
+def test_what_needs_no_vllm_imports_none(importer):
     assert any(within(module, importer) for module in modules())
-    assert {m for m in importers(target) if within(m, importer)} == set()
+    assert {m for m in importers("vllm") if within(m, importer)} == set()
 
 
 @pytest.mark.parametrize(("target", "allowed"), ONLY)
@@ -137,7 +151,10 @@ def test_the_kernel_side_needs_mlx_and_numpy_only(name):
     assert {n for n in own if not within(n, f"{PACKAGE}.metal_kernel_backend")} == set()
 
 
-@pytest.mark.parametrize("module", ["evaluation.arguments", "model_loader", "device", "doctor"])
+@pytest.mark.parametrize(
+    "module",
+    ["evaluation.arguments", "model.model_loader", "machine.device", "commands.doctor"],
+)
 def test_formats_are_checked_and_measured_without_vllm(module):
     loaded = own_modules(module)
     assert {m for m in loaded for n in imported(tree(m), True) if within(n, "vllm")} == set()

@@ -59,7 +59,7 @@ def test_the_ratio_of_a_hybrid_counts_its_states(tmp_path, make_config):
     )
     found = figures(config)
     serving = Serving(config)
-    cache, kv_cache = serving.worker.model_cache, serving.worker.kv_cache
+    cache, kv_cache = serving.worker.model_pages, serving.worker.kv_cache
     text = report(
         serving.worker.plan,
         [],

@@ -14,8 +14,8 @@ from vllm.platforms.interface import Platform
 
 from tests.tiny_models import save_checkpoint
 from vllm_metal import platform
-from vllm_metal.device import DEVICE_VARIABLE
 from vllm_metal.errors import UserError
+from vllm_metal.machine.device import DEVICE_VARIABLE
 from vllm_metal.platform import MetalPlatform, text_only, unsupported
 
 WHISPER = "WhisperForConditionalGeneration"

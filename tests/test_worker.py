@@ -7,8 +7,8 @@ from mlx_lm.models.cache import ChunkedKVCache
 
 from tests.serving import Serving
 from tests.tiny_models import LAYERS
-from vllm_metal.attention.dry_forward import UnsupportedModelError
 from vllm_metal.errors import UserError
+from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.worker import MetalWorker
 
 PROMPT = list(range(90))

@@ -13,9 +13,16 @@ __version__ = "0.1.0"
 def register() -> str | None:
     """The platform's dotted name where MLX is installed, else None.
 
-    Sets what must hold before vLLM starts any engine process: engine processes are spawned,
-    since a forked child hangs in its first MLX evaluation once the parent has evaluated anything,
-    and the V1 model runner protocol is used.
+    Sets what must hold before vLLM starts any engine process, and before MLX is imported in this
+    one:
+
+    - engine processes are spawned: a forked child hangs in its first MLX evaluation once the parent
+      has evaluated anything;
+    - the V1 model runner protocol is used;
+    - OpenMP threads of torch and MKL sleep while they wait: spinning, they would take the cores
+      from MLX's own threads;
+    - MLX's CPU backend finds a fast BLAS;
+    - a `UserError` that ends a process is shown without its stack.
     """
     if importlib.util.find_spec("mlx") is None:
         return None
@@ -23,6 +30,8 @@ def register() -> str | None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from vllm_metal.errors import show_user_errors_without_stack
+    from vllm_metal.machine.blas import load_fast_blas
 
+    load_fast_blas()
     show_user_errors_without_stack()
     return "vllm_metal.platform.MetalPlatform"

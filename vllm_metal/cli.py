@@ -42,12 +42,12 @@ COMMANDS = (
     Command(
         "doctor",
         "check the kernels on this machine and measure them",
-        "vllm_metal.doctor:configure",
+        "vllm_metal.commands.doctor:configure",
     ),
     Command(
         "plan",
         "show how much context each format pair gives in a number of bytes",
-        "vllm_metal.plan:configure",
+        "vllm_metal.commands.plan:configure",
     ),
     Command(
         "eval",
@@ -99,7 +99,7 @@ def configure_fetch_demo_model(parser: argparse.ArgumentParser) -> None:
 
 def run_fetch_demo_model(args: argparse.Namespace) -> int:
     """Prints the folder on stdout. Raises UserError when the model cannot be provided."""
-    from vllm_metal.demo_model import fetch_demo_model
+    from vllm_metal.commands.demo_model import fetch_demo_model
 
     print(fetch_demo_model())
     return 0

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from vllm_metal import model_loader
 from vllm_metal.metal_kernel_backend.selection import neutral_constants
-from vllm_metal.model_cache import ModelCache
+from vllm_metal.model import model_loader
+from vllm_metal.model_pages import ModelPages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,13 +29,13 @@ GAUGES = {
 
 def figures(vllm_config: "VllmConfig") -> dict[str, float]:
     """The value of each gauge."""
-    from vllm_metal.attention.model_binding import ModelBinding
+    from vllm_metal.model.model_binding import ModelBinding
 
     model = vllm_config.model_config
     structure = model_loader.load_structure(model.model, model.revision, model.trust_remote_code)
     binding = ModelBinding(structure)
     layers, states = binding.layers, binding.states
-    cache = ModelCache.of(vllm_config, layers, states, neutral_constants(layers))
+    cache = ModelPages.of(vllm_config, layers, states, neutral_constants(layers))
     known = {"ratio": cache.ratio(model.max_model_len)}
     return known | {name: getattr(cache.summary, name) for name in GAUGES.keys() - known.keys()}
 

@@ -14,9 +14,10 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_metal import config, device
-from vllm_metal.blas import load_fast_blas
+from vllm_metal import config
 from vllm_metal.errors import UserError
+from vllm_metal.machine import device
+from vllm_metal.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -68,7 +69,7 @@ class MetalPlatform(Platform):
     @classmethod
     def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
         """vLLM calls it before it reads a model's configuration."""
-        from vllm_metal.model_types import register_model_types
+        from vllm_metal.model.register_models import register_model_types
 
         register_model_types()
 
@@ -208,8 +209,8 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
 def _has_recurrent_state(model: str, revision: str | None, trust_remote_code: bool) -> bool:
     """Read once: vLLM checks a configuration many times."""
     load_fast_blas()  # before MLX is first imported
-    from vllm_metal.attention.layer_kinds import has_recurrent_state
-    from vllm_metal.model_loader import load_structure
+    from vllm_metal.model.layer_kinds import has_recurrent_state
+    from vllm_metal.model.model_loader import load_structure
 
     return has_recurrent_state(load_structure(model, revision, trust_remote_code))
 

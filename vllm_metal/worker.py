@@ -4,40 +4,37 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
 import torch
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_metal.blas import load_fast_blas
-
-BLAS = load_fast_blas()
-"""What serves MLX's matrix products on the CPU; settled before MLX is first imported."""
-
-import mlx.core as mx  # noqa: E402
-
-from vllm_metal import model_loader, quality, warm_up, workspace_probe  # noqa: E402
-from vllm_metal.attention.backend import PrefillChunk  # noqa: E402
-from vllm_metal.attention.group_metadata import gathered_tokens  # noqa: E402
-from vllm_metal.attention.model_binding import ModelBinding  # noqa: E402
-from vllm_metal.config import parse  # noqa: E402
-from vllm_metal.device import Device, select_device  # noqa: E402
-from vllm_metal.errors import user_errors_end_child_process  # noqa: E402
-from vllm_metal.key_samples import collect_key_samples  # noqa: E402
-from vllm_metal.kv_cache import planner  # noqa: E402
-from vllm_metal.kv_cache.cache import KVCache  # noqa: E402
-from vllm_metal.kv_cache.spec import (  # noqa: E402
+from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.config import parse
+from vllm_metal.errors import user_errors_end_child_process
+from vllm_metal.kv_cache import planner
+from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.group_metadata import gathered_tokens
+from vllm_metal.kv_cache.spec import (
     KV_CACHE_LAYOUT,
     block_table_lengths,
     cache_layout,
 )
-from vllm_metal.kv_cache.workspace import StepMemory  # noqa: E402
-from vllm_metal.metal_kernel_backend.turboquant.calibration import (  # noqa: E402
+from vllm_metal.kv_cache.workspace import StepMemory
+from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.machine.device import Device, select_device
+from vllm_metal.metal_kernel_backend.turboquant import measured_loss
+from vllm_metal.metal_kernel_backend.turboquant.calibration import (
     KeyConstants,
     calibrate,
 )
-from vllm_metal.model_cache import ModelCache  # noqa: E402
-from vllm_metal.model_runner import ModelRunner  # noqa: E402
+from vllm_metal.model import model_loader
+from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.model_pages import ModelPages
+from vllm_metal.runner.model_runner import ModelRunner
+from vllm_metal.startup import decode_probe, workspace_probe
+from vllm_metal.startup.key_samples import collect_key_samples
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -57,7 +54,7 @@ class MetalWorker(WorkerBase):
         mx.set_memory_limit(self.metal_device.memory_limit)  # an earlier worker set it to its plan
         logger.info("MLX device: %s (%s)", self.metal_device.name, self.metal_device.kind)
         if self.metal_device.kind == "cpu":
-            logger.info("BLAS for MLX: %s", BLAS)
+            logger.info("BLAS for MLX: %s", load_fast_blas())
 
     @user_errors_end_child_process()
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -67,7 +64,7 @@ class MetalWorker(WorkerBase):
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
-        self.model_cache = self._make_cache()
+        self.model_pages = self._make_cache()
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -75,7 +72,7 @@ class MetalWorker(WorkerBase):
         return [KV_CACHE_LAYOUT]
 
     def get_kv_cache_spec(self) -> "dict[str, KVCacheSpec]":
-        return self.model_cache.specs(self.model_config.max_model_len)
+        return self.model_pages.specs(self.model_config.max_model_len)
 
     @user_errors_end_child_process()
     def determine_available_memory(self) -> int:
@@ -89,11 +86,11 @@ class MetalWorker(WorkerBase):
             requested_bytes=cache.kv_cache_memory_bytes,
         )
         self.step_memory = self._measure_steps()
-        most = self.model_cache.capacity(plan.page_bytes, model.max_model_len)
+        most = self.model_pages.capacity(plan.page_bytes, model.max_model_len)
         workspace = self.step_memory.workspace(plan.page_bytes, most.pooled_tokens)
         self.plan = replace(plan, workspace=workspace)
         if model.original_max_model_len != -1:
-            planned = self.model_cache.capacity(self.plan.page_bytes, model.max_model_len)
+            planned = self.model_pages.capacity(self.plan.page_bytes, model.max_model_len)
             self.plan.require(model.max_model_len, planned)
         return self.plan.page_bytes
 
@@ -101,7 +98,7 @@ class MetalWorker(WorkerBase):
         self.model_config.max_model_len = max_model_len
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
-        cache, max_model_len = self.model_cache, self.model_config.max_model_len
+        cache, max_model_len = self.model_pages, self.model_config.max_model_len
         num_blocks, layout = kv_cache_config.num_blocks, cache_layout(kv_cache_config)
         self.kv_cache = KVCache(cache.backends, num_blocks, cache.states, layout)
         mx.set_cache_limit(self.plan.workspace)
@@ -127,9 +124,9 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def compile_or_warm_up_model(self) -> CompilationTimes:
         started, name = time.perf_counter(), self.binding.model_type
-        batched = warm_up.takes_batched_offsets(self.binding, self.kv_cache)
+        batched = decode_probe.takes_batched_offsets(self.binding, self.kv_cache)
         self.model_runner.batched_decode = batched
-        if batched and (graphs := warm_up.traced_decode(self.binding, self.kv_cache)):
+        if batched and (graphs := decode_probe.traced_decode(self.binding, self.kv_cache)):
             self.model_runner.forward_decode = graphs
             logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
         elif batched:
@@ -168,18 +165,18 @@ class MetalWorker(WorkerBase):
     def shutdown(self) -> None:
         self.model_runner = None
 
-    def _make_cache(self) -> ModelCache:
+    def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
         if turboquant is not None:
             self._tell_loss(turboquant.k_quant, turboquant.v_quant)
         binding = self.binding
-        return ModelCache.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
+        return ModelPages.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
 
     @staticmethod
     def _tell_loss(k_quant: str, v_quant: str) -> None:
-        if text := quality.warning(k_quant, v_quant):
+        if text := measured_loss.warning(k_quant, v_quant):
             logger.warning("TurboQuant: %s", text)
-        elif loss := quality.measured_loss(k_quant, v_quant):
+        elif loss := measured_loss.measured_loss(k_quant, v_quant):
             logger.info("TurboQuant %s/%s, measured loss: %s", k_quant, v_quant, loss)
 
     def _calibrate(self) -> list[KeyConstants]:
@@ -195,7 +192,7 @@ class MetalWorker(WorkerBase):
 
     def _measure_steps(self) -> StepMemory:
         """What steps take beside weights and pages."""
-        binding, backends = self.binding, self.model_cache.backends
+        binding, backends = self.binding, self.model_pages.backends
         scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)
         num_heads = self.model_config.get_num_attention_heads(self.parallel_config)

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 HEAD_SIZE, KV_HEADS, HEADS, BLOCK_SIZE = 128, 8, 32, 16
 SHAPES = ((1, 32_768), (1, 131_072), (8, 32_768), (32, 8_192))
@@ -132,7 +132,7 @@ class Decode:
     """Pages of random codes, and queries over all of them."""
 
     def __init__(self, pair: tuple[str, str], batch: int, length: int, sets: int):
-        layout = SlotLayout.of(*pair, HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
+        layout = PageLayout.of(*pair, HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
         self.layout, self.batch, self.length, self.sets = layout, batch, length, sets
         self.cupy = Launcher(layout, CupyTarget())
         blocks = length // BLOCK_SIZE
@@ -205,7 +205,7 @@ class Decode:
 
 def store_us(tokens: int) -> tuple[float, float]:
     """One new token of each of `tokens` requests: ours, and a dense scatter of K and V."""
-    layout = SlotLayout.of("q8_0", "q3_0", HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
+    layout = PageLayout.of("q8_0", "q3_0", HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
     launcher = Launcher(layout, CupyTarget())
     pages = cp.zeros(layout.pages_shape(4096), cp.uint16)
     new = cp.random.standard_normal((tokens, KV_HEADS, HEAD_SIZE)).astype(cp.float16)

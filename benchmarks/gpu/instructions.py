@@ -21,7 +21,7 @@ import numpy as np
 from cuda_program import cuda_program
 
 from vllm_metal.metal_kernel_backend.turboquant.kernels import DECODE
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.splits import resident_groups
 
 CASES = [
@@ -44,7 +44,7 @@ KINDS = {
 
 def machine_code(k_quant: str, v_quant: str, group: int) -> tuple[list[tuple[int, str]], int]:
     """(address, instruction) of the decode kernel, and its registers."""
-    layout = SlotLayout.of(k_quant, v_quant, 128, 8, 16)
+    layout = PageLayout.of(k_quant, v_quant, 128, 8, 16)
     numbers = {"G": group, "Q": 1, "R": group, "TOKENS": TOKENS, "SIMDGROUPS": 4, "SOFTCAP": 0}
     template = [*layout.template(), *numbers.items()]
     bounds = (128, resident_groups(group))

@@ -16,13 +16,13 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 
-from vllm_metal.attention.decode_graphs import DecodeGraphs
 from vllm_metal.attention.metadata import DecodeMetadata
-from vllm_metal.attention.model_binding import ModelBinding
-from vllm_metal.config import TurboQuantConfig
-from vllm_metal.dispatch import make_dispatch
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.model.decode_graphs import DecodeGraphs
+from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.runner.dispatch import make_dispatch
 
 BATCH, BLOCK_SIZE, NUM_BLOCKS, BLOCKS_EACH, SETTLED = 8, 16, 4096, 64, 20
 LLAMA = ModelArgs(

@@ -11,7 +11,7 @@ import numpy as np
 from cupy_target import CupyTarget
 
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 CASES = (
     ("q8_0", "q3_0", 128, 2, 16, 4, 1),
@@ -22,7 +22,7 @@ CASES = (
 
 
 def run(k_quant, v_quant, head_size, kv_heads, block_size, group, num_queries) -> float:
-    layout = SlotLayout.of(k_quant, v_quant, head_size, kv_heads, block_size)
+    layout = PageLayout.of(k_quant, v_quant, head_size, kv_heads, block_size)
     launcher = Launcher(layout, CupyTarget())
     lengths = [num_queries, 700, block_size + 9]
     blocks = -(-max(lengths) // block_size)

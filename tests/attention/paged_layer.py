@@ -8,8 +8,8 @@ import numpy as np
 
 from tests import reference
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
-from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.kv_cache.groups import KVGroup
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-from vllm_metal.blas import load_fast_blas
+from vllm_metal.machine.blas import load_fast_blas
 
 load_fast_blas()
 

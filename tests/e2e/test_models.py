@@ -112,7 +112,7 @@ class Served:
 
     def mlx_lm_logprobs(self, prompt: list[int], answer: Answer, through_codec: bool) -> np.ndarray:
         """[len(tokens), vocabulary] of the answer's tokens, on mlx-lm's own caches."""
-        [backends] = self.llm.collective_rpc(lambda worker: worker.model_cache.backends)
+        [backends] = self.llm.collective_rpc(lambda worker: worker.model_pages.backends)
         sequence = prompt + answer.tokens[:-1]
         logits, _ = reference_logits(self._model, [sequence], backends if through_codec else [])
         logits = logits[len(prompt) - 1 :]

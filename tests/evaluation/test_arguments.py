@@ -10,7 +10,7 @@ from vllm_metal.evaluation import command
 from vllm_metal.evaluation.arguments import check_files, read_text, study_of
 from vllm_metal.evaluation.fidelity import MIN_WINDOW_TOKENS
 from vllm_metal.evaluation.needle import HAYSTACKS
-from vllm_metal.quality import FORMAT_PAIRS
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import FORMAT_PAIRS
 
 
 def parse(*arguments: str) -> argparse.Namespace:

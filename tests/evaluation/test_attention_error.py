@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 
 from tests.tiny_models import tiny_model
-from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.evaluation.attention_error import WithAttentionError, attention_error
 from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.model.model_binding import ModelBinding
 
 
 class Louder(DensePages):

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from vllm_metal import model_loader
 from vllm_metal.errors import UserError
 from vllm_metal.evaluation import command
+from vllm_metal.model import model_loader
 
 
 def run(*arguments):

@@ -6,12 +6,12 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from tests.tiny_models import RECURRENT, WINDOWED, tiny_model
-from vllm_metal.attention.model_binding import ModelBinding
-from vllm_metal.config import TurboQuantConfig
 from vllm_metal.evaluation import sequence as sequence_module
 from vllm_metal.evaluation.sequence import PagedSequence
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.model.model_binding import ModelBinding
 
 COMPRESSED = TurboQuantConfig("q8_0", "q8_0")
 TOKENS = [(7 * i + 3) % 60 for i in range(45)]

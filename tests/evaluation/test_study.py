@@ -3,9 +3,9 @@
 import pytest
 
 from tests.tiny_models import VOCABULARY, tiny_model
-from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.errors import UserError
 from vllm_metal.evaluation.study import Study, measure
+from vllm_metal.model.model_binding import ModelBinding
 
 
 def encode(text: str) -> list[int]:

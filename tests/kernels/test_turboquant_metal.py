@@ -12,17 +12,17 @@ from tests.kernels.metal_text import PrintingTarget, compile_errors, for_clang, 
 from vllm_metal.metal_kernel_backend.kernel_library import library_source
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 pytest.importorskip("ziglang", reason="clang comes from the package ziglang (extra: test)")
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-LAYOUT = SlotLayout.of("q8_0", "q3_0", 128, 2, 16)
+LAYOUT = PageLayout.of("q8_0", "q3_0", 128, 2, 16)
 
 
 def sources(
-    layout: SlotLayout,
+    layout: PageLayout,
     group: int = 4,
     num_queries: int = 1,
     dtype: mx.Dtype = mx.float16,
@@ -70,7 +70,7 @@ def check(texts: list[str]) -> None:
 def test_every_pair_of_formats(dtype):
     texts = []
     for k_quant, v_quant in product(KEY_FORMATS, VALUE_FORMATS):
-        texts += sources(SlotLayout.of(k_quant, v_quant, 128, 2, 16), dtype=dtype)
+        texts += sources(PageLayout.of(k_quant, v_quant, 128, 2, 16), dtype=dtype)
     check(texts)
 
 
@@ -80,7 +80,7 @@ def test_every_head_size(head_size):
     for block_size, (k_quant, v_quant) in product(
         (8, 16, 32), [("q8_0", "q3_0"), ("q5_0", "q6_0"), ("uint4", "q2_0")]
     ):
-        layout = SlotLayout.of(k_quant, v_quant, head_size, 3, block_size)
+        layout = PageLayout.of(k_quant, v_quant, head_size, 3, block_size)
         for run_tokens in (2, 4):
             texts += sources(layout, run_tokens=run_tokens)
     check(texts)
@@ -108,7 +108,7 @@ def test_sinks_softcaps_and_keys_longer_than_values():
 @pytest.mark.parametrize("batch", [1, 2, 7, 8, 9])
 def test_small_inputs_lie_in_the_constant_address_space(batch):
     """MLX passes arrays of fewer than 8 elements as `constant`, others as `device`."""
-    tiny = SlotLayout.of("q4_0", "q4_0", 32, 1, 8)
+    tiny = PageLayout.of("q4_0", "q4_0", 32, 1, 8)
     texts = sources(tiny, group=1, batch=batch)
     program = "".join(joined(texts))
     assert ("const constant int32_t* seq_lens" in program) == (batch < 8)

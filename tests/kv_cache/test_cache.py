@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests.dense_pages import keys_and_values
-from vllm_metal.attention import group_metadata
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.attention.state_shape import StateShape
+from vllm_metal.kv_cache import group_metadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
 from vllm_metal.metal_kernel_backend.dense import DensePages

@@ -16,7 +16,6 @@ from vllm.v1.core.kv_cache_utils import (
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.state_shape import StateShape
-from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.spec import (
@@ -27,6 +26,7 @@ from vllm_metal.kv_cache.spec import (
     kv_cache_specs,
 )
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 
 BFLOAT16, FLOAT32 = mx.bfloat16, mx.float32
 

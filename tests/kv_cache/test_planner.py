@@ -2,7 +2,6 @@
 
 import pytest
 
-from vllm_metal.device import Device
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
 from vllm_metal.kv_cache.groups import KVGroup
@@ -12,6 +11,7 @@ from vllm_metal.kv_cache.planner import (
     format_bytes,
     report,
 )
+from vllm_metal.machine.device import Device
 
 MIB = 1 << 20
 

@@ -16,7 +16,7 @@ from vllm_metal.metal_kernel_backend.host_target import COMPILE_FLAGS, HostTarge
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Target
 from vllm_metal.metal_kernel_backend.turboquant.kernels import DECODE, DEQUANTIZE, MERGE, STORE
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 
 def run(body: str, x: mx.array, threads: int = 64, groups: int = 1, template=()) -> mx.array:
@@ -136,7 +136,7 @@ class Recording(Target):
 def kernel_programs() -> dict[str, str]:
     """The program of each kernel, for one layer of 2 KV heads of size 128."""
     target = Recording()
-    layout = SlotLayout.of("q8_0", "q3_0", 128, 2, 16)
+    layout = PageLayout.of("q8_0", "q3_0", 128, 2, 16)
     launcher = Launcher(layout, target, num_cores=8)
     pages, new = mx.zeros(layout.pages_shape(4), mx.uint16), mx.zeros((1, 2, 128), mx.float16)
     heads, size, slots = mx.zeros((2, 128)), mx.zeros((128,)), mx.zeros((1,), mx.int32)

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.evaluation.sequence import PREFILL_CHUNK, PagedSequence
 from vllm_metal.metal_kernel_backend.causal_attention import causal_attention
+from vllm_metal.model.model_binding import ModelBinding
 
 
 class WithAttentionError:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_metal.quality import FORMAT_PAIRS
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import FORMAT_PAIRS
 
 if TYPE_CHECKING:
     from vllm_metal.evaluation.study import Study
@@ -53,14 +53,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints a table; returns the exit code. Raises UserError."""
-    from vllm_metal.blas import load_fast_blas
+    from vllm_metal.machine.blas import load_fast_blas
 
     blas = load_fast_blas()
-    from vllm_metal import model_loader
-    from vllm_metal.attention.model_binding import ModelBinding
-    from vllm_metal.device import select_device
     from vllm_metal.evaluation.arguments import check_files, read_text, study_of
     from vllm_metal.evaluation.study import measure
+    from vllm_metal.machine.device import select_device
+    from vllm_metal.model import model_loader
+    from vllm_metal.model.model_binding import ModelBinding
 
     study, text = study_of(args), read_text(args.text)
     check_files(args.output, args.plot)
@@ -97,8 +97,8 @@ def progress_line() -> Callable[[str], None]:
 
 def describe(study: "Study", model: str, text: Path | None, blas: str | None) -> dict:
     """Where and on what the figures were measured."""
+    from vllm_metal.evaluation.provenance import provenance
     from vllm_metal.metal_kernel_backend.kernel_library import available_target
-    from vllm_metal.provenance import provenance
 
     target = available_target()
     return {

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.evaluation.sequence import PagedSequence
+from vllm_metal.model.model_binding import ModelBinding
 
 DECODE_POSITIONS = 16
 """Positions of a window at which the decode path is compared, too."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.evaluation.sequence import PagedSequence
+from vllm_metal.model.model_binding import ModelBinding
 
 HAYSTACKS = (1000, 2000, 3000, 4000)
 """Context lengths, tokens."""

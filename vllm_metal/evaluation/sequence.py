@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.attention.metadata import GroupMetadata
-from vllm_metal.attention.model_binding import ModelBinding
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.model.model_binding import ModelBinding
 
 PREFILL_CHUNK = 512
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend
-from vllm_metal.attention.model_binding import ModelBinding
-from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
 from vllm_metal.evaluation.attention_error import WithAttentionError, attention_error
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
-from vllm_metal.key_samples import collect_key_samples
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.startup.key_samples import collect_key_samples
 
 BLOCK_SIZE = 16
 

@@ -83,3 +83,9 @@ class CacheLayout:
         regions = [Region(b.page_size_bytes, layers=(i,)) for i, b in enumerate(backends)]
         regions += [Region(state.page_bytes, states=(i,)) for i, state in enumerate(states)]
         return cls(num_blocks, tuple(groups), tuple(regions))
+
+
+def rounded_blocks(num_blocks: int) -> int:
+    """The next number of blocks that graphs are made for: at most an eighth more."""
+    step = 1 << max(0, num_blocks.bit_length() - 4)
+    return -(-num_blocks // step) * step

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_metal.device import Device
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
+from vllm_metal.machine.device import Device
 
 GIB = 1 << 30
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.cache_folder import cache_folder
+from vllm_metal.machine.cache_folder import cache_folder
 from vllm_metal.metal_kernel_backend.kernel_library import (
     Kernel,
     Run,

@@ -8,15 +8,15 @@ import mlx.core as mx
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.page_sizes import TOKEN_STEP, PageSize, TokenBytes, page_sizes
 from vllm_metal.attention.state_shape import StateShape
-from vllm_metal.config import TurboQuantConfig
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format, key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout, check_head_size
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout, check_head_size
 
 Calibrate = Callable[[], Sequence[KeyConstants]]
 """Gives the constants of every layer; called only where a layer is compressed."""
@@ -77,7 +77,7 @@ def _formats(turboquant: TurboQuantConfig) -> tuple[Format, Format]:
 
 
 def _compressed_slot_size(shape: LayerShape, turboquant: TurboQuantConfig) -> int:
-    return SlotLayout(
+    return PageLayout(
         *_formats(turboquant), shape.head_size, shape.head_size_v, 1, TOKEN_STEP
     ).slot_size
 

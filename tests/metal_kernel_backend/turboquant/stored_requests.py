@@ -17,7 +17,7 @@ from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack, pack_levels
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
 TARGETS = {"host": HostTarget, "cuda": CudaTarget, "metal": MetalTarget}
@@ -55,10 +55,10 @@ class Case:
             f"-block{self.block_size}-G{self.group}-{kind}"
         )
 
-    def layout(self) -> SlotLayout:
+    def layout(self) -> PageLayout:
         formats = key_format(self.k_quant), value_format(self.v_quant)
         sizes = self.head_size, self.head_size_v or self.head_size
-        unpadded = SlotLayout(*formats, *sizes, self.num_kv_heads, self.block_size)
+        unpadded = PageLayout(*formats, *sizes, self.num_kv_heads, self.block_size)
         if not self.padding:
             return unpadded
         return replace(unpadded, padded_page_bytes=unpadded.page_size_bytes + self.padding)

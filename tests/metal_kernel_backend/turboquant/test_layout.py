@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 HEAD_SIZES = (64, 80, 96, 112, 128, 160, 192, 256)
 BLOCK_SIZES = (8, 16, 32)
@@ -16,8 +16,8 @@ PAIRS = list(itertools.product(KEY_FORMATS, VALUE_FORMATS))
 
 def layouts(k_quant: str, v_quant: str):
     for shape in itertools.product(HEAD_SIZES, KV_HEADS, BLOCK_SIZES):
-        yield SlotLayout.of(k_quant, v_quant, *shape)
-    yield SlotLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], 192, 128, 2, 16)
+        yield PageLayout.of(k_quant, v_quant, *shape)
+    yield PageLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], 192, 128, 2, 16)
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
@@ -64,7 +64,7 @@ def test_slots_tile_the_head_page(k_quant, v_quant):
 
 def test_slot_columns_by_hand():
     """The second token of a block of q8_0 / q3_0 at head size 64: 32 + 12 + 1 + 1 halfwords."""
-    columns = SlotLayout.of("q8_0", "q3_0", 64, 3, 16).slot_columns()[1]
+    columns = PageLayout.of("q8_0", "q3_0", 64, 3, 16).slot_columns()[1]
     assert columns[:32].tolist() == list(range(32, 64))
     assert columns[32:44].tolist() == list(range(512 + 12, 512 + 24))
     assert columns[44:].tolist() == [512 + 192 + 1, 512 + 192 + 16 + 1]
@@ -72,7 +72,7 @@ def test_slot_columns_by_hand():
 
 def test_slot_columns_with_levels_by_hand():
     """The third token of a block of q4_0 / q2_0 at head size 128: two planes of levels."""
-    columns = SlotLayout.of("q4_0", "q2_0", 128, 3, 16).slot_columns()[2]
+    columns = PageLayout.of("q4_0", "q2_0", 128, 3, 16).slot_columns()[2]
     codes = 16 * (32 + 16)
     assert columns[:32].tolist() == list(range(64, 96))
     assert columns[32:48].tolist() == list(range(512 + 32, 512 + 48))
@@ -91,13 +91,13 @@ def test_ratios_of_the_published_pairs():
         ("q3_0", "q3_0"): 4.92,
     }
     for (k_quant, v_quant), ratio in ratios.items():
-        layout = SlotLayout.of(k_quant, v_quant, 64, 3, 16)
+        layout = PageLayout.of(k_quant, v_quant, 64, 3, 16)
         assert 16 / layout.bits_per_element == pytest.approx(ratio, abs=0.005)
-    assert SlotLayout.of("q8_0", "q3_0", 64, 3, 16).slot_size == 92
+    assert PageLayout.of("q8_0", "q3_0", 64, 3, 16).slot_size == 92
 
 
 def test_template_holds_the_layout():
-    layout = SlotLayout.of("uint4", "q3_0", 80, 5, 16)
+    layout = PageLayout.of("uint4", "q3_0", 80, 5, 16)
     template = dict(layout.template())
     assert all(type(value) is int for value in template.values())
     assert (template["KEY_HAS_BIAS"], template["KEY_HAS_LEVELS"]) == (1, 0)
@@ -107,7 +107,7 @@ def test_template_holds_the_layout():
 
 
 def test_template_holds_the_levels():
-    layout = SlotLayout.of("q5_0", "q3_0", 128, 5, 16)
+    layout = PageLayout.of("q5_0", "q3_0", 128, 5, 16)
     template = dict(layout.template())
     assert (template["KEY_HAS_LEVELS"], template["KEY_TERMS"]) == (1, 1)
     assert template["KEY_LEVELS_OFFSET"] == layout.key_levels_offset
@@ -117,10 +117,10 @@ def test_template_holds_the_levels():
 @pytest.mark.parametrize("head_size", [0, -64, 1, 8, 24, 63, 65, 72, 100, 144, 176, 1024])
 def test_head_sizes_without_a_rotation_are_refused(head_size):
     with pytest.raises(ValueError, match=rf"head size {head_size} has no rotation; allowed: m"):
-        SlotLayout.of("q8_0", "q3_0", head_size, 2, 16)
+        PageLayout.of("q8_0", "q3_0", head_size, 2, 16)
 
 
 @pytest.mark.parametrize("block_size", [0, -8, 4, 12, 17])
 def test_block_sizes_that_break_alignment_are_refused(block_size):
     with pytest.raises(ValueError, match=rf"block size {block_size} is not"):
-        SlotLayout.of("q8_0", "q3_0", 64, 2, block_size)
+        PageLayout.of("q8_0", "q3_0", 64, 2, block_size)

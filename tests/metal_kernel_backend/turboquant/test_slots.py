@@ -7,14 +7,14 @@ import pytest
 from tests import inputs, reference
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.grouped_quantizer import GroupedQuantizer
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized, Quantizer
 from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
 
 PAIRS = [("q8_0", "q3_0"), ("q5_0", "q6_0"), ("q4_0", "q2_0"), ("uint4", "q5_0"), ("int2", "q8_0")]
 
 
-def tokens(layout: SlotLayout, count: int, seed: int = 0) -> tuple[Quantized, Quantized]:
+def tokens(layout: PageLayout, count: int, seed: int = 0) -> tuple[Quantized, Quantized]:
     """Quantised Gaussian keys and values, [count, H, D]."""
     rng = np.random.default_rng(seed)
     pair = []
@@ -42,7 +42,7 @@ def packed(slots: Slots, keys: Quantized, values: Quantized) -> mx.array:
     )
 
 
-def no_tokens(layout: SlotLayout, num_blocks: int) -> mx.array:
+def no_tokens(layout: PageLayout, num_blocks: int) -> mx.array:
     """Pages of zeros."""
     return mx.zeros(layout.pages_shape(num_blocks), mx.uint16)
 
@@ -56,7 +56,7 @@ def slots_of(block_ids: list[int], length: int, block_size: int) -> np.ndarray:
 @pytest.mark.parametrize("sizes", [(64, 64), (80, 80), (128, 128), (160, 64), (192, 128)])
 def test_bytes_of_a_page(k_quant, v_quant, sizes):
     """Every byte of every plane, from the offsets of the layout and the oracle's packing."""
-    layout = SlotLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], *sizes, 2, 8)
+    layout = PageLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], *sizes, 2, 8)
     slots = Slots(layout)
     keys, values = tokens(layout, 24)
     mapping = np.random.default_rng(1).permutation(24)
@@ -95,7 +95,7 @@ def test_bytes_of_a_page(k_quant, v_quant, sizes):
 @pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
 @pytest.mark.parametrize(("head_size", "block_size"), [(64, 8), (64, 16), (64, 32), (160, 16)])
 def test_what_is_stored_is_loaded(k_quant, v_quant, head_size, block_size):
-    layout = SlotLayout.of(k_quant, v_quant, head_size, 3, block_size)
+    layout = PageLayout.of(k_quant, v_quant, head_size, 3, block_size)
     slots = Slots(layout)
     for length in inputs.lengths(block_size):
         blocks = [7, 2, 9, 4, 1][: -(-length // block_size)]
@@ -118,7 +118,7 @@ def test_what_is_stored_is_loaded(k_quant, v_quant, head_size, block_size):
 
 
 def test_tokens_stored_one_by_one_are_as_stored_together():
-    layout = SlotLayout.of("q5_0", "q3_0", 64, 2, 8)
+    layout = PageLayout.of("q5_0", "q3_0", 64, 2, 8)
     slots = Slots(layout)
     keys, values = tokens(layout, 11)
     halfwords = packed(slots, keys, values)
@@ -133,7 +133,7 @@ def test_tokens_stored_one_by_one_are_as_stored_together():
 
 
 def test_padding_touches_the_null_block_only():
-    layout = SlotLayout.of("q4_0", "q4_0", 64, 2, 8)
+    layout = PageLayout.of("q4_0", "q4_0", 64, 2, 8)
     slots = Slots(layout)
     indices = slots.indices(mx.array([-1, 9, -1]))
     pages = np.array(slots.store(no_tokens(layout, 3), packed(slots, *tokens(layout, 3)), indices))
@@ -141,7 +141,7 @@ def test_padding_touches_the_null_block_only():
 
 
 def test_a_slot_never_written_reads_as_zero():
-    layout = SlotLayout.of("uint8", "q8_0", 64, 1, 8)
+    layout = PageLayout.of("uint8", "q8_0", 64, 1, 8)
     keys, values = Slots(layout).load(no_tokens(layout, 2), mx.array([[1]]))
     key = Quantizer([(layout.key_format, False)], 64).dequantize(keys)
     value = Quantizer([(layout.value_format, True)], 64).dequantize(values)
@@ -150,7 +150,7 @@ def test_a_slot_never_written_reads_as_zero():
 
 def test_a_store_is_in_place():
     """Hundreds of stores of 16 tokens into 50 MB take no second copy of the pages."""
-    layout = SlotLayout.of("q8_0", "q3_0", 64, 3, 16)
+    layout = PageLayout.of("q8_0", "q3_0", 64, 3, 16)
     slots = Slots(layout)
     owner = [no_tokens(layout, 12_000)]
     halfwords = packed(slots, *tokens(layout, 16))

@@ -27,7 +27,7 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.products import (
     PackedVectors,
     output_matrix,
@@ -67,7 +67,7 @@ class TurboQuantAttention(AttentionBackend):
         super().__init__(shape, block_size, page_bytes)
         self.formats = formats
         self.reproducible = reproducible
-        self.layout = SlotLayout(
+        self.layout = PageLayout(
             *formats, shape.head_size, shape.head_size_v, shape.num_kv_heads, block_size, page_bytes
         )
         self.slots = Slots(self.layout)

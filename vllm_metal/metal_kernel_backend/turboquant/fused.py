@@ -20,7 +20,7 @@ from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttenti
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 TILE_BYTES = 128 << 20
 """Bound on the keys and values that a chunk has in plain form at a time. One KV head is the least:
@@ -28,7 +28,7 @@ in 16 bits with head size 128 it reaches the bound at 262,144 tokens."""
 
 
 @cache
-def shared_launcher(layout: SlotLayout, target: Target) -> Launcher:
+def shared_launcher(layout: PageLayout, target: Target) -> Launcher:
     """One launcher for all layers of a layout."""
     return Launcher(layout, target)
 

@@ -22,7 +22,7 @@ from vllm_metal.metal_kernel_backend.turboquant.kernels import (
     STORE,
     codebook,
 )
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.splits import (
     core_count,
     resident_groups,
@@ -54,7 +54,7 @@ class LayerConstants:
 class Launcher:
     """The kernels of one layout on one target. Layers of equal layout may share it."""
 
-    layout: SlotLayout
+    layout: PageLayout
     target: Target
     num_cores: int = 0
     """Cores of the GPU; 0 asks the device."""

@@ -35,7 +35,7 @@ def check_head_size(head_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class SlotLayout:
+class PageLayout:
     """Every size and offset of the pages of one layer, in bytes unless said otherwise.
 
     Raises ValueError for a head size without a rotation, or a block size not a multiple of 8.
@@ -54,7 +54,7 @@ class SlotLayout:
     @classmethod
     def of(
         cls, k_quant: str, v_quant: str, head_size: int, num_kv_heads: int, block_size: int
-    ) -> "SlotLayout":
+    ) -> "PageLayout":
         """The layout for format names and keys and values of one size."""
         key, value = key_format(k_quant), value_format(v_quant)
         return cls(key, value, head_size, head_size, num_kv_heads, block_size)

@@ -1,6 +1,6 @@
 """Quantised tokens into the slots of pages, and out again, in plain MLX.
 
-Pages are uint16 `SlotLayout.pages_shape`. A store is one scatter, so that MLX writes in place.
+Pages are uint16 `PageLayout.pages_shape`. A store is one scatter, so that MLX writes in place.
 """
 
 from math import gcd
@@ -15,14 +15,14 @@ from vllm_metal.metal_kernel_backend.turboquant.bitpack import (
     unpack_levels,
 )
 from vllm_metal.metal_kernel_backend.turboquant.formats import GROUP_SIZE
-from vllm_metal.metal_kernel_backend.turboquant.layout import SlotLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
 
 class Slots:
     """Reads and writes the pages of one layout."""
 
-    def __init__(self, layout: SlotLayout):
+    def __init__(self, layout: PageLayout):
         self.layout = layout
         heads = mx.arange(layout.num_kv_heads)[:, None] * (layout.head_page_bytes // 2)
         self._columns = mx.array(layout.slot_columns())[:, None, :] + heads
@@ -34,7 +34,7 @@ class Slots:
     def pack(self, tokens: Quantized) -> mx.array:
         """What `TokenCodec` makes of T tokens to uint16 [H, T, slot_size / 2].
 
-        The halfwords are in the order of `SlotLayout.slot_columns`.
+        The halfwords are in the order of `PageLayout.slot_columns`.
         """
         numbers = tokens.scales
         if tokens.biases is not None:

@@ -1,0 +1,110 @@
+"""Metadata of every group, written out by hand; and backends that see through its windows."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.attention.paged_layer import PagedLayer
+from tests.attention.test_backend import CANDIDATES, GROUPED, Candidate, error
+from vllm_metal.kv_cache.group_metadata import (
+    decode_metadata,
+    gathered_tokens,
+    prefill_metadata,
+)
+from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.metal_kernel_backend.host_target import HostTarget
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+
+FULL = KVGroup(8, layers=(0,))
+WINDOW = KVGroup(4, layers=(1,), sliding_window=6)
+STATES = KVGroup(100, states=(0,))
+GROUPS = (FULL, WINDOW, STATES)
+TABLE = np.arange(20, 28, dtype=np.int32)
+"""Of a window group: blocks of 4 tokens at positions 0, 4, 8, ..."""
+
+
+def test_tokens_gathered_of_a_request_are_those_of_the_layer_that_reads_most():
+    assert gathered_tokens([FULL], 17) == 3 * 8
+    assert gathered_tokens([FULL], 8 * 17) == 18 * 8  # as graphs round
+    assert gathered_tokens([WINDOW], 1000) == 3 * 4  # 6 tokens that begin at the end of a block
+    assert gathered_tokens([WINDOW], 3) == 4
+    assert gathered_tokens(GROUPS, 17) == 3 * 8
+    assert gathered_tokens([STATES], 17) == 0
+
+
+def test_decode_of_a_window_begins_at_the_first_block_that_it_touches():
+    tables = [
+        np.array([[1, 2, 3], [4, 5, 6]], np.int32),
+        np.stack([TABLE, TABLE + 20]),
+        np.array([[9], [8]], np.int32),
+    ]
+    full, window, states = decode_metadata(GROUPS, tables, np.array([17, 3], np.int32))
+    assert full.block_table.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert full.seq_lens.tolist() == [18, 4]
+    assert full.slot_mapping.tolist() == [3 * 8 + 1, 4 * 8 + 3]
+    # 18 tokens, of which 12 .. 17 are seen: from block 3 on; 4 tokens, all seen
+    assert window.block_table.tolist() == [[23, 24], [40, 41]]
+    assert window.seq_lens.tolist() == [18 - 12, 4]
+    assert window.max_seq_len == 6
+    assert window.slot_mapping.tolist() == [24 * 4 + 1, 40 * 4 + 3]
+    assert full.offset.tolist() == window.offset.tolist() == [17, 3]
+    assert states.block_ids.tolist() == [9, 8]
+    assert not states.begins
+
+
+def test_work_in_a_window_does_not_grow_with_the_request():
+    group = KVGroup(4, layers=(0,), sliding_window=6)
+    table = np.arange(1, 1001, dtype=np.int32)[None]
+    widths = set()
+    for position in range(100, 3900, 37):
+        [metadata] = decode_metadata([group], [table], np.array([position], np.int32))
+        widths.add(metadata.block_table.shape[1])
+        assert metadata.offset == position
+        first = int(metadata.block_table[0, 0]) - 1
+        assert first * 4 <= position + 1 - 6 < (first + 1) * 4
+        assert first * 4 + int(metadata.seq_lens[0]) == position + 1
+    assert widths == {2, 3}
+
+
+def test_a_chunk_in_a_window_keeps_what_its_first_token_sees():
+    tables = [np.array([1, 2, 3], np.int32), TABLE, np.array([9], np.int32)]
+    full, window, states = prefill_metadata(GROUPS, tables, start=14, query_len=5)
+    assert (full.context_len, full.skipped, full.offset) == (14, 0, 14)
+    assert full.block_table.tolist() == [[1, 2, 3]]
+    # token 14 sees 9 .. 14: from block 2 on
+    assert window.block_table.tolist() == [[22, 23, 24]]
+    assert (window.context_len, window.skipped, window.offset) == (14 - 8, 8, 14)
+    assert window.slot_mapping.tolist() == [23 * 4 + 2, 23 * 4 + 3, 24 * 4, 24 * 4 + 1, 24 * 4 + 2]
+    assert not states.begins
+    assert prefill_metadata(GROUPS, tables, 0, 5)[2].begins
+
+
+def fused(shape, block_size):
+    constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
+    formats = key_format("q8_0"), value_format("q8_0")
+    return TurboQuantFused(shape, block_size, formats, constants, HostTarget())
+
+
+@pytest.mark.parametrize("window", [1, 8, 13, 40])
+@pytest.mark.parametrize(
+    "candidate", [*CANDIDATES, Candidate("turboquant-on-kernels", fused, 1e-2)], ids=str
+)
+def test_backends_see_the_window_and_no_more(candidate, window):
+    """Chunks shorter and longer than the window, then rows of unequal lengths; with sinks."""
+    shape = replace(GROUPED, sliding_window=window)
+    layer = PagedLayer(candidate.make(shape, 8), num_blocks=40)
+    requests = [layer.request(n, 4, sinks=True) for n in (61, 5, 30)]
+    requests = [replace(r, sinks=requests[0].sinks) for r in requests]
+    for request, chunk in zip(requests, (25, 3, 7), strict=True):
+        for start in range(0, request.seq_len - 1, chunk):
+            end = min(start + chunk, request.seq_len - 1)
+            out = layer.prefill(request, start, end)
+            assert error(out, request.expected(start, end), request) < candidate.tolerance
+    out = layer.decode(requests)
+    assert error(out, layer.expected_decode(requests), *requests) < candidate.tolerance
+    alone = mx.concatenate([layer.decode([request]) for request in requests])
+    assert mx.abs(out - alone).max().item() < 2e-6

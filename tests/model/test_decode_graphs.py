@@ -1,0 +1,163 @@
+"""A replayed decode step is the step itself: its logits, its pages, in place."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.tiny_models import FETCHED, SERVED, VOCABULARY, tiny_model
+from vllm_metal.attention.metadata import DecodeMetadata
+from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.group_metadata import decode_metadata
+from vllm_metal.kv_cache.groups import rounded_blocks
+from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.model import decode_graphs
+from vllm_metal.model.decode_graphs import DecodeGraphs
+from vllm_metal.model.model_binding import ModelBinding
+
+BLOCK = 8
+NUM_BLOCKS = 64
+COMPRESSED = TurboQuantConfig("q8_0", "q3_0")
+KINDS = [
+    *((model_type, None) for model_type in (*SERVED, *(FETCHED.keys() - {"gemma2"}))),
+    ("gemma4_text", None),
+    ("gemma4_text", COMPRESSED),
+    ("llama", COMPRESSED),
+    ("llama", TurboQuantConfig("q4_0", "q2_0")),
+]
+
+
+class Decoder:
+    """A tiny model whose requests have random tokens in their pages, the null block rubbish."""
+
+    def __init__(self, model_type="llama", turboquant=None, num_blocks=NUM_BLOCKS):
+        self.binding = ModelBinding(tiny_model(model_type))
+        constants = neutral_constants(self.binding.layers)
+        backends = make_backends(self.binding.layers, BLOCK, mx.float32, turboquant, constants)
+        self.kv_cache = KVCache(backends, num_blocks)
+        self.binding.bind(self.kv_cache)
+        rng = np.random.default_rng(0)
+        self.blocks = rng.permutation(np.arange(1, num_blocks)).astype(np.int32)
+        self.graphs = DecodeGraphs(self.binding, self.kv_cache)
+
+    def metadata(self, lens: list[int]) -> DecodeMetadata:
+        """Requests of these lengths, each with blocks of its own."""
+        most = -(-max(lens) // BLOCK)
+        table = self.blocks[: len(lens) * most].reshape(len(lens), most)
+        [metadata] = decode_metadata(self.kv_cache.groups, [table], np.array(lens, np.int32) - 1)
+        return metadata
+
+    def run(self, forward, lens: list[int], seed: int) -> mx.array:
+        tokens = np.random.default_rng([seed, *lens]).integers(0, VOCABULARY, (len(lens), 1))
+        logits = forward(mx.array(tokens), [self.metadata(lens)])
+        mx.eval(logits, self.kv_cache.arrays)
+        return logits
+
+
+def difference(logits: mx.array, expected: mx.array) -> float:
+    return (mx.abs(logits - expected).max() / mx.std(expected)).item()
+
+
+def store_somewhere(decoder: Decoder, lens: list[int]) -> None:
+    """Fills the pages of requests of `lens` with the tokens of earlier steps."""
+    for length in range(1, max(lens)):
+        decoder.run(decoder.binding.forward, [min(length, n) for n in lens], seed=length)
+
+
+@pytest.mark.parametrize(("model_type", "turboquant"), KINDS, ids=str)
+def test_every_kind_of_model(model_type, turboquant):
+    assert_replay_is_the_step(Decoder(model_type, turboquant), [5, 1, 9])
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32", "stablelm"])
+@pytest.mark.parametrize("lens", [[1], [9], [8, 3]], ids=str)
+def test_models_that_attend_themselves_see_no_more_than_their_tokens(model_type, lens):
+    """A trace gathers whole blocks, of one request as of many."""
+    assert_replay_is_the_step(Decoder(model_type), lens)
+
+
+@pytest.mark.parametrize("turboquant", [None, COMPRESSED], ids=["dense", "turboquant"])
+@pytest.mark.parametrize("lens", [[1], [8], [9], [140, 139]], ids=str)
+def test_lengths(turboquant, lens):
+    assert_replay_is_the_step(Decoder(turboquant=turboquant), lens)
+
+
+def assert_replay_is_the_step(decoder: Decoder, lens: list[int]) -> None:
+    if max(lens) < 100:
+        store_somewhere(decoder, lens)
+    expected = decoder.run(decoder.binding.forward, lens, seed=0)
+    pages = [mx.array(array) for array in decoder.kv_cache.arrays]
+    for _ in range(3):
+        assert difference(decoder.run(decoder.graphs, lens, seed=0), expected) < 1e-4
+    for array, before in zip(decoder.kv_cache.arrays, pages, strict=True):
+        assert mx.allclose(array.astype(mx.float32), before.astype(mx.float32), atol=1e-4)
+
+
+def test_a_trace_serves_other_tokens_and_other_lengths():
+    """Nothing of the traced step is kept but its operations."""
+    decoder = Decoder()
+    store_somewhere(decoder, [24, 24])
+    for lens in ([17, 20], [17, 20], [24, 18], [19, 23]):
+        expected = decoder.run(decoder.binding.forward, lens, seed=1)
+        assert difference(decoder.run(decoder.graphs, lens, seed=1), expected) < 1e-4
+    assert len(decoder.graphs._graphs) == 1
+
+
+def test_lazy_tokens_go_in():
+    decoder = Decoder()
+    for _ in range(3):
+        lazy = mx.argmax(mx.array([[0, 0, 0, 1.0]]), axis=-1)[:, None]
+        logits = decoder.graphs(lazy, [decoder.metadata([5])])
+        expected = decoder.binding.forward(mx.array([[3]]), [decoder.metadata([5])])
+        assert difference(logits, expected) < 1e-4
+
+
+def test_the_padding_of_the_table_is_not_seen():
+    """17 blocks are rounded up to 18; block 0 holds what would change every logit."""
+    decoder = Decoder()
+    arrays, beside = decoder.kv_cache.take()
+    decoder.kv_cache.put([[mx.full(array.shape, 99.0) for array in arrays], beside])
+    assert rounded_blocks(17) == 18
+    expected = decoder.run(decoder.binding.forward, [17 * BLOCK], seed=2)
+    for _ in range(2):
+        assert difference(decoder.run(decoder.graphs, [17 * BLOCK], seed=2), expected) < 1e-4
+
+
+@pytest.mark.parametrize("turboquant", [None, COMPRESSED], ids=["dense", "turboquant"])
+def test_pages_are_written_in_place(turboquant):
+    """Over many replays the peak stays far below a second copy of the pages."""
+    decoder = Decoder(turboquant=turboquant, num_blocks=20_000)
+    for step in range(3):
+        decoder.run(decoder.graphs, [9, 12], step)
+    mx.reset_peak_memory()
+    for step in range(10):
+        decoder.run(decoder.graphs, [9, 12], step)
+    smallest = min(array.nbytes for array in decoder.kv_cache.arrays)
+    assert mx.get_peak_memory() - mx.get_active_memory() < smallest / 2
+
+
+def test_few_graphs_are_kept(monkeypatch):
+    monkeypatch.setattr(decode_graphs, "MAX_GRAPHS", 2)
+    decoder = Decoder()
+    for lens in ([1], [9], [17], [9], [25], [9]):
+        decoder.run(decoder.graphs, lens, seed=3)
+    assert set(decoder.graphs._graphs) == {((1, 4),), ((1, 2),)}
+
+
+def test_a_failed_trace_loses_no_page():
+    decoder = Decoder()
+    before = decoder.kv_cache.arrays
+    decoder.run(decoder.graphs, [3], seed=0)
+    decoder.binding.model.model.norm = lambda x: x * x.sum().item()
+    with pytest.raises(ValueError, match="eval"):
+        decoder.graphs(mx.array([[1]]), [decoder.metadata([3])])
+    assert [array.shape for array in decoder.kv_cache.arrays] == [a.shape for a in before]
+    mx.eval(decoder.kv_cache.arrays)
+
+
+def test_rounding_of_blocks():
+    for num_blocks in range(1, 3000):
+        rounded = rounded_blocks(num_blocks)
+        assert num_blocks <= rounded <= num_blocks * 9 / 8
+        assert rounded_blocks(rounded) == rounded
+    assert len({rounded_blocks(n) for n in range(1, 1025)}) < 80

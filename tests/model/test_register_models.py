@@ -1,0 +1,104 @@
+"""Model types that only mlx-lm knows reach vLLM's configuration, and no other is touched."""
+
+import json
+import pickle
+
+import mlx.core as mx
+import pytest
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import ModelRegistry
+
+from tests.serving import Serving
+from tests.tiny_models import save_checkpoint, tiny_model
+from vllm_metal.model import register_models
+from vllm_metal.model.register_models import MlxLmConfig, mlx_lm_model_types, register_model_types
+
+PROMPT = [5, 3, 8, 1, 9, 2, 7] * 4
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register_model_types()
+
+
+def test_every_model_file_is_known_afterwards():
+    found = mlx_lm_model_types()
+    assert {"llama", "afm7", "deepseek_v3"} <= found
+    assert not {"base", "cache", "rope_utils", "switch_layers"} & found
+    assert found <= set(CONFIG_MAPPING.keys()) | register_models._vllm_types()
+
+
+def test_what_is_known_is_not_replaced():
+    assert CONFIG_MAPPING["llama"] is LlamaConfig
+    own = [name for name in CONFIG_MAPPING if issubclass(CONFIG_MAPPING[name], MlxLmConfig)]
+    assert {"afm7", "openelm", "exaone"} <= set(own) <= mlx_lm_model_types()
+    assert register_model_types() == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "heads", "layers"), [("afm7", 4, 4), ("openelm", 8, 3), ("exaone", 4, 3)]
+)
+def test_vllm_reads_the_settings_under_its_names(tmp_path, model_type, heads, layers):
+    settings = {"architectures": [f"{model_type}OnlyHere"], "max_position_embeddings": 512}
+    for name in ("num_attention_heads", "num_hidden_layers", "hidden_size"):
+        settings[name] = None
+    folder = save_checkpoint(tmp_path / "model", "llama", architectures=["LlamaForCausalLM"])
+    config = json.loads((folder / "config.json").read_text()) | settings
+    config = {name: value for name, value in config.items() if value is not None}
+    given = {
+        "afm7": {"hidden_dim": 64, "num_layers": 4, "num_heads": 4},
+        "openelm": {"model_dim": 64, "num_transformer_layers": 3, "num_query_heads": [4, 4, 8]}
+        | {"num_kv_heads": [1, 4, 2], "num_key_value_heads": None},
+        "exaone": {"hidden_size": 64, "num_layers": 3, "num_attention_heads": 4},
+    }[model_type]
+    config = config | {"model_type": model_type, **given}
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_model_config()
+    assert model.hf_config.model_type == model_type
+    assert model.get_hidden_size() == 64
+    assert model.model_arch_config.total_num_attention_heads == heads
+    assert model.model_arch_config.total_num_hidden_layers == layers
+    assert f"{model_type}OnlyHere" in ModelRegistry.get_supported_archs()
+
+
+def test_a_model_that_only_mlx_lm_knows_is_served(make_config, tmp_path):
+    folder = save_checkpoint(
+        tmp_path / "model",
+        "afm7",
+        architectures=["AFMForCausalLM"],
+        hidden_size=None,
+        num_hidden_layers=None,
+        num_attention_heads=None,
+    )
+    [generated] = Serving(make_config(model=str(folder))).generate([PROMPT])
+    model = tiny_model("afm7")
+    tokens = list(PROMPT)
+    for _ in generated:
+        tokens.append(int(model(mx.array([tokens]))[0, -1].argmax()))
+    assert generated == tokens[len(PROMPT) :]
+
+
+def test_settings_survive_the_way_between_processes(tmp_path):
+    folder = save_checkpoint(tmp_path / "model", "afm7", architectures=["AnotherForCausalLM"])
+    config = AutoConfig.from_pretrained(folder)
+    restored = pickle.loads(pickle.dumps(config))
+    assert isinstance(restored, MlxLmConfig)
+    assert restored.to_dict() == config.to_dict()
+    assert restored.num_kv_heads == restored.num_key_value_heads == 2
+
+
+def test_a_checkpoints_own_code_is_used_where_it_is_trusted(tmp_path):
+    folder = save_checkpoint(
+        tmp_path / "model", "afm7", auto_map={"AutoConfig": "configuration_own.OwnConfig"}
+    )
+    (folder / "configuration_own.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        "class OwnConfig(PretrainedConfig):\n"
+        "    model_type = 'afm7'\n"
+    )
+    trusted = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert type(trusted).__name__ == "OwnConfig"
+    assert isinstance(AutoConfig.from_pretrained(folder, trust_remote_code=False), MlxLmConfig)

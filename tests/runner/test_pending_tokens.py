@@ -1,0 +1,33 @@
+"""Tokens of a step in flight: to their requests, once they are there."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import mlx.core as mx
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_metal.runner.pending_tokens import PendingTokens
+
+
+def test_pending_tokens_find_their_rows():
+    """Rows that sample nothing, and tokens in another order than the rows."""
+    output = ModelRunnerOutput(req_ids=["a", "b", "c"], req_id_to_index={"a": 0, "b": 1, "c": 2})
+    tokens = mx.array([7, 9], mx.int32)
+    pending = PendingTokens(tokens, lambda: None, {"c": 5, "a": 3}, output)
+    assert pending.get_output().sampled_token_ids == [[9], [], [7]]
+
+
+def test_two_threads_wait_for_one_step_and_read_it_once():
+    """vLLM's thread that hands results on, and the runner's."""
+    computed, waits = Event(), []
+
+    def wait():
+        waits.append(computed.wait(10))
+
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    pending = PendingTokens(mx.array([7], mx.int32), wait, {"a": 3}, output)
+    with ThreadPoolExecutor(2) as threads:
+        results = [threads.submit(pending.wait) for _ in range(2)]
+        computed.set()
+        assert [result.result() for result in results] == [[7], [7]]
+    assert waits == [True]

@@ -1,0 +1,1 @@
+"""Subcommands of `vllm-metal` that start no server."""

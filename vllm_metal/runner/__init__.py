@@ -1,0 +1,1 @@
+"""One step of the engine: scheduled requests in, sampled tokens out."""

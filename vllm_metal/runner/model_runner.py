@@ -1,0 +1,269 @@
+"""One step of the engine: scheduled requests in, sampled tokens out.
+
+    execute_model   batch.update -> prefill chunks, each (1, L) -> decode rows as one (B, 1)
+    sample_tokens   logits -> tokens
+
+A greedy step stays in MLX and is handed back before it is computed (`PendingTokens`): vLLM
+schedules the next step and its graph is built on the lazy tokens meanwhile. It is dispatched only
+once the previous step is finished, so that every page array has one holder and is written in
+place (`kv_cache/cache.py`).
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import torch
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    AsyncModelRunnerOutput,
+    LogprobsTensors,
+    ModelRunnerOutput,
+)
+from vllm.v1.structured_output.utils import apply_grammar_bitmask
+
+from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.runner import forward_inputs
+from vllm_metal.runner.dispatch import make_dispatch
+from vllm_metal.runner.pending_tokens import PendingTokens
+from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
+from vllm_metal.runner.sampler import TorchSampler, greedy, to_torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+
+
+@dataclass
+class _Step:
+    """What `execute_model` leaves for `sample_tokens`."""
+
+    scheduled: "SchedulerOutput"
+    logits: dict[int, mx.array] = field(default_factory=dict)
+    """Row of the batch -> its logits [1, vocabulary], of rows that sample."""
+    decode_rows: list[int] = field(default_factory=list)
+    decode_logits: mx.array | None = None
+    """[B, vocabulary], rows as in `decode_rows`."""
+    prompt_logprobs: dict[str, LogprobsTensors | None] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Runs the bound model for vLLM's scheduler.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        binding: the model, bound to paged attention.
+        kv_cache: the pages.
+        max_num_blocks: length of a block table, for each KV group.
+        most_decode_tokens: that a decode forward may gather of a layer.
+    """
+
+    def __init__(
+        self,
+        vllm_config: "VllmConfig",
+        binding: ModelBinding,
+        kv_cache: KVCache,
+        max_num_blocks: list[int],
+        most_decode_tokens: int,
+    ):
+        self.binding = binding
+        self.kv_cache = kv_cache
+        block_sizes = [group.block_size for group in kv_cache.groups]
+        self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
+        self.most_decode_tokens = most_decode_tokens
+        self.batched_decode = True
+        """False where the architecture takes no array of offsets: decode goes row by row."""
+        self.forward_decode = binding.forward
+        """Replaced by `DecodeGraphs` where the model's decode can be traced."""
+        self._returns_pending = vllm_config.scheduler_config.async_scheduling
+        self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
+        self._dispatch = make_dispatch()
+        self._pending: PendingTokens | None = None
+        self._step: _Step | None = None
+        binding.bind(kv_cache)
+
+    def execute_model(self, scheduled: "SchedulerOutput") -> ModelRunnerOutput | None:
+        """Runs the forward passes of one step; `sample_tokens` follows unless it was empty."""
+        pending = self._pending
+        if not self._can_run_ahead(scheduled):
+            self._finish_pending()
+            pending = None
+        self.batch.update(scheduled)
+        if scheduled.kv_cache_block_copies:
+            self._finish_pending()
+            self.kv_cache.copy_blocks(scheduled.kv_cache_block_copies)
+        if not scheduled.total_num_scheduled_tokens:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        step = _Step(scheduled)
+        for req_id, row in self.batch.rows.req_id_to_index.items():
+            num_scheduled = scheduled.num_scheduled_tokens[req_id]
+            begins = self.batch.rows.num_computed_tokens_cpu[row] == 0
+            if num_scheduled > 1 or begins or self._wants_prompt_logprobs(req_id):
+                self._prefill(step, req_id, row, num_scheduled)
+            else:
+                step.decode_rows.append(row)
+        if step.decode_rows:
+            self._decode(step, pending)
+        self._step = step
+        return None
+
+    def sample_tokens(
+        self, grammar: "GrammarOutput | None"
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        """Samples one token for every request whose known tokens are all computed."""
+        step, self._step = self._step, None
+        if step is None:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        output = ModelRunnerOutput(
+            req_ids=list(self.batch.rows.req_ids),
+            req_id_to_index=dict(self.batch.rows.req_id_to_index),
+            prompt_logprobs_dict=step.prompt_logprobs,
+        )
+        if self.batch.samples_in_torch or grammar is not None:
+            return self._sample_in_torch(step, grammar, output)
+        return self._sample_in_mlx(step, output)
+
+    # Forward passes, in the order of a step.
+
+    def _can_run_ahead(self, scheduled: "SchedulerOutput") -> bool:
+        """Whether this step needs no token of the previous one on the host.
+
+        So it is when every request was in the previous step and advances by one token. The
+        batch as it was decides: what joins now is in `scheduled_new_reqs`. A forward that
+        evaluates on its way waits for the previous one.
+        """
+        cached = scheduled.scheduled_cached_reqs
+        return (
+            self._pending is not None
+            and not self.kv_cache.shares_arrays
+            and not scheduled.scheduled_new_reqs
+            and not cached.resumed_req_ids
+            and all(req_id in self._pending.index for req_id in cached.req_ids)
+            and all(count == 1 for count in scheduled.num_scheduled_tokens.values())
+        )
+
+    def _prefill(self, step: _Step, req_id: str, row: int, num_scheduled: int) -> None:
+        """One prompt chunk; evaluated at once, since each write of pages wants its own turn."""
+        scored = self._wants_prompt_logprobs(req_id)
+        token_ids, metadata = forward_inputs.prefill_inputs(
+            self.batch.rows, row, num_scheduled, self.kv_cache.groups
+        )
+        logits = self.binding.forward(token_ids, metadata, all_rows=scored)[0]
+        if scored:
+            self.kv_cache.evaluate(logits)
+            self._score_prompt(step, req_id, num_scheduled, logits)
+        if self.batch.is_complete(req_id, num_scheduled):
+            step.logits[row] = logits[-1:]
+            self.kv_cache.evaluate(step.logits[row])
+        else:
+            del logits  # what is not computed still holds arrays that are written next
+            self.kv_cache.evaluate()
+
+    def _decode(self, step: _Step, pending: PendingTokens | None) -> None:
+        """Logits of the decode rows, lazily where the rows run as one forward."""
+        rows, groups = self.batch.rows, self.kv_cache.groups
+        step.decode_rows.sort()
+        parts = [[row] for row in step.decode_rows]
+        if self.batched_decode:
+            parts = forward_inputs.split_decode(
+                rows, step.decode_rows, groups, self.most_decode_tokens
+            )
+        logits = []
+        for part in parts:
+            token_ids, metadata = forward_inputs.decode_inputs(
+                rows, part, groups, (pending.tokens, pending.index) if pending else None
+            )
+            logits.append(self.forward_decode(token_ids, metadata)[:, -1])
+            if len(parts) > 1 or self.kv_cache.shares_arrays:
+                self._finish_pending()
+                self.kv_cache.evaluate(logits[-1])
+        step.decode_rows = [row for part in parts for row in part]
+        step.decode_logits = logits[0] if len(logits) == 1 else mx.concatenate(logits)
+
+    # Sampling.
+
+    def _sample_in_mlx(
+        self, step: _Step, output: ModelRunnerOutput
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        rows = self.batch.rows
+        parts, sampled = [], []
+        if step.decode_logits is not None:
+            parts.append(step.decode_logits)
+            sampled += [rows.req_ids[row] for row in step.decode_rows]
+        for row, logits in step.logits.items():
+            parts.append(logits)
+            sampled.append(rows.req_ids[row])
+        if not parts:
+            output.sampled_token_ids = [[] for _ in output.req_ids]
+            return output
+        tokens = greedy(parts[0] if len(parts) == 1 else mx.concatenate(parts))
+        positions = {
+            req_id: self.batch.append(req_id, PLACEHOLDER)
+            for req_id in sampled
+            if self._samples(step, req_id)
+        }
+        if len(positions) < len(sampled):
+            tokens = tokens[mx.array([i for i, r in enumerate(sampled) if r in positions])]
+        self._finish_pending()
+        wait = self._dispatch(tokens, self.kv_cache.arrays)
+        self._pending = PendingTokens(tokens, wait, positions, output)
+        if self._returns_pending:
+            return self._pending
+        pending = self._pending
+        self._finish_pending()
+        return pending.get_output()
+
+    def _sample_in_torch(
+        self, step: _Step, grammar: "GrammarOutput | None", output: ModelRunnerOutput
+    ) -> ModelRunnerOutput:
+        rows = self.batch.rows
+        self._finish_pending()
+        logits = torch.zeros(rows.num_reqs, rows.vocab_size)
+        if step.decode_logits is not None:
+            self.kv_cache.evaluate(step.decode_logits)
+            logits[step.decode_rows] = to_torch(step.decode_logits)
+        for row, row_logits in step.logits.items():
+            logits[row] = to_torch(row_logits[0])
+        if grammar is not None:
+            apply_grammar_bitmask(step.scheduled, grammar, rows, logits)
+        incomplete = [
+            row for row, req_id in enumerate(rows.req_ids) if not self._samples(step, req_id)
+        ]
+        sampled = self._sampler.sample(logits, rows, incomplete)
+        output.sampled_token_ids = sampled.sampled_token_ids.tolist()
+        for row in incomplete:
+            output.sampled_token_ids[row] = []
+        if sampled.logprobs_tensors is not None:
+            output.logprobs = sampled.logprobs_tensors.tolists()
+        for req_id, token_ids in zip(output.req_ids, output.sampled_token_ids, strict=True):
+            for token_id in token_ids:
+                self.batch.append(req_id, token_id)
+        return output
+
+    def _finish_pending(self) -> None:
+        """Waits for the previous greedy step and writes its tokens into the batch."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        for (req_id, position), token_id in zip(
+            pending.positions.items(), pending.wait(), strict=True
+        ):
+            self.batch.fill_placeholder(req_id, position, token_id)
+
+    def _samples(self, step: _Step, req_id: str) -> bool:
+        return self.batch.is_complete(req_id, step.scheduled.num_scheduled_tokens[req_id])
+
+    def _wants_prompt_logprobs(self, req_id: str) -> bool:
+        return req_id in self.batch.unscored_prompts
+
+    def _score_prompt(self, step: _Step, req_id: str, num_scheduled: int, logits: mx.array) -> None:
+        scores = self._sampler.score_prompt(
+            self.batch.requests[req_id],
+            num_scheduled,
+            self.batch.rows.vocab_size,
+            lambda num_rows: to_torch(logits[:num_rows]),
+        )
+        if scores is not None:
+            step.prompt_logprobs[req_id] = scores
+            self.batch.unscored_prompts.discard(req_id)

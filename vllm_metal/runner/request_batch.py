@@ -1,0 +1,158 @@
+"""The requests of the running batch: vLLM's `InputBatch`, kept in step with the scheduler.
+
+vLLM's own `InputBatch` holds token ids, block tables and the tensors that vLLM's sampler reads.
+This file applies a `SchedulerOutput` to it, and writes sampled tokens back.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.sampling_params import SamplingType
+from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
+
+from vllm_metal.runner.sampler import needs_torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+PLACEHOLDER = -1
+"""Stands for a token that is sampled but not yet known on the host."""
+
+
+class RequestBatch:
+    """Requests known to the worker, and the rows of the batch that run this step."""
+
+    def __init__(
+        self, vllm_config: "VllmConfig", block_sizes: list[int], max_num_blocks: list[int]
+    ):
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        custom_logitsprocs = model.logits_processors or ()
+        self._always_torch = bool(custom_logitsprocs)
+        self.block_sizes = block_sizes
+        self.requests: dict[str, CachedRequestState] = {}
+        self.unscored_prompts: set[str] = set()
+        """Requests whose prompt logprobs are asked for and not complete."""
+        self._torch_requests: set[str] = set()
+        self.rows = InputBatch(
+            max_num_reqs=scheduler.max_num_seqs,
+            max_model_len=model.max_model_len,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            device=torch.device("cpu"),
+            vocab_size=model.get_vocab_size(),
+            block_sizes=block_sizes,
+            max_num_blocks_per_req=max_num_blocks,
+            logitsprocs=build_logitsprocs(
+                vllm_config, torch.device("cpu"), False, False, custom_logitsprocs
+            ),
+            logitsprocs_need_output_token_ids=bool(custom_logitsprocs),
+            reasoning_config=vllm_config.reasoning_config,
+        )
+
+    @property
+    def samples_in_torch(self) -> bool:
+        """Whether a request of this batch needs vLLM's sampler rather than an argmax."""
+        return self._always_torch or any(r in self._torch_requests for r in self.rows.req_ids)
+
+    def update(self, scheduled: "SchedulerOutput") -> None:
+        """Applies what the scheduler decided: finished, preempted, new and continued requests."""
+        for req_id in scheduled.finished_req_ids:
+            self.requests.pop(req_id, None)
+            self._torch_requests.discard(req_id)
+            self.unscored_prompts.discard(req_id)
+            self.rows.remove_request(req_id)
+        running = scheduled.num_scheduled_tokens.keys()
+        resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
+        for req_id in self.rows.req_id_to_index.keys() - (running - resumed):
+            self.rows.remove_request(req_id)
+        joining = [self._new_request(new) for new in scheduled.scheduled_new_reqs]
+        joining += self._continue_requests(scheduled.scheduled_cached_reqs)
+        for request in joining:
+            self.rows.add_request(request)
+        self.rows.condense()
+        self.rows.refresh_metadata()
+
+    def is_complete(self, req_id: str, num_scheduled: int) -> bool:
+        """Whether this step computes the last known token of the request, so that it samples."""
+        row = self.rows.req_id_to_index[req_id]
+        computed = int(self.rows.num_computed_tokens_cpu[row])
+        return computed + num_scheduled >= self.rows.num_tokens_no_spec[row]
+
+    def append(self, req_id: str, token_id: int) -> int:
+        """Appends a sampled token, or `PLACEHOLDER`; returns its position in the request."""
+        row = self.rows.req_id_to_index[req_id]
+        position = int(self.rows.num_tokens_no_spec[row])
+        self.rows.token_ids_cpu[row, position] = token_id
+        self.rows.is_token_ids[row, position] = True
+        self.rows.num_tokens_no_spec[row] = position + 1
+        self.requests[req_id].output_token_ids.append(token_id)
+        return position
+
+    def fill_placeholder(self, req_id: str, position: int, token_id: int) -> None:
+        """Puts the token that is now known where `append` left a placeholder."""
+        request = self.requests.get(req_id)
+        if request is None:
+            return
+        index = position - request.num_prompt_tokens
+        if index < len(request.output_token_ids):
+            request.output_token_ids[index] = token_id
+        row = self.rows.req_id_to_index.get(req_id)
+        if row is not None:
+            self.rows.token_ids_cpu[row, position] = token_id
+
+    def _new_request(self, new: "NewRequestData") -> CachedRequestState:
+        params = new.sampling_params
+        generator = None
+        if params.sampling_type == SamplingType.RANDOM_SEED:
+            generator = torch.Generator(device="cpu")
+            generator.manual_seed(params.seed)
+        if needs_torch(params):
+            self._torch_requests.add(new.req_id)
+        if params.prompt_logprobs is not None:
+            self.unscored_prompts.add(new.req_id)
+        request = CachedRequestState(
+            req_id=new.req_id,
+            prompt_token_ids=new.prompt_token_ids,
+            mm_features=new.mm_features,
+            sampling_params=params,
+            generator=generator,
+            block_ids=new.block_ids,
+            num_computed_tokens=new.num_computed_tokens,
+            output_token_ids=[],
+        )
+        self.requests[new.req_id] = request
+        return request
+
+    def _continue_requests(self, cached: "CachedRequestData") -> list[CachedRequestState]:
+        """Updates continued requests in place; returns those that have to rejoin the batch."""
+        rejoining = []
+        for i, req_id in enumerate(cached.req_ids):
+            request = self.requests[req_id]
+            request.num_computed_tokens = cached.num_computed_tokens[i]
+            new_block_ids = cached.new_block_ids[i]
+            if req_id in cached.resumed_req_ids:
+                request.block_ids = new_block_ids
+            elif new_block_ids is not None:
+                for block_ids, new_ids in zip(request.block_ids, new_block_ids, strict=True):
+                    block_ids.extend(new_ids)
+            num_output_tokens = cached.num_output_tokens[i]
+            row = self.rows.req_id_to_index.get(req_id)
+            if row is None:
+                self._recover_outputs(request, num_output_tokens, cached.all_token_ids)
+                rejoining.append(request)
+                continue
+            self.rows.num_computed_tokens_cpu[row] = request.num_computed_tokens
+            if new_block_ids is not None:
+                self.rows.block_table.append_row(new_block_ids, row)
+        return rejoining
+
+    @staticmethod
+    def _recover_outputs(
+        request: CachedRequestState, num_output_tokens: int, all_token_ids: dict[str, list[int]]
+    ) -> None:
+        """A request that rejoins takes its outputs from the scheduler, which dropped some."""
+        if request.req_id in all_token_ids and num_output_tokens:
+            request.output_token_ids = all_token_ids[request.req_id][-num_output_tokens:]
+        else:
+            del request.output_token_ids[num_output_tokens:]

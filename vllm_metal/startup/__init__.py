@@ -1,0 +1,1 @@
+"""What is measured and checked with the loaded model before the first request."""
