@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.metadata import PrefillMetadata
+from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
@@ -46,9 +47,9 @@ def ours_ms(pair: tuple[str, str], chunk: int) -> tuple[float, float]:
     formats = key_format(pair[0]), value_format(pair[1])
     backend = TurboQuantFused(SHAPE, BLOCK_SIZE, formats, constants, CudaTarget())
     blocks = -(-(CONTEXT + chunk) // BLOCK_SIZE)
-    pages = backend.allocate(blocks + 1)
+    pages = KVCache([backend], blocks + 1).pages(0)
     table = 1 + mx.random.permutation(blocks).astype(mx.int32)[None]
-    mx.eval(table, *pages)
+    mx.eval(table, pages)
     for start in range(0, CONTEXT, 4096):
         metadata = chunk_metadata(table, start, 4096)
         keys, values = (random(4096, SHAPE.num_kv_heads) for _ in range(2))

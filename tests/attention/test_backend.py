@@ -13,6 +13,7 @@ import pytest
 from tests import inputs
 from tests.attention.paged_layer import PagedLayer, Request
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target
@@ -91,9 +92,9 @@ def fill(layer: PagedLayer, request: Request, chunk: int = 2 * BLOCK) -> None:
 
 
 @pytest.mark.parametrize("shape", [GROUPED, NARROW_VALUES, ONE_TO_ONE], ids=str)
-def test_pages_have_exactly_the_planned_bytes(candidate, shape):
+def test_pages_take_the_bytes_that_the_backend_says(candidate, shape):
     backend = candidate.make(shape, BLOCK)
-    assert sum(array.nbytes for array in backend.allocate(7)) == 7 * backend.page_size_bytes
+    assert KVCache([backend], 7).nbytes == 7 * backend.page_size_bytes
     assert backend.page_size_bytes == BLOCK * shape.num_kv_heads * backend.slot_size
 
 

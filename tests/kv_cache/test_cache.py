@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.dense_pages import keys_and_values
+from tests.pages import keys_and_values
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.attention.state_shape import StateShape
@@ -81,7 +81,7 @@ def test_a_store_goes_to_its_slots_of_its_layer_only():
     metadata = PrefillMetadata(mx.array([[2, 1]]), mx.array([46, 47, 16]), 14, 3)
     cache.store(1, keys, values, metadata)
     mx.eval(cache.arrays)
-    assert not any(array.any().item() for array in cache.pages(0))
+    assert not cache.pages(0).array.any().item()
     pages = keys_and_values(cache.backends[1], cache.pages(1))
     for page, new in zip(pages, (keys, values), strict=True):
         assert mx.array_equal(page[2, :, 14], new[0])

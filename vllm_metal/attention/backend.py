@@ -10,6 +10,7 @@ tokens, S tokens of the longest request, N blocks of a block table.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -47,8 +48,14 @@ class PrefillChunk:
     """What the scores of one query token and one key take, at least; 0 where that is measured."""
 
 
-Pages = tuple[mx.array, ...]
-"""The array that holds the pages, `[num_blocks, ...]`, and what the last `store` left beside it."""
+class Pages(NamedTuple):
+    """The pages of one layer."""
+
+    array: mx.array
+    """[num_blocks, page], elements of `AttentionBackend.page_dtype`."""
+    token: mx.array | None = None
+    """What the last `store` returned to order the reads after it; None for a backend whose `store`
+    returns a new array, which orders them by itself."""
 
 
 class AttentionBackend(ABC):
@@ -85,13 +92,9 @@ class AttentionBackend(ABC):
         """Bytes of one block in this layer, unused ones at its end included."""
         return self._page_bytes or self.block_size * self.shape.num_kv_heads * self.slot_size
 
-    def pages_shape(self, num_blocks: int) -> tuple[int, int]:
-        """Shape of the array of pages."""
-        return num_blocks, self.page_size_bytes // self.page_dtype.size
-
-    def allocate(self, num_blocks: int) -> Pages:
-        """Pages for `num_blocks` blocks: exactly `num_blocks * page_size_bytes` bytes."""
-        return (mx.zeros(self.pages_shape(num_blocks), self.page_dtype),)
+    def first_token(self) -> mx.array | None:
+        """The `Pages.token` of pages to which nothing has been stored yet."""
+        return None
 
     @abstractmethod
     def store(

@@ -60,9 +60,9 @@ class DensePages(AttentionBackend):
         keys, values = keys.astype(self.dtype), finite(values.astype(self.dtype))
         tokens = keys.shape[0]
         new = mx.concatenate([keys.flatten(1), values.flatten(1)], axis=1)
-        array = pages[0].reshape(-1, unit)
+        array = pages.array.reshape(-1, unit)
         array[rows] = new.reshape(tokens, -1, unit)
-        return (array.reshape(pages[0].shape),)
+        return Pages(array.reshape(pages.array.shape))
 
     def decode(
         self,
@@ -96,7 +96,7 @@ class DensePages(AttentionBackend):
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         unit = self._unit(self.block_size)
-        units = pages[0].reshape(-1, unit)
+        units = pages.array.reshape(-1, unit)
         indices = metadata.derived.once(
             ("gathered_units", self._geometry()), self._head_units(metadata, unit)
         )

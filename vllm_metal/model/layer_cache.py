@@ -136,7 +136,7 @@ class LayerKVCache:
             out = backend.decode(pages, queries[:, :, 0], metadata, scale, sinks)
             return out[:, :, None]
         # Left to MLX, a chunk without context is stored last: keys and values of all layers exist.
-        [queries] = mx.depends([queries], list(pages))
+        [queries] = mx.depends([queries], [array for array in pages if array is not None])
         new = (part[0] for part in self._new)
         return backend.prefill(pages, queries[0], *new, metadata, scale, sinks)[None]
 

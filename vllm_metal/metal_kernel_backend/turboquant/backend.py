@@ -143,7 +143,7 @@ class TurboQuantReference(TurboQuantAttention):
         indices = metadata.derived.once(
             ("slot_indices", self.layout), lambda: self.slots.indices(metadata.slot_mapping)
         )
-        return (self.slots.store(pages[0], packed, indices),)
+        return Pages(self.slots.store(pages.array, packed, indices))
 
     def decode(
         self,
@@ -157,7 +157,7 @@ class TurboQuantReference(TurboQuantAttention):
             ("head_page_indices", self.shape.num_kv_heads),
             lambda: self.slots.head_page_indices(metadata.block_table),
         )
-        head_pages = self.slots.head_pages(pages[0], indices)
+        head_pages = self.slots.head_pages(pages.array, indices)
         key_scales, *biases, value_scales = self.slots.numbers(head_pages)  # [B, H, 1, 1, S] each
         batch, num_heads, size = queries.shape
         rows = queries.astype(mx.float32).reshape(batch, self.shape.num_kv_heads, -1, 1, size)
@@ -202,7 +202,7 @@ class TurboQuantReference(TurboQuantAttention):
         return self.value_codec.unrotate_outputs(out).astype(queries.dtype)
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
-        keys, values = self.slots.load(pages[0], metadata.block_table)
+        keys, values = self.slots.load(pages.array, metadata.block_table)
         parts = keys.codes, keys.scales, keys.biases, keys.levels
         tokens_first = (None if part is None else part.swapaxes(1, 2) for part in parts)
         keys = self.key_codec.dequantize(Quantized(*tokens_first))
@@ -215,7 +215,7 @@ class TurboQuantReference(TurboQuantAttention):
         self, pages: Pages, metadata: PrefillMetadata
     ) -> tuple[mx.array, mx.array]:  # [1, H, S, D] each
         """Rotated keys and values of context and chunk as the pages have them."""
-        keys, values = self.slots.load(pages[0], metadata.block_table)
+        keys, values = self.slots.load(pages.array, metadata.block_table)
         keys = self.key_codec.quantizer.dequantize(keys)
         values = self.value_codec.quantizer.dequantize(values)
         return keys[:, :, : metadata.seq_len], values[:, :, : metadata.seq_len]

@@ -58,6 +58,9 @@ class TurboQuantFused(TurboQuantAttention):
             self.value_codec.factors,
         )
 
+    def first_token(self) -> mx.array:
+        return self.launcher.no_token()
+
     def store(
         self,
         pages: Pages,
@@ -65,9 +68,8 @@ class TurboQuantFused(TurboQuantAttention):
         values: mx.array,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
-        array, *token = pages
-        arguments = array, keys, values, metadata.slot_mapping, self._constants
-        return array, self.launcher.store(*arguments, *token)
+        arguments = pages.array, keys, values, metadata.slot_mapping, self._constants
+        return Pages(pages.array, self.launcher.store(*arguments, pages.token))
 
     def decode(
         self,
@@ -77,16 +79,15 @@ class TurboQuantFused(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        array, token = pages
         return self.launcher.decode(
-            array,
+            pages.array,
             queries[:, None],
             metadata.block_table,
             metadata.seq_lens,
             self._constants,
             scale,
             metadata.max_seq_len,
-            token,
+            _token(pages),
             sinks,
             self.shape.sliding_window or 0,
         )[:, 0]
@@ -119,16 +120,15 @@ class TurboQuantFused(TurboQuantAttention):
         return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
-        array, token = pages
         batch, blocks = metadata.block_table.shape
         count = blocks * self.block_size
         parts = self.launcher.dequantize(
-            array,
+            pages.array,
             metadata.block_table.reshape(-1),
             self._constants,
             0,
             batch * count,
-            token,
+            _token(pages),
             mx.float32,
         )
         return tuple(
@@ -169,9 +169,15 @@ class TurboQuantFused(TurboQuantAttention):
         dtype: mx.Dtype,
     ) -> list[mx.array]:  # [1, heads, S, Dk], [1, heads, S, Dv]
         """What the chunk sees of its context, dequantised, and the chunk: exact, or as stored."""
-        array, token = pages
         first, count = self._visible(metadata)
-        arguments = array, metadata.block_table[0], self._constants, first, count, token
+        arguments = (
+            pages.array,
+            metadata.block_table[0],
+            self._constants,
+            first,
+            count,
+            _token(pages),
+        )
         plain = []
         for stored, own in zip(
             self.launcher.dequantize(*arguments, dtype, heads), (keys, values), strict=True
@@ -180,3 +186,9 @@ class TurboQuantFused(TurboQuantAttention):
                 stored[:, count - metadata.query_len :] = own[heads]
             plain.append(stored[None])
         return plain
+
+
+def _token(pages: Pages) -> mx.array:
+    """What a reader of the pages takes so that it runs after their last store."""
+    assert pages.token is not None, "these pages belong to a backend without tokens"
+    return pages.token
