@@ -77,7 +77,7 @@ def test_layers_share_index_arrays():
     for backend, page in zip(backends, pages, strict=True):
         page = backend.store(page, mx.ones((1, 2, 8)), mx.ones((1, 2, 4)), metadata)
         backend.decode(page, query, metadata, 1.0, None)
-        derived.append(dict(metadata.derived.arrays))
+        derived.append(dict(metadata._derived))
     assert derived[0] and derived[0].keys() == derived[1].keys()
     assert all(derived[1][key] is array for key, array in derived[0].items())
 

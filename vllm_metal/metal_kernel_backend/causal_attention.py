@@ -27,14 +27,19 @@ def finite(values: mx.array) -> mx.array:
 def valid_tokens(
     metadata: DecodeMetadata, block_size: int, sliding_window: int | None = None
 ) -> mx.array:
-    """[B, 1, 1, N * block_size] bool, true where the newest token sees a gathered one."""
+    """[B, 1, 1, N * block_size] bool, true where the newest token sees a gathered one.
 
-    def mask() -> mx.array:
-        num_tokens = metadata.block_table.shape[1] * block_size
-        seen = seen_keys(metadata.seq_lens - 1, 0, num_tokens, sliding_window)
-        return seen[:, None, None, :]
+    All layers of one block size and window share it.
+    """
+    return metadata.once(_valid_tokens, block_size, sliding_window)
 
-    return metadata.derived.once(("valid_tokens", block_size, sliding_window), mask)
+
+def _valid_tokens(
+    metadata: DecodeMetadata, block_size: int, sliding_window: int | None
+) -> mx.array:
+    num_tokens = metadata.block_table.shape[1] * block_size
+    seen = seen_keys(metadata.seq_lens - 1, 0, num_tokens, sliding_window)
+    return seen[:, None, None, :]
 
 
 def causal_attention(

@@ -12,11 +12,13 @@ quantiser too, and the result depends on nothing but the tokens.
 """
 
 from abc import abstractmethod
+from functools import cache
 
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.slots import split_slots
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     causal_chunk,
@@ -35,6 +37,12 @@ from vllm_metal.metal_kernel_backend.turboquant.products import (
 )
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
+
+
+@cache
+def shared_slots(layout: PageLayout) -> Slots:
+    """One for all layers of a layout, so that they share index arrays."""
+    return Slots(layout)
 
 
 class TurboQuantAttention(AttentionBackend):
@@ -70,7 +78,7 @@ class TurboQuantAttention(AttentionBackend):
         self.layout = PageLayout(
             *formats, shape.head_size, shape.head_size_v, shape.num_kv_heads, block_size, page_bytes
         )
-        self.slots = Slots(self.layout)
+        self.slots = shared_slots(self.layout)
         self.key_codec = KeyCodec(formats.key, constants.centre, constants.multiplier)
         self.value_codec = ValueCodec(formats.value, shape.head_size_v)
         self.name = f"turboquant {formats}"
@@ -140,9 +148,7 @@ class TurboQuantReference(TurboQuantAttention):
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Pages:
         packed = self.slots.pack(self._codec.quantize(keys, finite(values)))
-        indices = metadata.derived.once(
-            ("slot_indices", self.layout), lambda: self.slots.indices(metadata.slot_mapping)
-        )
+        indices = metadata.once(_slot_indices, self.slots)
         return Pages(self.slots.store(pages.array, packed, indices))
 
     def decode(
@@ -153,10 +159,7 @@ class TurboQuantReference(TurboQuantAttention):
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        indices = metadata.derived.once(
-            ("head_page_indices", self.shape.num_kv_heads),
-            lambda: self.slots.head_page_indices(metadata.block_table),
-        )
+        indices = metadata.once(_head_page_indices, self.slots)
         head_pages = self.slots.head_pages(pages.array, indices)
         key_scales, *biases, value_scales = self.slots.numbers(head_pages)  # [B, H, 1, 1, S] each
         batch, num_heads, size = queries.shape
@@ -219,3 +222,13 @@ class TurboQuantReference(TurboQuantAttention):
         keys = self.key_codec.quantizer.dequantize(keys)
         values = self.value_codec.quantizer.dequantize(values)
         return keys[:, :, : metadata.seq_len], values[:, :, : metadata.seq_len]
+
+
+def _slot_indices(metadata: AttentionMetadata, slots: Slots) -> tuple[mx.array, mx.array]:
+    """`Slots.indices` of the new tokens."""
+    return slots.indices(*split_slots(metadata.slot_mapping, slots.layout.block_size))
+
+
+def _head_page_indices(metadata: AttentionMetadata, slots: Slots) -> tuple[mx.array, mx.array]:
+    """`Slots.head_page_indices` of the requests' blocks."""
+    return slots.head_page_indices(metadata.block_table)
