@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 
 from tests import reference
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.backend import AttentionBackend, Chunk, LayerShape, Pages, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.slots import compose_slots
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.kv_cache.groups import KVGroup
@@ -37,9 +38,7 @@ class Request:
     def slots(self, block_size: int) -> np.ndarray:
         """Slot of each token."""
         positions = np.arange(self.seq_len)
-        return np.array(self.block_ids)[positions // block_size] * block_size + (
-            positions % block_size
-        )
+        return compose_slots(np.array([self.block_ids]), positions[None], block_size)[0]
 
     def expected(self, start: int, end: int) -> np.ndarray:  # [Hq, end - start, Dv]
         """The oracle's attention of tokens `start` to `end`."""
@@ -97,15 +96,10 @@ class PagedLayer:
         keys = mx.array(request.keys[:, start:end], dtype)
         values = mx.array(request.values[:, start:end], dtype)
         self.kv_cache.store(0, keys.swapaxes(0, 1), values.swapaxes(0, 1), metadata)
-        out = self.backend.prefill(
-            self.pages,
-            mx.array(request.queries[:, start:end], dtype),
-            keys,
-            values,
-            metadata,
-            request.scale,
-            _sinks(request, dtype),
-        )
+        queries = mx.array(request.queries[:, start:end], dtype)
+        sinks = _sinks(request, dtype)
+        chunk = Chunk(queries, keys, values, metadata, request.scale, sinks)
+        out = self.backend.prefill(self.pages, chunk)
         self.kv_cache.evaluate(out)
         return out
 
@@ -136,13 +130,10 @@ class PagedLayer:
             newest([request.values for request in requests]),
             metadata,
         )
-        out = self.backend.decode(
-            self.pages,
-            newest([request.queries for request in requests]),
-            metadata,
-            requests[0].scale,
-            _sinks(requests[0], dtype),
-        )
+        queries = newest([request.queries for request in requests])
+        first = requests[0]
+        rows = Rows(queries, metadata, first.scale, _sinks(first, dtype))
+        out = self.backend.decode(self.pages, rows)
         self.kv_cache.evaluate(out)
         return out
 

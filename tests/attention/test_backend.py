@@ -17,10 +17,10 @@ from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 BLOCK = 16
 LENGTHS = tuple(inputs.lengths(BLOCK))
@@ -299,7 +299,7 @@ def test_decode_rows_fetch_their_tokens_and_zeros(candidate, dtype):
 
 
 def test_a_large_chunk_in_a_window_or_where_the_model_computes_attention(candidate):
-    fetched = candidate.make(replace(GROUPED, fetched=True), BLOCK).largest_chunk(2000, 9**6, 4)
+    fetched = candidate.make(replace(GROUPED, fetched=True), BLOCK).chunk_memory(2000, 9**6, 4)
     assert (fetched.tokens, fetched.scored_rows) == (9**6, 2000)
     backend = candidate.make(replace(GROUPED, sliding_window=50), BLOCK)
-    assert backend.largest_chunk(7, 9**6, 4).tokens == 50 + 7 - 1 + BLOCK - 1
+    assert backend.chunk_memory(7, 9**6, 4).tokens == 50 + 7 - 1 + BLOCK - 1

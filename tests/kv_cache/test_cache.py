@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.pages import keys_and_values
-from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.backend import LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache import group_metadata
@@ -56,7 +56,7 @@ def test_a_store_is_in_place():
         outs = []
         for layer, backend in enumerate(cache.backends):
             cache.store(layer, *kv(2, seed=step), metadata)
-            outs.append(backend.decode(cache.pages(layer), query, metadata, 1.0, None))
+            outs.append(backend.decode(cache.pages(layer), Rows(query, metadata, 1.0)))
         mx.eval(outs, cache.arrays)
     assert mx.get_peak_memory() - before < cache.nbytes // 100
 
@@ -172,7 +172,7 @@ def test_shared_bytes_are_written_in_place():
         for layer, backend in enumerate(cache.backends):
             keys, values = kv(2, seed=step)
             cache.store(layer, keys + mx.mean(out), values, rows)
-            out = backend.decode(cache.pages(layer), query, rows, 1.0, None)
+            out = backend.decode(cache.pages(layer), Rows(query, rows, 1.0))
             outs.append(out)
         cache.keep_state(0, [mx.full((2, 40, 25), step) + mx.mean(out)])
         cache.evaluate(*outs)

@@ -6,7 +6,7 @@ import pytest
 
 from tests import reference
 from tests.pages import empty_pages
-from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.backend import Chunk, LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
@@ -62,7 +62,7 @@ def test_a_prefill_without_context_reads_no_pages():
     for dtype in (mx.float32, mx.bfloat16):
         backend = DensePages(SHAPE, BLOCK, dtype)
         pages = empty_pages(backend, 3)
-        outs.append(backend.prefill(pages, queries, keys, values, metadata, 1.0, None))
+        outs.append(backend.prefill(pages, Chunk(queries, keys, values, metadata, 1.0)))
     assert mx.array_equal(*outs)
     expected = reference.attention(*(np.array(a) for a in (queries, keys, values)), 1.0)
     np.testing.assert_allclose(np.array(outs[0]), expected, atol=2e-6)
@@ -76,7 +76,7 @@ def test_layers_share_index_arrays():
     derived = []
     for backend, page in zip(backends, pages, strict=True):
         page = backend.store(page, mx.ones((1, 2, 8)), mx.ones((1, 2, 4)), metadata)
-        backend.decode(page, query, metadata, 1.0, None)
+        backend.decode(page, Rows(query, metadata, 1.0))
         derived.append(dict(metadata._derived))
     assert derived[0] and derived[0].keys() == derived[1].keys()
     assert all(derived[1][key] is array for key, array in derived[0].items())

@@ -11,15 +11,27 @@ from math import gcd
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.backend import (
+    AttentionBackend,
+    Chunk,
+    ChunkMemory,
+    LayerShape,
+    Pages,
+    Rows,
+)
+from vllm_metal.attention.metadata import AttentionMetadata
 from vllm_metal.attention.slots import split_slots
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
-    causal_chunk,
+    causal_memory,
     finite,
     valid_tokens,
 )
+
+
+def dense_slot_size(shape: LayerShape, dtype: mx.Dtype) -> int:
+    """Bytes of one KV head of one token in dense pages, keys and values together."""
+    return (shape.head_size + shape.head_size_v) * dtype.size
 
 
 class DensePages(AttentionBackend):
@@ -41,7 +53,8 @@ class DensePages(AttentionBackend):
         page_bytes: int = 0,
         shared: bool = False,
     ):
-        super().__init__(shape, block_size, page_bytes)
+        super().__init__(shape, block_size)
+        self._page_bytes = page_bytes
         self.dtype = self.page_dtype = dtype
         self._shared = shared
         self._geometry = _Geometry(
@@ -54,14 +67,14 @@ class DensePages(AttentionBackend):
 
     @property
     def slot_size(self) -> int:
-        return (self.shape.head_size + self.shape.head_size_v) * self.dtype.size
+        return dense_slot_size(self.shape, self.dtype)
+
+    @property
+    def page_size_bytes(self) -> int:
+        return self._page_bytes or self.block_size * self.shape.num_kv_heads * self.slot_size
 
     def store(
-        self,
-        pages: Pages,
-        keys: mx.array,
-        values: mx.array,
-        metadata: DecodeMetadata | PrefillMetadata,
+        self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata
     ) -> Pages:
         unit = self._geometry.unit(1)
         units = metadata.once(_token_units, self._geometry)
@@ -72,35 +85,22 @@ class DensePages(AttentionBackend):
         array[units] = new.reshape(tokens, -1, unit)
         return Pages(array.reshape(pages.array.shape))
 
-    def decode(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        metadata: DecodeMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def decode(self, pages: Pages, rows: Rows) -> mx.array:
+        queries, metadata = rows.queries, rows.metadata
         keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
         mask = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
-        if self._shared:
-            values = mx.where(mask.swapaxes(2, 3), values, 0)  # 0 times a NaN is one, too
+        if self._shared:  # what another layer left may read as NaN, and 0 * NaN is NaN
+            values = mx.where(mask.swapaxes(2, 3), values, 0)
         return mx.fast.scaled_dot_product_attention(
-            queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
+            queries[:, :, None, :], keys, values, scale=rows.scale, mask=mask, sinks=rows.sinks
         )[:, :, 0, :]
 
-    def prefill(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        keys, values = self.fetch(pages, keys[None], values[None], metadata)
+    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
+        keys, values = self.fetch(pages, chunk.keys[None], chunk.values[None], chunk.metadata)
         window = self.shape.sliding_window
-        return causal_attention(queries[None], keys, values, scale, sinks, window)[0]
+        return causal_attention(
+            chunk.queries[None], keys, values, chunk.scale, chunk.sinks, window
+        )[0]
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         units = pages.array.reshape(-1, self._geometry.unit(self.block_size))
@@ -112,8 +112,8 @@ class DensePages(AttentionBackend):
             units[values].reshape(*rows, self.shape.head_size_v),
         )
 
-    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
-        return causal_chunk(query_len, seq_len, num_heads, self.shape.sliding_window)
+    def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
+        return causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window)
 
 
 @dataclass(frozen=True)

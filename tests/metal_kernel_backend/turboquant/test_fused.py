@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from tests.pages import empty_pages
-from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.backend import Chunk, LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.turboquant import fused
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 BLOCK, HEADS, GROUP, SIZE = 16, 2, 3, 64
 SHAPE = LayerShape(num_kv_heads=HEADS, head_size=SIZE, head_size_v=SIZE)
@@ -50,7 +50,7 @@ def prefill(backend, pages, start: int, end: int, sinks):
     pages = backend.store(pages, keys, values, metadata)
     queries = normal(3, HEADS * GROUP, 96, SIZE)[:, start:end]
     heads_first = keys.swapaxes(0, 1), values.swapaxes(0, 1)
-    out = backend.prefill(pages, queries, *heads_first, metadata, SIZE**-0.5, sinks)
+    out = backend.prefill(pages, Chunk(queries, *heads_first, metadata, SIZE**-0.5, sinks))
     mx.eval(pages, out)
     return pages, np.array(out)
 
@@ -76,7 +76,8 @@ def test_chunks_and_decode_match_the_reference_path(reproducible, sinks):
             71,
         )
         pages = backend.store(pages, normal(7, 2, HEADS, SIZE), normal(8, 2, HEADS, SIZE), metadata)
-        out = backend.decode(pages, normal(9, 2, HEADS * GROUP, SIZE), metadata, 0.125, sinks)
+        rows = Rows(normal(9, 2, HEADS * GROUP, SIZE), metadata, 0.125, sinks)
+        out = backend.decode(pages, rows)
         outputs.append(np.array(out))
         results.append((outputs, np.array(pages.array)))
     (expected, expected_pages), (outputs, stored) = results
@@ -126,15 +127,15 @@ def test_a_window_bounds_what_is_dequantised():
 def test_what_is_dequantised_at_a_time_is_bounded_until_one_head_alone_is_more():
     """In the plan, as tokens of all heads; 2^18 tokens of both heads fill a tile in 16 bits."""
     _, backend = pair()
-    assert backend.largest_chunk(64, 100, 6).tokens == 100
-    assert backend.largest_chunk(64, 1 << 18, 6).tokens == 1 << 18
-    assert backend.largest_chunk(64, 1 << 19, 6).tokens == 1 << 18
-    assert backend.largest_chunk(64, 1 << 21, 6).tokens == 1 << 20
+    assert backend.chunk_memory(64, 100, 6).whole_tokens == 100
+    assert backend.chunk_memory(64, 1 << 18, 6).whole_tokens == 1 << 18
+    assert backend.chunk_memory(64, 1 << 19, 6).whole_tokens == 1 << 18
+    assert backend.chunk_memory(64, 1 << 21, 6).whole_tokens == 1 << 20
 
 
 def test_rows_are_scored_in_tiles_of_the_heads_that_are_held():
     _, backend = pair()
-    whole = backend.largest_chunk(2048, 1 << 18, 6)
-    half = backend.largest_chunk(2048, 1 << 19, 6)
+    whole = backend.chunk_memory(2048, 1 << 18, 6)
+    half = backend.chunk_memory(2048, 1 << 19, 6)
     assert half.scored_rows == whole.scored_rows == 1
-    assert half.score_bytes == whole.score_bytes == 4 * 6
+    assert half.held * half.score_bytes == whole.held * whole.score_bytes / 2 == 4 * 3
