@@ -8,6 +8,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.scheduler_outputs import Continued, new_request, scheduler_output
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner.request_batch import RequestBatch
 from vllm_metal.runner.sampler import TorchSampler, greedy, needs_torch, to_torch
 
@@ -86,7 +87,7 @@ def test_logits_in_torch_are_a_copy(dtype):
 @pytest.fixture
 def batch(make_config) -> RequestBatch:
     """Rows: greedy, seeded, seeded."""
-    batch = RequestBatch(make_config(), [16], [8])
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
     batch.update(
         scheduler_output(
             [

@@ -58,7 +58,7 @@ def peak(binding: ModelBinding, kv_cache: KVCache, token_ids: mx.array, metadata
 
 def tables(kv_cache: KVCache, rows: int) -> list[np.ndarray]:
     """Blocks of their own for every request."""
-    each = -(-MAX_TOKENS // min(g.block_size for g in kv_cache.groups if not g.states))
+    each = -(-MAX_TOKENS // min(backend.block_size for backend in kv_cache.backends))
     table = 1 + np.arange(rows * each, dtype=np.int32).reshape(rows, each)
     return [table for _ in kv_cache.groups]
 

@@ -4,6 +4,7 @@ vLLM's own `InputBatch` holds token ids, block tables and the tensors that vLLM'
 This file applies a `SchedulerOutput` to it, and writes sampled tokens back.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner.sampler import needs_torch
 
 if TYPE_CHECKING:
@@ -24,13 +26,10 @@ PLACEHOLDER = -1
 class RequestBatch:
     """Requests known to the worker, and the rows of the batch that run this step."""
 
-    def __init__(
-        self, vllm_config: "VllmConfig", block_sizes: list[int], max_num_blocks: list[int]
-    ):
+    def __init__(self, vllm_config: "VllmConfig", block_tables: Sequence[BlockTableSize]):
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         custom_logitsprocs = model.logits_processors or ()
         self._always_torch = bool(custom_logitsprocs)
-        self.block_sizes = block_sizes
         self.requests: dict[str, CachedRequestState] = {}
         self.unscored_prompts: set[str] = set()
         """Requests whose prompt logprobs are asked for and not complete."""
@@ -41,8 +40,8 @@ class RequestBatch:
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             device=torch.device("cpu"),
             vocab_size=model.get_vocab_size(),
-            block_sizes=block_sizes,
-            max_num_blocks_per_req=max_num_blocks,
+            block_sizes=[table.block_size for table in block_tables],
+            max_num_blocks_per_req=[table.num_blocks for table in block_tables],
             logitsprocs=build_logitsprocs(
                 vllm_config, torch.device("cpu"), False, False, custom_logitsprocs
             ),
