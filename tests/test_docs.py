@@ -65,7 +65,7 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "metal_kernel_backend/dense.py",
         "metal_kernel_backend/turboquant/fused.py",
         "metal_kernel_backend/turboquant/launcher.py",
-        "metal_kernel_backend/turboquant/backend.py",
+        "metal_kernel_backend/turboquant/reference.py",
         "runner/sampler.py",
         "runner/pending_tokens.py",
     ]

@@ -28,13 +28,13 @@ from vllm_metal.kv_cache.spec import (
     layer_name,
 )
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
     VALUE_FORMATS,
     parse_pair,
 )
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 BLOCK = 16
 SHAPE = LayerShape(num_kv_heads=3, head_size=64, head_size_v=64)

@@ -116,8 +116,9 @@ def test_lazy_tokens_go_in():
 def test_the_padding_of_the_table_is_not_seen():
     """17 blocks are rounded up to 18; block 0 holds what would change every logit."""
     decoder = Decoder()
-    arrays, beside = decoder.kv_cache.take()
-    decoder.kv_cache.put([[mx.full(array.shape, 99.0) for array in arrays], beside])
+    taken = decoder.kv_cache.take()
+    full = [mx.full(array.shape, 99.0) for array in taken.regions]
+    decoder.kv_cache.put(taken._replace(regions=full))
     assert rounded_blocks(17) == 18
     expected = decoder.run(decoder.binding.forward, [17 * BLOCK], seed=2)
     for _ in range(2):
