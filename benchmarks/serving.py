@@ -34,9 +34,9 @@ import mlx_lm  # noqa: E402
 from mlx_lm.models.cache import BatchKVCache  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from vllm_metal.runner import model_runner  # noqa: E402
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
 from vllm_metal.evaluation.provenance import provenance  # noqa: E402
+from vllm_metal.runner import model_runner  # noqa: E402
 
 PROMPT_LEN = 128
 NEW_TOKENS = 48
