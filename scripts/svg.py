@@ -53,7 +53,9 @@ class Picture:
     def box(self, x: float, y: float, width: float, height: float, kind: str = "box") -> None:
         """A rectangle of the kind `box`, `ours` or `frame`."""
         self._inside(x, y, width, height)
-        self._add(f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="5"/>')
+        self._add(
+            f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="5"/>'
+        )
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> None:
         """One line of text with its baseline at `y`.
