@@ -7,7 +7,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
-from tests.test_model_runner import PROMPTS
+from tests.runner.test_model_runner import PROMPTS
 from vllm_metal.metal_kernel_backend import selection
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 

@@ -7,7 +7,7 @@ from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
 from tests.serving import Serving
-from tests.test_model_runner import NEW_TOKENS, PROMPTS
+from tests.runner.test_model_runner import NEW_TOKENS, PROMPTS
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 
 PAIRS = [
