@@ -6,8 +6,8 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
-from tests.serving import Serving
 from tests.runner.test_model_runner import NEW_TOKENS, PROMPTS
+from tests.serving import Serving
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 
 PAIRS = [
