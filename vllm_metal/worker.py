@@ -25,10 +25,8 @@ from vllm_metal.kv_cache.workspace import StepMemory
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.device import Device, select_device
 from vllm_metal.metal_kernel_backend.turboquant import measured_loss
-from vllm_metal.metal_kernel_backend.turboquant.calibration import (
-    KeyConstants,
-    calibrate,
-)
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants, calibrate
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.model_pages import ModelPages
@@ -168,16 +166,16 @@ class MetalWorker(WorkerBase):
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
         if turboquant is not None:
-            self._tell_loss(turboquant.k_quant, turboquant.v_quant)
+            self._log_loss(turboquant.formats)
         binding = self.binding
         return ModelPages.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
 
     @staticmethod
-    def _tell_loss(k_quant: str, v_quant: str) -> None:
-        if text := measured_loss.warning(k_quant, v_quant):
+    def _log_loss(formats: FormatPair) -> None:
+        if text := measured_loss.warning(formats):
             logger.warning("TurboQuant: %s", text)
-        elif loss := measured_loss.measured_loss(k_quant, v_quant):
-            logger.info("TurboQuant %s/%s, measured loss: %s", k_quant, v_quant, loss)
+        elif loss := measured_loss.measured_loss(formats):
+            logger.info("TurboQuant %s, measured loss: %s", formats, loss)
 
     def _calibrate(self) -> list[KeyConstants]:
         """Constants of the keys, from a short text that the model reads now."""

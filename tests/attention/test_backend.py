@@ -18,7 +18,7 @@ from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 
 BLOCK = 16
@@ -46,7 +46,12 @@ def turboquant(
 ) -> Callable[[LayerShape, int], AttentionBackend]:
     def make(shape: LayerShape, block_size: int) -> AttentionBackend:
         constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
-        arguments = shape, block_size, (key_format(k_quant), value_format(v_quant)), constants
+        arguments = (
+            shape,
+            block_size,
+            parse_pair(f"{k_quant}/{v_quant}"),
+            constants,
+        )
         return TurboQuantFused(*arguments, target) if target else TurboQuantReference(*arguments)
 
     return make

@@ -16,7 +16,7 @@ from vllm_metal.kv_cache.group_metadata import (
 from vllm_metal.kv_cache.groups import KVGroup
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 
 FULL = KVGroup(8, layers=(0,))
@@ -85,7 +85,7 @@ def test_a_chunk_in_a_window_keeps_what_its_first_token_sees():
 
 def fused(shape, block_size):
     constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
-    formats = key_format("q8_0"), value_format("q8_0")
+    formats = parse_pair("q8_0/q8_0")
     return TurboQuantFused(shape, block_size, formats, constants, HostTarget())
 
 

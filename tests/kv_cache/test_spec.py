@@ -33,8 +33,7 @@ from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
     VALUE_FORMATS,
-    key_format,
-    value_format,
+    parse_pair,
 )
 
 BLOCK = 16
@@ -48,7 +47,7 @@ def dense(dtype: mx.Dtype, shape: LayerShape = SHAPE) -> DensePages:
 
 def turboquant(k_quant: str, v_quant: str, shape: LayerShape = SHAPE) -> TurboQuantReference:
     constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
-    formats = key_format(k_quant), value_format(v_quant)
+    formats = parse_pair(f"{k_quant}/{v_quant}")
     return TurboQuantReference(shape, BLOCK, formats, constants)
 
 

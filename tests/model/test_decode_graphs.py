@@ -11,19 +11,20 @@ from vllm_metal.kv_cache.group_metadata import decode_metadata
 from vllm_metal.kv_cache.groups import rounded_blocks
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model import decode_graphs
 from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.model_binding import ModelBinding
 
 BLOCK = 8
 NUM_BLOCKS = 64
-COMPRESSED = TurboQuantConfig("q8_0", "q3_0")
+COMPRESSED = TurboQuantConfig(parse_pair("q8_0/q3_0"))
 KINDS = [
     *((model_type, None) for model_type in (*SERVED, *(FETCHED.keys() - {"gemma2"}))),
     ("gemma4_text", None),
     ("gemma4_text", COMPRESSED),
     ("llama", COMPRESSED),
-    ("llama", TurboQuantConfig("q4_0", "q2_0")),
+    ("llama", TurboQuantConfig(parse_pair("q4_0/q2_0"))),
 ]
 
 

@@ -22,7 +22,6 @@ from vllm_metal.kv_cache.planner import format_bytes
 from vllm_metal.machine.device import select_device
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
-from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
@@ -204,7 +203,7 @@ SPEED_HEADER = "  context decode us dense us    faster   GB/s  of copy  dequanti
 
 def _layout(pair: str, head_size: int, kv_heads: int) -> PageLayout:
     try:
-        return PageLayout.of(*parse_pair(pair), head_size, kv_heads, BLOCK_SIZE)
+        return PageLayout.of(*pair.split("/"), head_size, kv_heads, BLOCK_SIZE)
     except ValueError as error:
         raise UserError(f"--formats {pair} --head-size {head_size}: {error}") from error
 

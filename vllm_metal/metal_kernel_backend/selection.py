@@ -14,7 +14,6 @@ from vllm_metal.metal_kernel_backend.kernel_library import Target, available_tar
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
-from vllm_metal.metal_kernel_backend.turboquant.formats import Format, key_format, value_format
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout, check_head_size
 
@@ -72,13 +71,9 @@ def make_backends(
     ]
 
 
-def _formats(turboquant: TurboQuantConfig) -> tuple[Format, Format]:
-    return key_format(turboquant.k_quant), value_format(turboquant.v_quant)
-
-
 def _compressed_slot_size(shape: LayerShape, turboquant: TurboQuantConfig) -> int:
     return PageLayout(
-        *_formats(turboquant), shape.head_size, shape.head_size_v, 1, TOKEN_STEP
+        *turboquant.formats, shape.head_size, shape.head_size_v, 1, TOKEN_STEP
     ).slot_size
 
 
@@ -89,7 +84,7 @@ def _compressed(
     constants: KeyConstants,
     target: Target | None,
 ) -> AttentionBackend:
-    formats = _formats(turboquant)
+    formats = turboquant.formats
     if target is None:
         return TurboQuantReference(
             shape, page.block_size, formats, constants, turboquant.reproducible, page.page_bytes

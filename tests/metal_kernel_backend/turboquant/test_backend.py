@@ -12,8 +12,7 @@ from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
     VALUE_FORMATS,
-    key_format,
-    value_format,
+    parse_pair,
 )
 
 H, G, D, BLOCK, T, CONTEXT = 2, 3, 64, 16, 41, 23
@@ -36,7 +35,7 @@ def backend(k_quant, v_quant, reproducible=False):
     constants = KeyConstants(
         2 * np.array(normal(H, D, seed=2)), np.exp(0.5 * np.array(normal(H, D, seed=5)))
     )
-    formats = key_format(k_quant), value_format(v_quant)
+    formats = parse_pair(f"{k_quant}/{v_quant}")
     return TurboQuantReference(SHAPE, BLOCK, formats, constants, reproducible)
 
 

@@ -10,12 +10,12 @@ from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.turboquant import fused
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 
 BLOCK, HEADS, GROUP, SIZE = 16, 2, 3, 64
 SHAPE = LayerShape(num_kv_heads=HEADS, head_size=SIZE, head_size_v=SIZE)
-FORMATS = key_format("uint4"), value_format("q3_0")
+FORMATS = parse_pair("uint4/q3_0")
 TARGET = HostTarget()
 TOLERANCE = 4e-3
 

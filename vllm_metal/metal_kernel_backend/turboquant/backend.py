@@ -26,7 +26,7 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
 )
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
-from vllm_metal.metal_kernel_backend.turboquant.formats import Format
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.products import (
     PackedVectors,
@@ -59,7 +59,7 @@ class TurboQuantAttention(AttentionBackend):
         self,
         shape: LayerShape,
         block_size: int,
-        formats: tuple[Format, Format],
+        formats: FormatPair,
         constants: KeyConstants,
         reproducible: bool = False,
         page_bytes: int = 0,
@@ -71,14 +71,14 @@ class TurboQuantAttention(AttentionBackend):
             *formats, shape.head_size, shape.head_size_v, shape.num_kv_heads, block_size, page_bytes
         )
         self.slots = Slots(self.layout)
-        self.key_codec = KeyCodec(formats[0], constants.centre, constants.multiplier)
-        self.value_codec = ValueCodec(formats[1], shape.head_size_v)
-        self.name = f"turboquant {formats[0].name}/{formats[1].name}"
+        self.key_codec = KeyCodec(formats.key, constants.centre, constants.multiplier)
+        self.value_codec = ValueCodec(formats.value, shape.head_size_v)
+        self.name = f"turboquant {formats}"
 
     @property
     def format_names(self) -> tuple[str, str]:
         """Key and value format."""
-        return self.formats[0].name, self.formats[1].name
+        return self.formats.key.name, self.formats.value.name
 
     @property
     def slot_size(self) -> int:
@@ -120,7 +120,7 @@ class TurboQuantReference(TurboQuantAttention):
         self,
         shape: LayerShape,
         block_size: int,
-        formats: tuple[Format, Format],
+        formats: FormatPair,
         constants: KeyConstants,
         reproducible: bool = False,
         page_bytes: int = 0,

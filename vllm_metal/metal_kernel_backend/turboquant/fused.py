@@ -18,7 +18,7 @@ from vllm_metal.metal_kernel_backend.causal_attention import causal_attention, c
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import Format
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
@@ -42,7 +42,7 @@ class TurboQuantFused(TurboQuantAttention):
         self,
         shape: LayerShape,
         block_size: int,
-        formats: tuple[Format, Format],
+        formats: FormatPair,
         constants: KeyConstants,
         target: Target,
         reproducible: bool = False,
