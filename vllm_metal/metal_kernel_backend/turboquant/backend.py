@@ -158,7 +158,9 @@ class TurboQuantReference(TurboQuantAttention):
             lambda: self.slots.head_page_indices(metadata.block_table),
         )
         head_pages = self.slots.head_pages(pages[0], indices)
-        key_scales, *biases, value_scales = self.slots.numbers(head_pages)  # [B, H, 1, 1, S] each
+        key_scales, *biases, value_scales = self.slots.scales_and_biases(
+            head_pages
+        )  # [B, H, 1, 1, S] each
         batch, num_heads, size = queries.shape
         rows = queries.astype(mx.float32).reshape(batch, self.shape.num_kv_heads, -1, 1, size)
         rotated = rows @ self._query_matrices  # [B, H, G, 1, L]
