@@ -2,16 +2,22 @@
 # make test   set up, check the style, build the docs, run the tests
 
 VENV := .venv
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-demo
+READY_FOR_TESTS := $(VENV)/.ready-test
+INSTALLER := pyproject.toml packaging/install.sh packaging/stand_ins.py
 export PYTHON
 
 .PHONY: setup demo test lint format docs clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml packaging/install.sh $(wildcard packaging/*/pyproject.toml)
-	packaging/install.sh $(VENV)
+$(READY): $(INSTALLER)
+	packaging/install.sh $(VENV) demo
 	touch $@
+
+$(READY_FOR_TESTS): $(INSTALLER)
+	packaging/install.sh $(VENV) test
+	touch $@ $(READY)
 
 demo: $(READY)
 	$(VENV)/bin/python examples/serve_demo.py $(ARGS)
@@ -19,13 +25,15 @@ demo: $(READY)
 test: lint docs
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-lint: $(READY)
+lint: $(READY_FOR_TESTS)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-format: $(READY)
+format: $(READY_FOR_TESTS)
 	$(VENV)/bin/ruff format .
 
-docs: $(READY)
+docs: $(READY_FOR_TESTS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
