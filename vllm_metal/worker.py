@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.config import parse
 from vllm_metal.errors import user_errors_end_child_process
 from vllm_metal.kv_cache import planner
@@ -216,14 +216,7 @@ class MetalWorker(WorkerBase):
         binding.bind(probed)
         prefill, decode = self.results.get(
             FORWARD_PEAKS,
-            {
-                "additional_config": self.vllm_config.additional_config,
-                "kv_cache_dtype": self.cache_config.cache_dtype,
-                "block_size": self.cache_config.block_size,
-                "max_model_len": max_model_len,
-                "query_len": query_len,
-                "max_requests": max_requests,
-            },
+            dependencies.of_forward_peaks(self.vllm_config),
             lambda: (
                 workspace_probe.prefill_peaks(binding, probed, query_len, max_model_len),
                 workspace_probe.decode_peaks(binding, probed, max_requests, max_model_len),
@@ -231,8 +224,8 @@ class MetalWorker(WorkerBase):
         )
         steps = StepMemory(
             prefill,
-            {b.largest_chunk(query_len, max_model_len, num_heads) for b in backends}
-            or {PrefillChunk(query_len, tokens=0, scored_rows=0)},
+            {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
+            or {ChunkMemory(query_len, tokens=0, scored_rows=0)},
             decode,
             max_requests,
             max(1, gathered_tokens(probed.groups, max_model_len)),

@@ -8,7 +8,12 @@ import pytest
 
 from vllm_metal.machine.device import Device
 from vllm_metal.startup import dependencies
-from vllm_metal.startup.dependencies import of_key_constants, of_server, sources_digest
+from vllm_metal.startup.dependencies import (
+    of_forward_peaks,
+    of_key_constants,
+    of_server,
+    sources_digest,
+)
 
 GPU = Device("metal", "Apple M4 Max", 1 << 36, 0)
 CPU = Device("cpu", "x86_64 CPU", 1 << 34, 0)
@@ -153,6 +158,25 @@ def test_sources(tmp_path):
     (tmp_path / "b" / "c.py").rename(tmp_path / "b" / "d.py")
     assert len({first, second, digest()}) == 3
     sources_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_config": {"turboquant": True}},
+        {"kv_cache_dtype": "bfloat16"},
+        {"block_size": 32},
+        {"max_model_len": 96},
+        {"max_num_batched_tokens": 200},
+        {"max_num_seqs": 4},
+    ],
+    ids=str,
+)
+def test_forward_peaks(make_config, settings):
+    settings = {"skip_tokenizer_init": False} | settings
+    found = of_forward_peaks(make_config(**settings))
+    assert found != of_forward_peaks(make_config(skip_tokenizer_init=False))
+    assert found == of_forward_peaks(make_config(**settings))
 
 
 def test_key_constants():

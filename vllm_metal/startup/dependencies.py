@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vllm_metal
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.device import Device
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 SCHEMA = 1
 """Raised when the files of `result_cache.py` change their form."""
@@ -47,6 +50,19 @@ def of_key_constants(token_ids: Sequence[int], max_model_len: int) -> dict[str, 
     and the positions that it is spread over."""
     digest = hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
     return {"token_ids": digest, "max_model_len": max_model_len}
+
+
+def of_forward_peaks(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """What the peaks of forward passes depend on besides: the pages, and the largest steps."""
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    return {
+        "additional_config": vllm_config.additional_config,
+        "kv_cache_dtype": cache.cache_dtype,
+        "block_size": cache.block_size,
+        "max_model_len": vllm_config.model_config.max_model_len,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_seqs": scheduler.max_num_seqs,
+    }
 
 
 def _model_files(folder: Path) -> dict[str, Any]:
