@@ -7,9 +7,11 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
-from tests.test_model_runner import PROMPTS
+from tests.runner.test_model_runner import PROMPTS
 from vllm_metal.metal_kernel_backend import selection
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
+
+pytestmark = pytest.mark.engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
 
@@ -55,7 +57,7 @@ def use_host_kernels(monkeypatch) -> Callable[[], list[str]]:
 @pytest.mark.parametrize(
     ("model", "k_quant", "v_quant", "tolerance"),
     [
-        ("reading_model", "q8_0", "q8_0", 0.02),
+        pytest.param("reading_model", "q8_0", "q8_0", 0.02, marks=pytest.mark.nightly),
         ("reading_model", "q8_0", "q3_0", 0.05),
         ("long_heads_model", "q8_0", "q8_0", 0.02),
     ],
