@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from vllm_metal.config import PRESETS, parse
+from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
@@ -152,3 +158,36 @@ def test_the_reference_covers_every_module():
     }
     assert uncovered == {"vllm_metal.metal_kernel_backend"}  # its modules are named one by one
     assert named <= modules
+
+
+def test_contributing_opens_with_the_folders():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    [tree] = re.findall(r"\A# Contributing\n\n```text\n(.*?)```", text, re.S)
+    parents: list[str] = []
+    named = set()
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)([\w/]+)/ +\S", line).groups()
+        parents[len(indent) // 2 :] = [name]
+        named.add("/".join(parents))
+    assert [folder for folder in named if not (ROOT / folder).is_dir()] == []
+    package = {file.parent for file in (ROOT / "vllm_metal").rglob("__init__.py")}
+    assert {folder.relative_to(ROOT).as_posix() for folder in package} <= named
+
+
+def test_the_settings_are_those_of_the_code():
+    page = (DOCS / "configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `(\S+)` \| (.*?) \|", page, re.M))
+    with pytest.raises(UserError, match="allowed keys") as refusal:
+        parse({"nonsense": 1}, "auto")
+    [allowed] = re.findall(r"allowed keys: (.*)\)", str(refusal.value))
+    assert set(allowed.split(", ")) <= set(rows)
+    assert re.findall(r"`(\w+)`", rows["k_quant"]) == list(KEY_FORMATS)
+    assert re.findall(r"`(\w+)`", rows["v_quant"]) == list(VALUE_FORMATS)
+
+
+def test_the_presets_are_those_of_the_code():
+    page = " ".join((DOCS / "turboquant.md").read_text().split())
+    named = dict(re.findall(r"`(turboquant_\w+)` means `(\w+/\w+)`", page))
+    assert named == {
+        preset: f"{pair.key.name}/{pair.value.name}" for preset, pair in PRESETS.items()
+    }
