@@ -32,19 +32,23 @@ from vllm_metal.metal_kernel_backend.selection import (  # noqa: E402
     neutral_constants,
 )
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig  # noqa: E402
+from vllm_metal.metal_kernel_backend.turboquant.formats import (  # noqa: E402
+    FormatPair,
+    parse_pair,
+)
 from vllm_metal.model.decode_graphs import DecodeGraphs  # noqa: E402
 from vllm_metal.model.model_binding import ModelBinding  # noqa: E402
 
 BLOCK_SIZE = 16
 CONTEXTS = (128, 1000, 4000)
-PAIRS = (("q8_0", "q3_0"), ("q4_0", "q4_0"))
+PAIRS = (parse_pair("q8_0/q3_0"), parse_pair("q4_0/q4_0"))
 
 
 class Decoder:
     """Decode steps at one context length over pages of one kind; their content does not matter."""
 
-    def __init__(self, binding: ModelBinding, pair: tuple[str, str] | None, context: int):
-        config = None if pair is None else TurboQuantConfig(*pair)
+    def __init__(self, binding: ModelBinding, pair: FormatPair | None, context: int):
+        config = None if pair is None else TurboQuantConfig(pair)
         constants = neutral_constants(binding.layers)
         backends = make_backends(binding.layers, BLOCK_SIZE, mx.float32, config, constants)
         num_blocks = -(-context // BLOCK_SIZE)
@@ -82,7 +86,7 @@ def measure(binding: ModelBinding, context: int, steps: int) -> dict:
     return {
         "dense_ms": round(1000 * statistics.median(dense.wall), 2),
         **{
-            "/".join(pair): {
+            str(pair): {
                 "ms": round(1000 * statistics.median(decoder.wall), 2),
                 "ratio": _ratio(dense.wall, decoder.wall),
                 "ratio_of_processor_time": _ratio(dense.processor, decoder.processor),

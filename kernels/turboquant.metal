@@ -43,7 +43,7 @@ template <
     int VALUE_BITS, int KEY_TERMS, int VALUE_TERMS, int KEY_HAS_LEVELS, int KEY_HAS_BIAS,
     int PAGE_BYTES, int HEAD_PAGE_BYTES, int VALUE_CODES_OFFSET, int KEY_LEVELS_OFFSET,
     int KEY_SCALES_OFFSET, int KEY_BIASES_OFFSET, int VALUE_SCALES_OFFSET>
-struct SlotLayout {
+struct PageLayout {
   static constant constexpr int num_kv_heads = NUM_KV_HEADS;
   static constant constexpr int block_size = BLOCK_SIZE;
   static constant constexpr int key_head_size = KEY_HEAD_SIZE;

@@ -23,6 +23,7 @@ from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.selection import make_backends
 from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.startup.key_samples import collect_key_samples
 
@@ -40,7 +41,7 @@ SEEDS = 3
 NO_METAL = "No Metal back-end"
 """In MLX's message for a kernel that another machine could run."""
 
-FORMATS = (("q8_0", "q4_0"), ("q4_0", "q4_0"))
+FORMATS = (parse_pair("q8_0/q4_0"), parse_pair("q4_0/q4_0"))
 DENSE_BOUND = 3e-5
 """Largest difference from mlx-lm's logits, in standard deviations of the logits."""
 TURBOQUANT_MEDIAN_BOUND = 1e-4
@@ -139,7 +140,7 @@ def _check_turboquant(model: nn.Module, binding: ModelBinding, reference: Logits
     figures: dict[str, Any] = {"difference": 0.0, "loss": {}}
     problems = []
     for formats in FORMATS:
-        config = TurboQuantConfig(*formats)
+        config = TurboQuantConfig(formats)
         backends = make_backends(
             binding.layers, BLOCK_SIZE, mx.float32, config, constants, binding.states
         )
@@ -158,7 +159,7 @@ def _check_turboquant(model: nn.Module, binding: ModelBinding, reference: Logits
             by = _difference(logits[ALONE : ALONE + 1], alone)
             problems.append(f"a request's logits depend on the others, by {by:.0e}")
         figures["difference"] = max(figures["difference"], _rounded(difference))
-        figures["loss"]["/".join(formats)] = _rounded(loss)
+        figures["loss"][str(formats)] = _rounded(loss)
         figures["batched_decode"] = batched
     return _judged(problems, figures)
 

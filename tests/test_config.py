@@ -25,30 +25,35 @@ def test_dense_pages_by_default(given, cache_dtype):
 
 def test_turboquant_with_its_default_formats():
     config = parse({"turboquant": True}, "auto")
-    assert config == TurboQuantConfig(*DEFAULT_FORMATS)
-    assert (config.k_quant, config.v_quant) == ("q8_0", "q3_0")
+    assert config == TurboQuantConfig(DEFAULT_FORMATS)
+    assert str(config.formats) == "q8_0/q3_0"
     assert config.skipped(30) == frozenset()
 
 
 def test_formats_by_name():
     config = parse({"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"}, "auto")
-    assert (config.k_quant, config.v_quant) == ("q4_0", "q4_0")
-    assert parse({"turboquant": True, "k_quant": "q4_0"}, "auto").v_quant == DEFAULT_FORMATS[1]
+    assert str(config.formats) == "q4_0/q4_0"
+    only_keys = parse({"turboquant": True, "k_quant": "q4_0"}, "auto")
+    assert only_keys.formats == (KEY_FORMATS["q4_0"], DEFAULT_FORMATS.value)
 
 
-@pytest.mark.parametrize("key", KEY_FORMATS)
-@pytest.mark.parametrize("value", VALUE_FORMATS)
-def test_every_pair_of_formats(key, value):
-    given = {"turboquant": True, "k_quant": key, "v_quant": value, "allow_lossy": True}
-    config = parse(given, "auto")
-    assert (config.k_quant, config.v_quant) == (key, value)
+def test_every_key_format_is_taken():
+    for name, format in KEY_FORMATS.items():
+        config = parse({"turboquant": True, "k_quant": name, "allow_lossy": True}, "auto")
+        assert config.formats == (format, DEFAULT_FORMATS.value)
+
+
+def test_every_value_format_is_taken():
+    for name, format in VALUE_FORMATS.items():
+        config = parse({"turboquant": True, "v_quant": name}, "auto")
+        assert config.formats == (DEFAULT_FORMATS.key, format)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_vllms_presets(preset):
     assert preset in CacheDType.__args__
     config = parse(None, preset)
-    assert (config.k_quant, config.v_quant) == PRESETS[preset]
+    assert config.formats == PRESETS[preset]
     assert parse({"turboquant": True}, preset) == config
     assert parse({"skip_layers": [1]}, preset).skip_layers == (1,)
 
@@ -58,7 +63,7 @@ def test_the_value_is_frozen_and_equal_in_every_process():
     first, second = parse(given, "auto"), parse(given, "auto")
     assert first == second and hash(first) == hash(second)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        first.k_quant = "q4_0"
+        first.formats = DEFAULT_FORMATS
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_keys_of_two_bits_need_a_yes(k_quant):
     given = {"turboquant": True, "k_quant": k_quant}
     assert '"allow_lossy": true' in refusal(given)
     assert '"allow_lossy": true' in refusal(given | {"allow_lossy": False})
-    assert parse(given | {"allow_lossy": True}, "auto").k_quant == k_quant
+    assert parse(given | {"allow_lossy": True}, "auto").formats.key.name == k_quant
 
 
 @pytest.mark.parametrize(

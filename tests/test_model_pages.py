@@ -8,6 +8,7 @@ from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.selection import neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model_pages import ModelPages
 
 FULL = LayerShape(2, 64, 64)
@@ -62,6 +63,6 @@ def test_no_engine_and_no_model_is_needed(make_config):
     config = make_config()
     config.model_config = None
     assert config.cache_config.kv_cache_layout is None
-    pages = mx.float16, TurboQuantConfig("q8_0", "q3_0"), neutral_constants([FULL])
+    pages = mx.float16, TurboQuantConfig(parse_pair("q8_0/q3_0")), neutral_constants([FULL])
     assert ModelPages.with_pages(config, [FULL], [], *pages).ratio(100) == 256 / 92
     assert config.cache_config.kv_cache_layout is None

@@ -13,21 +13,22 @@ from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
     VALUE_FORMATS,
-    key_format,
+    FormatPair,
+    parse_pair,
 )
 
 DENSE_DTYPES = ("auto", "float16", "bfloat16")
 """Values of `--kv-cache-dtype` that name dense pages; `auto` is the model's type."""
 
 PRESETS = {
-    "turboquant_k8v4": ("q8_0", "q4_0"),
-    "turboquant_4bit_nc": ("q4_0", "q4_0"),
-    "turboquant_k3v4_nc": ("q3_0", "q4_0"),
-    "turboquant_3bit_nc": ("q3_0", "q3_0"),
+    "turboquant_k8v4": parse_pair("q8_0/q4_0"),
+    "turboquant_4bit_nc": parse_pair("q4_0/q4_0"),
+    "turboquant_k3v4_nc": parse_pair("q3_0/q4_0"),
+    "turboquant_3bit_nc": parse_pair("q3_0/q3_0"),
 }
-"""Values of `--kv-cache-dtype` that vLLM knows, and the (k_quant, v_quant) they stand for here."""
+"""Values of `--kv-cache-dtype` that vLLM knows, and the formats they stand for here."""
 
-DEFAULT_FORMATS = ("q8_0", "q3_0")
+DEFAULT_FORMATS = parse_pair("q8_0/q3_0")
 LOSSY_KEY_BITS = 2
 """Keys of so few bits need `allow_lossy`."""
 
@@ -58,8 +59,8 @@ def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> Turb
     enabled = given.get("turboquant", preset is not None)
     if preset and (enabled is False or "k_quant" in given or "v_quant" in given):
         reasons.append(
-            f"--kv-cache-dtype {cache_dtype} already means k_quant {preset[0]}, v_quant "
-            f"{preset[1]}; give the formats in one place only"
+            f"--kv-cache-dtype {cache_dtype} already means k_quant {preset.key.name}, v_quant "
+            f"{preset.value.name}; give the formats in one place only"
         )
     if not enabled and (idle := [key for key in given if key in _CHECKS and key != "turboquant"]):
         reasons.append(f'{", ".join(idle)} without "turboquant": true has no effect')
@@ -67,22 +68,24 @@ def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> Turb
         raise UserError("The KV cache settings are not valid", reasons)
     if not enabled:
         return None
-    formats = preset or DEFAULT_FORMATS
-    config = TurboQuantConfig(
-        k_quant=given.get("k_quant", formats[0]),
-        v_quant=given.get("v_quant", formats[1]),
-        reproducible=given.get("reproducible", False),
-        **_skip_settings(given.get("skip_layers", [])),
+    default = preset or DEFAULT_FORMATS
+    formats = FormatPair(
+        KEY_FORMATS[given["k_quant"]] if "k_quant" in given else default.key,
+        VALUE_FORMATS[given["v_quant"]] if "v_quant" in given else default.value,
     )
-    if key_format(config.k_quant).bits <= LOSSY_KEY_BITS and not given.get("allow_lossy"):
+    if formats.key.bits <= LOSSY_KEY_BITS and not given.get("allow_lossy"):
         raise UserError(
             "additional_config is not valid",
             [
-                f"k_quant {config.k_quant!r} loses most of the model's quality; "
+                f"k_quant {formats.key.name!r} loses most of the model's quality; "
                 'it needs "allow_lossy": true'
             ],
         )
-    return config
+    return TurboQuantConfig(
+        formats,
+        reproducible=given.get("reproducible", False),
+        **_skip_settings(given.get("skip_layers", [])),
+    )
 
 
 def dense_dtype(cache_dtype: str, model_dtype: Any) -> Any:

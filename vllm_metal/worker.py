@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.config import parse
 from vllm_metal.errors import user_errors_end_child_process
 from vllm_metal.kv_cache import planner
@@ -25,10 +25,8 @@ from vllm_metal.kv_cache.workspace import StepMemory
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.device import Device, select_device
 from vllm_metal.metal_kernel_backend.turboquant import measured_loss
-from vllm_metal.metal_kernel_backend.turboquant.calibration import (
-    KeyConstants,
-    calibrate,
-)
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants, calibrate
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.model_pages import ModelPages
@@ -168,16 +166,16 @@ class MetalWorker(WorkerBase):
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
         if turboquant is not None:
-            self._tell_loss(turboquant.k_quant, turboquant.v_quant)
+            self._log_loss(turboquant.formats)
         binding = self.binding
         return ModelPages.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
 
     @staticmethod
-    def _tell_loss(k_quant: str, v_quant: str) -> None:
-        if text := measured_loss.warning(k_quant, v_quant):
+    def _log_loss(formats: FormatPair) -> None:
+        if text := measured_loss.warning(formats):
             logger.warning("TurboQuant: %s", text)
-        elif loss := measured_loss.measured_loss(k_quant, v_quant):
-            logger.info("TurboQuant %s/%s, measured loss: %s", k_quant, v_quant, loss)
+        elif loss := measured_loss.measured_loss(formats):
+            logger.info("TurboQuant %s, measured loss: %s", formats, loss)
 
     def _calibrate(self) -> list[KeyConstants]:
         """Constants of the keys, from a short text that the model reads now."""
@@ -200,8 +198,8 @@ class MetalWorker(WorkerBase):
         binding.bind(probed)
         steps = StepMemory(
             workspace_probe.prefill_peaks(binding, probed, query_len, max_model_len),
-            {b.largest_chunk(query_len, max_model_len, num_heads) for b in backends}
-            or {PrefillChunk(query_len, tokens=0, scored_rows=0)},
+            {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
+            or {ChunkMemory(query_len, tokens=0, scored_rows=0)},
             workspace_probe.decode_peaks(binding, probed, scheduler.max_num_seqs, max_model_len),
             scheduler.max_num_seqs,
             max(1, gathered_tokens(probed.groups, max_model_len)),

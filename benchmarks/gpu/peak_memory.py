@@ -20,6 +20,7 @@ from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.runner.dispatch import make_dispatch
@@ -96,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
-    for turboquant in (TurboQuantConfig("q8_0", "q3_0"), None):
+    for turboquant in (TurboQuantConfig(parse_pair("q8_0/q3_0")), None):
         for traced in (False, True):
             run(turboquant, traced, arguments.steps)
             gc.collect()  # the caches of a bound model refer to each other

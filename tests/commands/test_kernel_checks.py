@@ -101,11 +101,10 @@ def test_results_that_are_not_numbers_are_found(monkeypatch):
 @needs_lazy_target
 def test_readers_that_do_not_wait_for_the_store_are_found(monkeypatch):
     """Their graph lacks the token, which on a GPU is all that orders them."""
-    decode, early = TurboQuantFused.decode, {}
+    decode, early = TurboQuantFused.decode, mx.zeros(8, mx.uint32)
 
-    def unordered(self, pages, *arguments):
-        array, _ = pages
-        return decode(self, (array, early.setdefault(id(self), mx.zeros(8, mx.uint32))), *arguments)
+    def unordered(self, pages, rows):
+        return decode(self, pages._replace(token=early), rows)
 
     monkeypatch.setattr(TurboQuantFused, "decode", unordered)
     found = check(LazyTarget())

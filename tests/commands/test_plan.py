@@ -53,7 +53,7 @@ def test_text_table_has_a_line_for_every_pair(folder, capsys):
     run(folder, "--memory", "2GiB", "--max-model-len", "1000")
     lines = capsys.readouterr().out.splitlines()
     assert "x 1,000" in lines[3]
-    assert len(lines) == 4 + 1 + len(plan.FORMAT_PAIRS)
+    assert len(lines) == 4 + 1 + len(plan.SHOWN_PAIRS)
 
 
 def test_weights_that_leave_no_room_are_an_error_with_the_sum(folder):

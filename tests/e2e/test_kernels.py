@@ -61,7 +61,9 @@ def use_kernels(monkeypatch) -> Callable[[type[HostTarget]], list[str]]:
 @pytest.mark.parametrize(
     ("model", "k_quant", "v_quant", "tolerance", "target"),
     [
-        ("reading_model", "q8_0", "q8_0", 0.02, HostTarget),
+        pytest.param(
+            *("reading_model", "q8_0", "q8_0", 0.02, HostTarget), marks=pytest.mark.nightly
+        ),
         pytest.param("reading_model", "q8_0", "q8_0", 0.02, LazyTarget, marks=needs_lazy_target),
         ("reading_model", "q8_0", "q3_0", 0.05, HostTarget),
         ("long_heads_model", "q8_0", "q8_0", 0.02, HostTarget),

@@ -8,9 +8,9 @@ from tests.tiny_models import tiny_model
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 from vllm_metal.model.model_binding import ModelBinding
 
 WINDOWS = [[(11 * i + j) % 60 for i in range(70)] for j in (0, 5)]
@@ -21,7 +21,7 @@ def results():
     binding = ModelBinding(tiny_model("llama", head_dim=64, num_key_value_heads=2))
 
     def compressed(k_quant, v_quant):
-        formats = key_format(k_quant), value_format(v_quant)
+        formats = parse_pair(f"{k_quant}/{v_quant}")
         return lambda: [
             TurboQuantReference(
                 s, 16, formats, KeyConstants.neutral(s.num_kv_heads, s.head_size), True

@@ -11,9 +11,10 @@ from vllm_metal.evaluation.sequence import PagedSequence
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.model_binding import ModelBinding
 
-COMPRESSED = TurboQuantConfig("q8_0", "q8_0")
+COMPRESSED = TurboQuantConfig(parse_pair("q8_0/q8_0"))
 TOKENS = [(7 * i + 3) % 60 for i in range(45)]
 
 

@@ -5,6 +5,7 @@ import pytest
 from tests.tiny_models import VOCABULARY, tiny_model
 from vllm_metal.errors import UserError
 from vllm_metal.evaluation.study import Study, measure
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.model_binding import ModelBinding
 
 
@@ -21,7 +22,7 @@ def run(study: Study, text: str = "the quick brown fox " * 40) -> dict:
 
 
 def test_every_candidate_has_every_figure():
-    pairs = [("q8_0", "q8_0"), ("q3_0", "q2_0")]
+    pairs = [parse_pair("q8_0/q8_0"), parse_pair("q3_0/q2_0")]
     study = Study(pairs, [(8, 3)], 2, 40, 60, haystacks=(600,))
     figures = run(study)
     assert figures["dense_perplexity"] > 1
@@ -36,11 +37,11 @@ def test_every_candidate_has_every_figure():
 
 def test_a_text_shorter_than_the_long_window():
     with pytest.raises(UserError, match="800 tokens; needed: 900 for the long window"):
-        run(Study([("q8_0", "q8_0")], windows=1, window_tokens=40, long_window_tokens=900))
+        run(Study([parse_pair("q8_0/q8_0")], windows=1, window_tokens=40, long_window_tokens=900))
 
 
 def test_a_text_shorter_than_the_longest_haystack():
-    study = Study([("q8_0", "q8_0")], windows=1, window_tokens=40, haystacks=(600, 801, 700))
+    study = Study([parse_pair("q8_0/q8_0")], windows=1, window_tokens=40, haystacks=(600, 801, 700))
     with pytest.raises(UserError, match="800 tokens; needed: 801 for the needle test"):
         run(study)
 

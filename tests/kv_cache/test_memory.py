@@ -27,6 +27,7 @@ from vllm_metal.kv_cache.spec import (
 )
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 
 BFLOAT16, FLOAT32 = mx.bfloat16, mx.float32
 
@@ -99,9 +100,9 @@ MODELS = [
 
 SETTINGS = {
     "dense": None,
-    "turboquant": TurboQuantConfig("q8_0", "q3_0"),
-    "turboquant, first and last dense": TurboQuantConfig("q4_0", "q4_0", boundary=2),
-    "turboquant, some layers dense": TurboQuantConfig("q8_0", "q4_0", skip_layers=(0, 3)),
+    "turboquant": TurboQuantConfig(parse_pair("q8_0/q3_0")),
+    "turboquant, first and last dense": TurboQuantConfig(parse_pair("q4_0/q4_0"), boundary=2),
+    "turboquant, some layers dense": TurboQuantConfig(parse_pair("q8_0/q4_0"), skip_layers=(0, 3)),
 }
 
 

@@ -7,8 +7,9 @@ from vllm_metal.attention.backend import LayerShape
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 SHAPES = [LayerShape(2, 64, 64)] * 6
 
@@ -28,18 +29,18 @@ def test_dense_without_turboquant_never_calibrates():
 
 
 def test_every_layer_is_compressed():
-    assert kinds(TurboQuantConfig("q8_0", "q3_0")) == [TurboQuantReference] * 6
+    assert kinds(TurboQuantConfig(parse_pair("q8_0/q3_0"))) == [TurboQuantReference] * 6
 
 
 def test_skipped_and_boundary_layers_stay_dense():
-    config = TurboQuantConfig("q8_0", "q3_0", skip_layers=(2,), boundary=1)
+    config = TurboQuantConfig(parse_pair("q8_0/q3_0"), skip_layers=(2,), boundary=1)
     dense = [layer for layer, kind in enumerate(kinds(config)) if kind is DensePages]
     assert dense == [0, 2, 5]
 
 
 def test_a_layer_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="layer 6 .allowed: 0 to 5"):
-        kinds(TurboQuantConfig("q8_0", "q3_0", skip_layers=(6,)))
+        kinds(TurboQuantConfig(parse_pair("q8_0/q3_0"), skip_layers=(6,)))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_a_layer_that_does_not_exist_is_named():
     [([], "it has no keys and values"), ([LayerShape(2, 64, 64)], "all its layers are in skip")],
 )
 def test_a_model_with_nothing_to_compress_is_refused(shapes, reason):
-    config = TurboQuantConfig("q8_0", "q3_0", boundary=1)
+    config = TurboQuantConfig(parse_pair("q8_0/q3_0"), boundary=1)
     with pytest.raises(UserError, match=reason):
         make_backends(shapes, 16, mx.float16, config, neutral_constants(shapes))
 
@@ -55,8 +56,8 @@ def test_a_model_with_nothing_to_compress_is_refused(shapes, reason):
 def test_a_head_size_without_rotation_is_refused_with_its_layer():
     shapes = [LayerShape(2, 64, 64), LayerShape(2, 72, 64)]
     with pytest.raises(UserError, match="layer 1: head size 72"):
-        kinds(TurboQuantConfig("q8_0", "q3_0"), shapes)
-    skipping = TurboQuantConfig("q8_0", "q3_0", skip_layers=(1,))
+        kinds(TurboQuantConfig(parse_pair("q8_0/q3_0")), shapes)
+    skipping = TurboQuantConfig(parse_pair("q8_0/q3_0"), skip_layers=(1,))
     assert kinds(skipping, shapes) == [TurboQuantReference, DensePages]
 
 
@@ -67,13 +68,13 @@ INDEX = LayerShape(1, 128, 0, fetched=True)
 @pytest.mark.parametrize("shape", [MLA, INDEX], ids=str)
 def test_a_latent_is_refused_by_name_and_served_dense(shape):
     with pytest.raises(UserError, match="layer 0: its cache holds a latent .MLA."):
-        kinds(TurboQuantConfig("q8_0", "q3_0"), [shape] * 5)
+        kinds(TurboQuantConfig(parse_pair("q8_0/q3_0")), [shape] * 5)
     assert kinds(None, [shape] * 5) == [DensePages] * 5
-    skipping = TurboQuantConfig("q8_0", "q3_0", skip_layers=(0,))
+    skipping = TurboQuantConfig(parse_pair("q8_0/q3_0"), skip_layers=(0,))
     assert kinds(skipping, [shape, SHAPES[0]]) == [DensePages, TurboQuantReference]
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
 def test_ordinary_heads_that_are_fetched_are_compressed(num_kv_heads):
     shapes = [LayerShape(num_kv_heads, 256, 256, fetched=True)]
-    assert kinds(TurboQuantConfig("q8_0", "q3_0"), shapes) == [TurboQuantReference]
+    assert kinds(TurboQuantConfig(parse_pair("q8_0/q3_0")), shapes) == [TurboQuantReference]

@@ -11,9 +11,9 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.model.model_binding import ModelBinding
 
@@ -127,7 +127,7 @@ def test_logits_are_those_of_mlx_lms_own_caches(model_type):
 
 def turboquant(shape: LayerShape) -> AttentionBackend:
     constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
-    formats = key_format("q8_0"), value_format("q8_0")
+    formats = parse_pair("q8_0/q8_0")
     return TurboQuantReference(shape, BLOCK, formats, constants, reproducible=True)
 
 

@@ -12,6 +12,7 @@ from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.startup import workspace_probe
 from vllm_metal.startup.workspace_probe import decode_peaks, prefill_peaks
@@ -21,7 +22,7 @@ HEADS = 4
 TOLERANCE = 1.5
 """Models this small are dominated by what small forward passes do not tell."""
 MODELS = ["llama", "gemma2", "deepseek_v3", "deepseek_v32", "gemma3_text", "gpt_oss", "jamba"]
-TURBOQUANT = TurboQuantConfig("q8_0", "q3_0")
+TURBOQUANT = TurboQuantConfig(parse_pair("q8_0/q3_0"))
 CASES = [(model, None) for model in MODELS] + [
     ("compressible", TURBOQUANT),
     ("gemma3_text", TURBOQUANT),
@@ -69,7 +70,7 @@ def test_a_large_chunk_takes_what_small_ones_tell(model_type, turboquant, contex
     peaks = prefill_peaks(*small, QUERY_LEN, MAX_TOKENS)
     seq_len = context_len + QUERY_LEN
     planned = max(
-        peaks.of_chunk(backend.largest_chunk(QUERY_LEN, seq_len, HEADS))
+        peaks.of_chunk(backend.chunk_memory(QUERY_LEN, seq_len, HEADS))
         for backend in small[1].backends
     )
     binding, kv_cache = bound(model_type, 130, turboquant)

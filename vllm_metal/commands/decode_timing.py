@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.attention.backend import AttentionBackend, Pages
+from vllm_metal.attention.backend import AttentionBackend, Pages, Rows
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.kv_cache.groups import KVGroup
 
@@ -76,21 +76,23 @@ class DecodeStep:
         group = KVGroup(backend.block_size, layers=(0,))
         order = 1 + np.random.default_rng(0).permutation(requests * blocks).astype(np.int32)
         tables = order.reshape(requests, blocks)
-        pages = backend.allocate(requests * blocks + 1)
+        page = backend.page_size_bytes // backend.page_dtype.size
+        array = mx.zeros((requests * blocks + 1, page), backend.page_dtype)
+        pages = Pages(array, backend.first_token())
         for table in tables:
             for start in range(0, context - 1, _STORED_AT_ONCE):
                 count = min(_STORED_AT_ONCE, context - 1 - start)
                 [chunk] = prefill_metadata([group], [table], start, count)
                 new = [self._normal(dtype, count, shape.num_kv_heads) for _ in range(2)]
                 pages = backend.store(pages, *new, chunk)
-                mx.eval(pages)
-        first, *beside = pages
-        self.pages: list[Pages] = [(first, *beside)]
-        self.pages += [(first + 0, *beside) for _ in range(layers - 1)]
+                mx.eval(*_arrays(pages))
+        self.pages = [pages]
+        self.pages += [Pages(pages.array + 0, pages.token) for _ in range(layers - 1)]
         positions = np.full(requests, context - 1, np.int32)
         [self._metadata] = decode_metadata([group], [tables], positions)
         self._queries = self._normal(dtype, requests, heads)
-        mx.eval(self.pages, self._queries)
+        del array, pages  # each layer's array has one holder, or a store would copy it
+        mx.eval(self._queries, *map(_arrays, self.pages))
         self.bytes_read = layers * requests * context * shape.num_kv_heads * backend.slot_size
 
     def build(self, evaluate: Callable[..., None] = lambda *_: None) -> mx.array:
@@ -103,10 +105,16 @@ class DecodeStep:
         for layer, pages in enumerate(self.pages):
             new = x[:, :heads]
             self.pages[layer] = pages = self._backend.store(pages, new, new, self._metadata)
-            evaluate(pages)
-            x = self._backend.decode(pages, x, self._metadata, scale, None)
+            evaluate(*_arrays(pages))
+            x = self._backend.decode(pages, Rows(x, self._metadata, scale))
             evaluate(x)
         return x
+
+    def evaluated(self) -> mx.array:
+        """The same, computed in one evaluation with all pages."""
+        output = self.build()
+        mx.eval(output, *map(_arrays, self.pages))
+        return output
 
     def milliseconds(self) -> float:
         """Median time of an evaluation; the graph is built before, as in the server."""
@@ -115,7 +123,7 @@ class DecodeStep:
             output = self.build()
             mx.synchronize()
             start = time.perf_counter()
-            mx.eval(output, self.pages)
+            mx.eval(output, *map(_arrays, self.pages))
             mx.synchronize()
             return 1e3 * (time.perf_counter() - start)
 
@@ -167,6 +175,10 @@ def copy_gigabytes_per_second() -> float:
         return time.perf_counter() - start
 
     return 2 * _COPIED_BYTES / _median(run) / 1e9
+
+
+def _arrays(pages: Pages) -> list[mx.array]:
+    return [array for array in pages if array is not None]
 
 
 def _token_bytes(backend: AttentionBackend) -> int:

@@ -26,7 +26,7 @@ from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.measured_loss import FORMAT_PAIRS
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS
 from vllm_metal.metal_kernel_backend.turboquant.splits import core_count
 
 BLOCK_SIZE = 16
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats",
         nargs="+",
-        default=["/".join(pair) for pair in FORMAT_PAIRS],
+        default=list(map(str, SHOWN_PAIRS)),
         metavar="KEYS/VALUES",
         help="format pairs to check (default: all pairs of the documentation)",
     )
@@ -94,7 +94,7 @@ def machine_facts(device: Device, target: Target) -> dict[str, str | int]:
 
 def _layout(pair: str, head_size: int, kv_heads: int) -> PageLayout:
     try:
-        return PageLayout.of(*parse_pair(pair), head_size, kv_heads, BLOCK_SIZE)
+        return PageLayout(*parse_pair(pair), head_size, head_size, kv_heads, BLOCK_SIZE)
     except ValueError as error:
         raise UserError(f"--formats {pair} --head-size {head_size}: {error}") from error
 

@@ -17,6 +17,7 @@ from vllm_metal.metal_kernel_backend.host_target import (
 )
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
@@ -68,7 +69,7 @@ def fused_backend(layout: PageLayout, target: Target) -> TurboQuantFused:
     """The server's backend for the kernels of one layout, with keys that are not calibrated."""
     shape = LayerShape(layout.num_kv_heads, layout.key_head_size, layout.value_head_size)
     constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
-    formats = layout.key_format, layout.value_format
+    formats = FormatPair(layout.key_format, layout.value_format)
     return TurboQuantFused(shape, layout.block_size, formats, constants, target)
 
 
@@ -107,8 +108,7 @@ def check_order(backend: AttentionBackend, check: Check) -> None:
         )
         for _ in range(2)
     )
-    output = together.build()
-    mx.eval(output, together.pages)
+    output = together.evaluated()
     expected = np.array(apart.build(evaluate=mx.eval).astype(mx.float32))
     _compare(check, mx.float16, output, expected)
 

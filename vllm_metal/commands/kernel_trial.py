@@ -10,8 +10,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.attention.backend import LayerShape, Pages
+from vllm_metal.attention.backend import LayerShape, Pages, Rows
 from vllm_metal.attention.metadata import DecodeMetadata
+from vllm_metal.attention.slots import compose_slots, split_slots
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
@@ -59,10 +60,8 @@ class Trial:
 
     def slot_mapping(self) -> mx.array:  # [2 * length] int32
         """Where the tokens of both requests go."""
-        positions = np.arange(self.length)
-        blocks = self.table[:, positions // self.block_size]
-        slots = blocks * self.block_size + positions % self.block_size
-        return mx.array(slots.reshape(-1).astype(np.int32))
+        positions = np.tile(np.arange(self.length), (REQUESTS, 1))
+        return mx.array(compose_slots(self.table, positions, self.block_size).reshape(-1))
 
     def plain(self) -> list[mx.array]:  # [2, H, length, D] each, float32
         """The keys and values that attention should see."""
@@ -141,7 +140,8 @@ class KernelTrial(Trial):
         with mx.stream(mx.cpu):
             tokens = TokenCodec(self.key_codec, self.value_codec).quantize(self.keys, self.values)
             expected = np.array(slots.pack(tokens))
-            blocks, columns = (np.array(index) for index in slots.indices(self.slot_mapping()))
+            indices = slots.indices(*split_slots(self.slot_mapping(), self.block_size))
+            blocks, columns = (np.array(index) for index in indices)
         mx.eval(token)
         stored = np.array(self.pages)[blocks, columns]
         return int((stored.view(np.uint8) != expected.view(np.uint8)).sum())
@@ -168,7 +168,8 @@ class DenseTrial(Trial):
             offset=mx.array(lengths) - 1,
             max_seq_len=self.length,
         )
-        pages: Pages = backend.allocate(self.num_blocks)
+        page = backend.page_size_bytes // self.dtype.size
+        pages = Pages(mx.zeros((self.num_blocks, page), self.dtype))
         pages = backend.store(pages, self.keys, self.values, metadata)
         sinks = None if sinks is None else sinks.astype(self.dtype)
-        return backend.decode(pages, self.queries, metadata, self.scale, sinks)
+        return backend.decode(pages, Rows(self.queries, metadata, self.scale, sinks))

@@ -18,7 +18,8 @@ from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.planner import GIB, format_bytes
 from vllm_metal.metal_kernel_backend.selection import neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
-from vllm_metal.metal_kernel_backend.turboquant.measured_loss import FORMAT_PAIRS, measured_loss
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS, measured_loss
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.model_pages import ModelPages
@@ -128,14 +129,14 @@ def table(
     vllm_config = _quiet_config()
     vllm_config.cache_config.block_size = block_size
     rows = []
-    for pair in (None, *FORMAT_PAIRS):
+    for pair in (None, *SHOWN_PAIRS):
         try:
             cache = ModelPages.with_pages(
                 vllm_config,
                 binding.layers,
                 binding.states,
                 mx.float16,
-                None if pair is None else TurboQuantConfig(*pair),
+                None if pair is None else TurboQuantConfig(pair),
                 neutral_constants(binding.layers),
             )
         except UserError as refusal:
@@ -157,21 +158,21 @@ def _quiet_config() -> VllmConfig:
 
 def _row(
     cache: ModelPages,
-    pair: tuple[str, str] | None,
+    pair: FormatPair | None,
     page_bytes: int,
     max_model_len: int,
     longest: int | None,
 ) -> Row:
     capacity = cache.capacity(page_bytes, max_model_len)
     return Row(
-        *(pair or ("dense", "float16")),
+        *((pair.key.name, pair.value.name) if pair else ("dense", "float16")),
         bits_per_element=round(cache.summary.bits_per_element, 3) if cache.backends else None,
         ratio=round(cache.ratio(max_model_len), 3),
         bytes_per_request=capacity.bytes_for(max_model_len),
         tokens=capacity.tokens,
         max_context=min(capacity.tokens, longest or capacity.tokens),
         requests=round(capacity.requests(max_model_len), 2),
-        kld=loss.kld if pair and (loss := measured_loss(*pair)) else None,
+        kld=loss.kld if pair and (loss := measured_loss(pair)) else None,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_metal.metal_kernel_backend.turboquant.measured_loss import FORMAT_PAIRS
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS
 
 if TYPE_CHECKING:
     from vllm_metal.evaluation.study import Study
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         nargs="+",
         metavar="K/V",
-        default=["/".join(pair) for pair in FORMAT_PAIRS],
+        default=[str(pair) for pair in SHOWN_PAIRS],
         help="format pairs, e.g. q8_0/q3_0 (default: all that `plan` shows)",
     )
     parser.add_argument(

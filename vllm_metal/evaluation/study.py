@@ -16,9 +16,11 @@ from vllm_metal.evaluation.attention_error import WithAttentionError, attention_
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
+from vllm_metal.kv_cache.capacity import DENSE_BITS
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.startup.key_samples import collect_key_samples
 
@@ -32,8 +34,8 @@ Progress = Callable[[str], None]
 class Study:
     """What is to be measured."""
 
-    pairs: Sequence[tuple[str, str]]
-    """(k_quant, v_quant) of each candidate."""
+    pairs: Sequence[FormatPair]
+    """The formats of each candidate."""
     block_affine: Sequence[tuple[int, int]] = ()
     """Bits of block-affine keys and Lloyd-Max values, to measure beside them."""
     windows: int = 3
@@ -89,9 +91,9 @@ def measure(
     fidelity, perplexity = compare(binding, dense, candidates, windows, progress)
     results = {}
     for name, make in candidates.items():
-        backend = make()[0]
-        bits = getattr(backend, "bits_per_element", None) or backend.layout.bits_per_element
-        results[name] = {"bits_per_element": bits, "ratio": 16 / bits} | fidelity[name].summary()
+        bits = make()[0].bits_per_element
+        sizes = {"bits_per_element": bits, "ratio": DENSE_BITS / bits}
+        results[name] = sizes | fidelity[name].summary()
         progress(f"attention error: {name}")
         observed = [WithAttentionError(backend) for backend in make()]
         results[name]["attention_error"] = attention_error(binding, observed, windows[0])
@@ -121,14 +123,14 @@ def _candidates(
         lambda ids, offset: collect_key_samples(binding, ids, offset), encode, max_model_len
     )
 
-    def compressed(pair: tuple[str, str]) -> Make:
-        config = TurboQuantConfig(*pair, reproducible=True)
+    def compressed(pair: FormatPair) -> Make:
+        config = TurboQuantConfig(pair, reproducible=True)
         return lambda: _backends(binding, config, lambda: constants)
 
     def block_affine(bits: tuple[int, int]) -> Make:
         return lambda: [BlockAffine(shape, BLOCK_SIZE, *bits) for shape in binding.layers]
 
-    candidates = {"/".join(pair): compressed(pair) for pair in study.pairs}
+    candidates = {str(pair): compressed(pair) for pair in study.pairs}
     for bits in study.block_affine:
         candidates["block-affine {}/{}".format(*bits)] = block_affine(bits)
     return candidates

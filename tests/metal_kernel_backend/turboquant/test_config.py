@@ -4,10 +4,11 @@ import pytest
 
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 
 
 def test_layers_kept_dense():
-    config = TurboQuantConfig("q8_0", "q3_0", skip_layers=(0, 5))
+    config = TurboQuantConfig(parse_pair("q8_0/q3_0"), skip_layers=(0, 5))
     assert config.skipped(6) == {0, 5}
     with pytest.raises(UserError, match=r"skip_layers names layer 5 \(allowed: 0 to 4\)"):
         config.skipped(5)
@@ -24,5 +25,5 @@ def test_layers_kept_dense():
     ],
 )
 def test_layers_at_both_ends_kept_dense(boundary, num_layers, dense):
-    config = TurboQuantConfig("q8_0", "q3_0", boundary=boundary)
+    config = TurboQuantConfig(parse_pair("q8_0/q3_0"), boundary=boundary)
     assert config.skipped(num_layers) == dense

@@ -151,7 +151,9 @@ def test_unknown_names_are_refused_with_the_allowed_ones():
 
 
 def test_a_pair_as_text():
-    assert parse_pair("uint4/q3_0") == ("uint4", "q3_0")
+    pair = parse_pair("uint4/q3_0")
+    assert pair == (KEY_FORMATS["uint4"], VALUE_FORMATS["q3_0"])
+    assert str(pair) == "uint4/q3_0"
     for text in ("", "q8_0", "q8_0 q3_0"):
         with pytest.raises(ValueError, match=f"'{text}' is not KEYS/VALUES"):
             parse_pair(text)

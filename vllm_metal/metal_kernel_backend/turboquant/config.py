@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from vllm_metal.errors import UserError
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 
 
 @dataclass(frozen=True)
 class TurboQuantConfig:
     """How the KV cache is compressed."""
 
-    k_quant: str
-    v_quant: str
+    formats: FormatPair
     skip_layers: tuple[int, ...] = ()
     """Indices of layers kept dense."""
     boundary: int = 0

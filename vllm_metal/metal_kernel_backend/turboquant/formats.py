@@ -22,6 +22,7 @@ No MLX here: the planner and the command line read this file too.
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -201,12 +202,26 @@ def value_format(name: str) -> Format:
     return _named("v_quant", name, VALUE_FORMATS)
 
 
-def parse_pair(text: str) -> tuple[str, str]:
-    """`q8_0/q3_0` as the names of a key and a value format. Raises ValueError for anything else."""
+class FormatPair(NamedTuple):
+    """The formats of a layer's keys and values; as text `q8_0/q3_0`."""
+
+    key: Format
+    value: Format
+
+    def slot_size(self, key_head_size: int, value_head_size: int) -> int:
+        """Bytes of one KV head of one token, key and value together."""
+        return self.key.vector_bytes(key_head_size) + self.value.vector_bytes(value_head_size)
+
+    def __str__(self) -> str:
+        return f"{self.key.name}/{self.value.name}"
+
+
+def parse_pair(text: str) -> FormatPair:
+    """The formats that `q8_0/q3_0` names. Raises ValueError for anything else."""
     k_quant, slash, v_quant = text.partition("/")
     if not slash:
         raise ValueError(f"{text!r} is not KEYS/VALUES, e.g. q8_0/q3_0")
-    return key_format(k_quant).name, value_format(v_quant).name
+    return FormatPair(key_format(k_quant), value_format(v_quant))
 
 
 def _named(option: str, name: str, formats: dict[str, Format]) -> Format:

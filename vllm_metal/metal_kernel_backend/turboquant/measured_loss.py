@@ -9,24 +9,29 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair, parse_pair
 
 RESULTS = Path(__file__).with_name("measured_loss.json")
 
-FORMAT_PAIRS = (
-    ("q8_0", "q8_0"),
-    ("q8_0", "q4_0"),
-    ("q8_0", "q3_0"),
-    ("q6_0", "q6_0"),
-    ("q6_0", "q4_0"),
-    ("q5_0", "q4_0"),
-    ("q5_0", "q3_0"),
-    ("q4_0", "q4_0"),
-    ("q4_0", "q3_0"),
-    ("q4_0", "q2_0"),
-    ("q3_0", "q3_0"),
+SHOWN_PAIRS = tuple(
+    map(
+        parse_pair,
+        (
+            "q8_0/q8_0",
+            "q8_0/q4_0",
+            "q6_0/q6_0",
+            "q8_0/q3_0",
+            "q6_0/q4_0",
+            "q5_0/q4_0",
+            "q5_0/q3_0",
+            "q4_0/q4_0",
+            "q4_0/q3_0",
+            "q4_0/q2_0",
+            "q3_0/q3_0",
+        ),
+    )
 )
-"""Pairs (k_quant, v_quant) that are measured and shown, from most to fewest bytes."""
+"""The one list of pairs that are measured and shown, from most to fewest bytes."""
 
 WARN_KEY_BITS = 5
 """Keys of fewer bits are warned about."""
@@ -50,24 +55,24 @@ class Loss:
 
 @cache
 def _results() -> dict:
-    if not RESULTS.exists():
-        return {"model": "", "pairs": {}}
     return json.loads(RESULTS.read_text())
 
 
-def warning(k_quant: str, v_quant: str) -> str | None:
+def warning(formats: FormatPair) -> str | None:
     """What to tell a user of a pair with few bits; None for the others."""
-    key_bits, value_bits = key_format(k_quant).bits, value_format(v_quant).bits
-    if key_bits >= WARN_KEY_BITS and value_bits >= WARN_VALUE_BITS:
+    if formats.key.bits >= WARN_KEY_BITS and formats.value.bits >= WARN_VALUE_BITS:
         return None
-    loss = measured_loss(k_quant, v_quant)
-    return f"k_quant {k_quant}, v_quant {v_quant} lose visibly: {loss or 'not measured'}"
+    loss = measured_loss(formats)
+    return (
+        f"k_quant {formats.key.name}, v_quant {formats.value.name} change the model's answers "
+        f"noticeably: {loss or 'the loss of this pair has not been measured'}"
+    )
 
 
-def measured_loss(k_quant: str, v_quant: str) -> Loss | None:
+def measured_loss(formats: FormatPair) -> Loss | None:
     """The committed measurement of a pair, or None."""
     results = _results()
-    pair = results["pairs"].get(f"{k_quant}/{v_quant}")
+    pair = results["pairs"].get(str(formats))
     if pair is None:
         return None
     return Loss(results["model"], pair["kld"], pair["perplexity_ratio"])
