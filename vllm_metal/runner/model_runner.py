@@ -84,7 +84,8 @@ class ModelRunner:
         self.forward_decode = binding.forward
         """Replaced by `DecodeGraphs` where the model's decode can be traced."""
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
-        self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
+        model = vllm_config.model_config
+        self._sampler = TorchSampler(model.logprobs_mode, model.use_fp64_gumbel)
         self._dispatch = make_dispatch()
         self._pending: PendingTokens | None = None
         self._step: _Step | None = None
