@@ -1,11 +1,18 @@
-# make demo   set up, serve the demo model with vLLM, ask it a question, stop
-# make test   set up, check the style, build the docs, run the tests
+# make demo           set up, serve the demo model with vLLM, ask it a question, stop
+# make test           set up, check the style, build the docs, run the tests but for the slow ones
+# make test-all       the same with the slow ones
+# make test-nightly   the slow ones alone
+#
+# Tests run in 2 processes: make test WORKERS=4
+# pytest takes ARGS:        make test ARGS=tests/test_config.py
 
 VENV := .venv
 READY := $(VENV)/.ready
+WORKERS := 2
+PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 export PYTHON
 
-.PHONY: setup demo test lint format docs clean
+.PHONY: setup demo test test-all test-nightly lint format docs clean
 
 setup: $(READY)
 
@@ -17,7 +24,13 @@ demo: $(READY)
 	$(VENV)/bin/python examples/serve_demo.py $(ARGS)
 
 test: lint docs
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) -m "not nightly" $(ARGS)
+
+test-all: lint docs
+	$(PYTEST) $(ARGS)
+
+test-nightly: $(READY)
+	$(PYTEST) -m nightly $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -37,13 +37,16 @@ def test_formats_by_name():
     assert only_keys.formats == (KEY_FORMATS["q4_0"], DEFAULT_FORMATS.value)
 
 
-@pytest.mark.parametrize(
-    ("option", "formats"), [("k_quant", KEY_FORMATS), ("v_quant", VALUE_FORMATS)]
-)
-def test_every_format_by_name(option, formats):
-    for name, format in formats.items():
-        config = parse({"turboquant": True, option: name, "allow_lossy": True}, "auto")
-        assert format in config.formats
+def test_every_key_format_is_taken():
+    for name, format in KEY_FORMATS.items():
+        config = parse({"turboquant": True, "k_quant": name, "allow_lossy": True}, "auto")
+        assert config.formats == (format, DEFAULT_FORMATS.value)
+
+
+def test_every_value_format_is_taken():
+    for name, format in VALUE_FORMATS.items():
+        config = parse({"turboquant": True, "v_quant": name}, "auto")
+        assert config.formats == (DEFAULT_FORMATS.key, format)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.config import parse
 from vllm_metal.errors import user_errors_end_child_process
 from vllm_metal.kv_cache import planner
@@ -198,8 +198,8 @@ class MetalWorker(WorkerBase):
         binding.bind(probed)
         steps = StepMemory(
             workspace_probe.prefill_peaks(binding, probed, query_len, max_model_len),
-            {b.largest_chunk(query_len, max_model_len, num_heads) for b in backends}
-            or {PrefillChunk(query_len, tokens=0, scored_rows=0)},
+            {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
+            or {ChunkMemory(query_len, tokens=0, scored_rows=0)},
             workspace_probe.decode_peaks(binding, probed, scheduler.max_num_seqs, max_model_len),
             scheduler.max_num_seqs,
             max(1, gathered_tokens(probed.groups, max_model_len)),

@@ -11,6 +11,8 @@ from tests.runner.test_model_runner import PROMPTS
 from vllm_metal.metal_kernel_backend import selection
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 
+pytestmark = pytest.mark.engine
+
 PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
 
 Answer = list[tuple[int, float, float]]
@@ -55,7 +57,7 @@ def use_host_kernels(monkeypatch) -> Callable[[], list[str]]:
 @pytest.mark.parametrize(
     ("model", "k_quant", "v_quant", "tolerance"),
     [
-        ("reading_model", "q8_0", "q8_0", 0.02),
+        pytest.param("reading_model", "q8_0", "q8_0", 0.02, marks=pytest.mark.nightly),
         ("reading_model", "q8_0", "q3_0", 0.05),
         ("long_heads_model", "q8_0", "q8_0", 0.02),
     ],

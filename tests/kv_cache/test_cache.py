@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.dense_pages import keys_and_values
-from vllm_metal.attention.backend import LayerShape
+from tests.pages import keys_and_values
+from vllm_metal.attention.backend import LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache import group_metadata
@@ -56,7 +56,7 @@ def test_a_store_is_in_place():
         outs = []
         for layer, backend in enumerate(cache.backends):
             cache.store(layer, *kv(2, seed=step), metadata)
-            outs.append(backend.decode(cache.pages(layer), query, metadata, 1.0, None))
+            outs.append(backend.decode(cache.pages(layer), Rows(query, metadata, 1.0)))
         mx.eval(outs, cache.arrays)
     assert mx.get_peak_memory() - before < cache.nbytes // 100
 
@@ -81,7 +81,7 @@ def test_a_store_goes_to_its_slots_of_its_layer_only():
     metadata = PrefillMetadata(mx.array([[2, 1]]), mx.array([46, 47, 16]), 14, 3)
     cache.store(1, keys, values, metadata)
     mx.eval(cache.arrays)
-    assert not any(array.any().item() for array in cache.pages(0))
+    assert not cache.pages(0).array.any().item()
     pages = keys_and_values(cache.backends[1], cache.pages(1))
     for page, new in zip(pages, (keys, values), strict=True):
         assert mx.array_equal(page[2, :, 14], new[0])
@@ -172,7 +172,7 @@ def test_shared_bytes_are_written_in_place():
         for layer, backend in enumerate(cache.backends):
             keys, values = kv(2, seed=step)
             cache.store(layer, keys + mx.mean(out), values, rows)
-            out = backend.decode(cache.pages(layer), query, rows, 1.0, None)
+            out = backend.decode(cache.pages(layer), Rows(query, rows, 1.0))
             outs.append(out)
         cache.keep_state(0, [mx.full((2, 40, 25), step) + mx.mean(out)])
         cache.evaluate(*outs)

@@ -11,9 +11,9 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.model.model_binding import ModelBinding
 

@@ -70,7 +70,7 @@ def test_a_large_chunk_takes_what_small_ones_tell(model_type, turboquant, contex
     peaks = prefill_peaks(*small, QUERY_LEN, MAX_TOKENS)
     seq_len = context_len + QUERY_LEN
     planned = max(
-        peaks.of_chunk(backend.largest_chunk(QUERY_LEN, seq_len, HEADS))
+        peaks.of_chunk(backend.chunk_memory(QUERY_LEN, seq_len, HEADS))
         for backend in small[1].backends
     )
     binding, kv_cache = bound(model_type, 130, turboquant)

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
+from vllm_metal.attention.slots import compose_slots, split_slots
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
@@ -67,20 +68,20 @@ class Trial:
 
     def wrong_bytes(self) -> int:
         """Stored bytes of codes, levels, scales and biases that are not the codec's."""
-        slots = Slots(self.launcher.layout)
+        slots, size = Slots(self.launcher.layout), self.launcher.layout.block_size
         with mx.stream(mx.cpu):
             tokens = TokenCodec(self.key_codec, self.value_codec).quantize(self.keys, self.values)
             expected = np.array(slots.pack(tokens))
-            blocks, columns = (np.array(index) for index in slots.indices(self._slots()))
+            indices = slots.indices(*split_slots(self._slots(), size))
+            blocks, columns = (np.array(index) for index in indices)
         stored = np.array(self.pages)[blocks, columns]
         return int((stored.view(np.uint8) != expected.view(np.uint8)).sum())
 
     def _slots(self) -> mx.array:
         """Where the tokens of both requests go, int32 [2 * length]."""
-        size = self.launcher.layout.block_size
-        positions = np.arange(self.length)
-        slots = self.table[:, positions // size] * size + positions % size
-        return mx.array(slots.reshape(-1).astype(np.int32))
+        positions = np.tile(np.arange(self.length), (2, 1))
+        slots = compose_slots(self.table, positions, self.launcher.layout.block_size)
+        return mx.array(slots.reshape(-1))
 
     def plain(self) -> list[mx.array]:  # [2, H, length, D] each, float32
         """What the codec makes of the keys and values."""

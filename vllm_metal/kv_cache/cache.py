@@ -10,6 +10,7 @@ are read before the forward pass and written after it.
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -17,6 +18,19 @@ from vllm_metal.attention.backend import AttentionBackend, Pages
 from vllm_metal.attention.metadata import AttentionMetadata, GroupMetadata
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.groups import CacheLayout
+
+
+class TakenArrays(NamedTuple):
+    """Everything that `KVCache.take` hands over; a tree of arrays for `mx.compile`."""
+
+    regions: list[mx.array]
+    """The array of each region."""
+    tokens: list[mx.array | None]
+    """The `Pages.token` of each layer."""
+
+
+_TAKEN = mx.array(())
+"""Stands in a region whose array was taken: whoever reads it meanwhile fails by its shape."""
 
 
 class _Region:
@@ -74,8 +88,8 @@ class KVCache:
             self._region_of_state |= dict.fromkeys(planned.states, region)
             if planned.states:
                 self._states_of_region[region] = planned.states
-        self._beside: dict[int, tuple[mx.array, ...]] = {}
-        """What the last store of a layer left beside its array."""
+        self._tokens = [backend.first_token() for backend in self.backends]
+        """`Pages.token` of each layer."""
         self._blocks_of_state: dict[int, mx.array] = {}
         self._old_states: dict[int, list[mx.array | None]] = {}
         self._new_states: dict[int, mx.array] = {}
@@ -89,8 +103,8 @@ class KVCache:
     @property
     def arrays(self) -> list[mx.array]:
         """Every array that a forward pass leaves behind, to evaluate. Do not keep the list."""
-        beside = [array for arrays in self._beside.values() for array in arrays]
-        return [region.array for region in self._regions] + beside
+        tokens = [token for token in self._tokens if token is not None]
+        return [region.array for region in self._regions] + tokens
 
     @property
     def nbytes(self) -> int:
@@ -123,22 +137,21 @@ class KVCache:
     def pages(self, layer: int) -> Pages:
         """Pages of one layer, for reading within the current forward pass."""
         array = self._region_of_layer[layer].view(self.backends[layer].page_dtype)
-        return array, *self._beside.get(layer, ())
+        return Pages(array, self._tokens[layer])
 
-    def take(self) -> list:
+    def take(self) -> TakenArrays:
         """Hands all arrays over to a caller that will `put` them, or their successors, back."""
-        beside = [list(self._beside.get(layer, ())) for layer in range(len(self.backends))]
-        taken = [[region.array for region in self._regions], beside]
+        taken = TakenArrays([region.array for region in self._regions], self._tokens)
         for region in self._regions:
-            region.array = None
+            region.array = _TAKEN
+        self._tokens = []
         return taken
 
-    def put(self, taken: list) -> None:
+    def put(self, taken: TakenArrays) -> None:
         """The reverse of `take`."""
-        arrays, beside = taken
-        for region, array in zip(self._regions, arrays, strict=True):
+        for region, array in zip(self._regions, taken.regions, strict=True):
             region.array = array
-        self._beside = {layer: tuple(rest) for layer, rest in enumerate(beside)}
+        self._tokens = taken.tokens
 
     def store(
         self, layer: int, keys: mx.array, values: mx.array, metadata: AttentionMetadata
@@ -150,10 +163,10 @@ class KVCache:
                 _finish(keys, values, self.arrays)  # all that read or wrote the array before
         region.writer = layer
         pages = self.pages(layer)
-        stored, *beside = backend.store(pages, keys, values, metadata)
-        if stored is not pages[0]:
-            region.replace(stored)
-        self._beside[layer] = tuple(beside)
+        stored = backend.store(pages, keys, values, metadata)
+        if stored.array is not pages.array:
+            region.replace(stored.array)
+        self._tokens[layer] = stored.token
 
     def old_state(self, state: int) -> list[mx.array | None] | None:
         """The arrays [B, ...] of a state before this forward pass; None where requests begin."""

@@ -75,8 +75,8 @@ class Capacity:
         return -(-held // group.block_size) + 1  # a window may begin inside a block
 
 
-DENSE_BYTES = 2
-"""Bytes of a dense element that ratios compare with: 16-bit pages, whatever the model's type."""
+DENSE_BITS = 16
+"""Bits of a dense element that ratios compare with, whatever the model's type."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class CacheSummary:
             num_layers=len(backends),
             num_compressed=sum(backend.compressed for backend in backends),
             bytes_per_token=sum(b.page_size_bytes / b.block_size for b in backends),
-            dense_bytes_per_token=elements * DENSE_BYTES,
+            dense_bytes_per_token=elements * DENSE_BITS / 8,
             num_elements=elements,
         )
 

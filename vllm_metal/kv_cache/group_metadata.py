@@ -15,6 +15,7 @@ from vllm_metal.attention.metadata import (
     PrefillMetadata,
     StateMetadata,
 )
+from vllm_metal.attention.slots import compose_slots
 from vllm_metal.kv_cache.groups import KVGroup, rounded_blocks
 
 
@@ -65,20 +66,20 @@ def _decode_group(
 ) -> GroupMetadata:
     if group.states:
         return StateMetadata(mx.array(table[:, 0]), begins=False)
-    rows, size = np.arange(len(positions)), group.block_size
-    slots = table[rows, positions // size] * size + positions % size
+    size = group.block_size
+    slots = compose_slots(table, positions[:, None], size)[:, 0]
     seq_lens = positions + 1
     if group.sliding_window is not None:
         first = np.maximum(seq_lens - group.sliding_window, 0) // size
         seq_lens = seq_lens - first * size
         width = -(-int(seq_lens.max()) // size)
         columns = np.minimum(first[:, None] + np.arange(width), table.shape[1] - 1)
-        table = table[rows[:, None], columns]
+        table = np.take_along_axis(table, columns, axis=1)
     max_seq_len = int(seq_lens.max())
     return DecodeMetadata(
         block_table=mx.array(table[:, : -(-max_seq_len // size)]),
         seq_lens=mx.array(seq_lens.astype(np.int32)),
-        slot_mapping=mx.array(slots.astype(np.int32)),
+        slot_mapping=mx.array(slots),
         offset=offset,
         max_seq_len=max_seq_len,
     )
@@ -88,14 +89,13 @@ def _prefill_group(group: KVGroup, table: np.ndarray, start: int, query_len: int
     if group.states:
         return StateMetadata(mx.array(table[:1]), begins=start == 0)
     size, end = group.block_size, start + query_len
-    positions = np.arange(start, end)
-    slots = table[positions // size] * size + positions % size
+    [slots] = compose_slots(table[None], np.arange(start, end)[None], size)
     first = 0
     if group.sliding_window is not None:
         first = max(start + 1 - group.sliding_window, 0) // size
     return PrefillMetadata(
         block_table=mx.array(table[None, first : -(-end // size)]),
-        slot_mapping=mx.array(slots.astype(np.int32)),
+        slot_mapping=mx.array(slots),
         context_len=start - first * size,
         query_len=query_len,
         skipped=first * size,

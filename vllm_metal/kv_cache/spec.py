@@ -6,7 +6,7 @@ vLLM compares when it merges layers into groups, and in `page_size_padded`.
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -107,23 +107,24 @@ def _attention_spec(backend: AttentionBackend, dtype: torch.dtype) -> KVCacheSpe
     shape, kind, fields = backend.shape, FullAttentionSpec, {}
     if shape.sliding_window is not None:
         kind, fields = SlidingWindowSpec, {"sliding_window": shape.sliding_window}
-    if backend.compressed:
+    if backend.format_names is not None:
         kind = {
             FullAttentionSpec: TurboQuantAttentionSpec,
             SlidingWindowSpec: TurboQuantSlidingWindowSpec,
         }[kind]
         fields |= dict(zip(("k_quant", "v_quant"), backend.format_names, strict=True))
-    unpadded = backend.block_size * shape.num_kv_heads * backend.slot_size
-    return kind(
+    spec = kind(
         block_size=backend.block_size,
         num_kv_heads=shape.num_kv_heads,
         head_size=shape.head_size,
         head_size_v=shape.head_size_v,
         dtype=dtype,
         state_content_bytes=backend.slot_size,
-        page_size_padded=None if backend.page_size_bytes == unpadded else backend.page_size_bytes,
         **fields,
     )
+    if spec.page_size_bytes == backend.page_size_bytes:
+        return spec
+    return replace(spec, page_size_padded=backend.page_size_bytes)
 
 
 def _formats(spec: KVCacheSpec) -> tuple[str, str]:

@@ -1,7 +1,13 @@
 """One step of the engine: scheduled requests in, sampled tokens out.
 
-    execute_model   batch.update -> prefill chunks, each (1, L) -> decode rows as one (B, 1)
+    execute_model   batch.update -> decode rows as one (B, 1) -> prompt chunks, each (1, L)
     sample_tokens   logits -> tokens
+
+The order of the forward passes is one of dependence. vLLM offers a block to other requests as soon
+as its last token is scheduled, so a request that joins may read what others write in this very
+step. Requests that go on decoding read nothing but what earlier steps wrote: they come first.
+Prompt chunks follow in the scheduler's order, in which whoever fills a block precedes whoever was
+given it.
 
 A greedy step stays in MLX and is handed back before it is computed (`PendingTokens`): vLLM
 schedules the next step and its graph is built on the lazy tokens meanwhile. It is dispatched only
@@ -96,15 +102,20 @@ class ModelRunner:
         if not scheduled.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         step = _Step(scheduled)
-        for req_id, row in self.batch.rows.req_id_to_index.items():
-            num_scheduled = scheduled.num_scheduled_tokens[req_id]
-            begins = self.batch.rows.num_computed_tokens_cpu[row] == 0
-            if num_scheduled > 1 or begins or self._wants_prompt_logprobs(req_id):
-                self._prefill(step, req_id, row, num_scheduled)
-            else:
+        chunks = []
+        for req_id, num_scheduled in scheduled.num_scheduled_tokens.items():
+            row = self.batch.rows.req_id_to_index[req_id]
+            if self.batch.decodes(req_id, scheduled):
                 step.decode_rows.append(row)
+            else:
+                chunks.append((req_id, row, num_scheduled))
         if step.decode_rows:
             self._decode(step, pending)
+            if chunks:
+                self._finish_pending()
+                self.kv_cache.evaluate(step.decode_logits)
+        for chunk in chunks:
+            self._prefill(step, *chunk)
         self._step = step
         return None
 

@@ -73,6 +73,20 @@ class RequestBatch:
         self.rows.condense()
         self.rows.refresh_metadata()
 
+    def decodes(self, req_id: str, scheduled: "SchedulerOutput") -> bool:
+        """Whether a request goes on with one token after its prompt.
+
+        One that joins or rejoins in this step does not, however few tokens are left to compute:
+        the blocks it was given may be written in this step.
+        """
+        row = self.rows.req_id_to_index[req_id]
+        computed = self.rows.num_computed_tokens_cpu[row]
+        return (
+            scheduled.num_scheduled_tokens[req_id] == 1
+            and computed >= self.requests[req_id].num_prompt_tokens
+            and req_id not in scheduled.scheduled_cached_reqs.resumed_req_ids
+        )
+
     def is_complete(self, req_id: str, num_scheduled: int) -> bool:
         """Whether this step computes the last known token of the request, so that it samples."""
         row = self.rows.req_id_to_index[req_id]

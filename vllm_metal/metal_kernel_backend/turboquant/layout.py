@@ -17,7 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_metal.metal_kernel_backend.turboquant.formats import Format, key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import (
+    Format,
+    FormatPair,
+    key_format,
+    value_format,
+)
 
 MIN_POWER = 16
 MAX_HEAD_SIZE = 512
@@ -88,8 +93,8 @@ class PageLayout:
     @property
     def slot_size(self) -> int:
         """One token of one KV head, key and value."""
-        key = self.key_format.vector_bytes(self.key_head_size)
-        return key + self.value_format.vector_bytes(self.value_head_size)
+        formats = FormatPair(self.key_format, self.value_format)
+        return formats.slot_size(self.key_head_size, self.value_head_size)
 
     @property
     def head_page_bytes(self) -> int:

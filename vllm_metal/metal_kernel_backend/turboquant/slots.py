@@ -45,16 +45,18 @@ class Slots:
             parts.insert(1, pack_levels(tokens.levels))
         return mx.concatenate(parts, axis=-1)
 
-    def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array]:
-        """Where `store` writes the tokens of these slots: the same for all layers of a step.
+    def indices(self, block_ids: mx.array, offsets: mx.array) -> tuple[mx.array, mx.array]:
+        """Where `store` writes T tokens: the same for all layers of a step.
 
-        A slot is block * block_size + token, int32 [T]; one below 0 is padding and goes to the
-        null block, block 0. Blocks and columns, each [H, T, slot_size / 2].
+        Args:
+            block_ids: block of each token, int32 [T].
+            offsets: place of each token in its block, int32 [T].
+
+        Returns:
+            blocks and columns, each [H, T, slot_size / 2].
         """
-        slots = mx.maximum(slot_mapping, 0)
-        columns = self._columns[slots % self.layout.block_size].swapaxes(0, 1)
-        blocks = (slots // self.layout.block_size)[None, :, None]
-        return mx.broadcast_to(blocks, columns.shape), columns
+        columns = self._columns[offsets].swapaxes(0, 1)
+        return mx.broadcast_to(block_ids[None, :, None], columns.shape), columns
 
     def store(
         self, pages: mx.array, packed: mx.array, indices: tuple[mx.array, mx.array]
