@@ -114,7 +114,7 @@ def test_servers_of_very_short_requests(max_tokens):
 
 
 def test_models_that_take_no_array_of_positions_are_measured_row_by_row():
-    small = bound(next(iter(ONE_AT_A_TIME)), workspace_probe.NUM_BLOCKS)
+    small = bound(ONE_AT_A_TIME[0], workspace_probe.NUM_BLOCKS)
     assert {rows for rows, _ in decode_peaks(small, 8, 64).by_rows_and_tokens} == {1}
 
 

@@ -80,7 +80,8 @@ class ModelRunner:
         self.decode = decode
         self.batch = RequestBatch(vllm_config, block_tables)
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
-        self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
+        config = vllm_config.model_config
+        self._sampler = TorchSampler(config.logprobs_mode, config.use_fp64_gumbel)
         self._dispatch = dispatch
         self._pending: PendingTokens | None = None
         self._step: _Step | None = None
