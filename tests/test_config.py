@@ -23,6 +23,11 @@ def test_dense_pages_by_default(given, cache_dtype):
     assert parse(given, cache_dtype) is None
 
 
+def test_settings_that_are_no_mapping():
+    """vLLM accepts any object that it can hash."""
+    assert "additional_config: ['q8_0'] is not a mapping" in refusal(["q8_0"])
+
+
 def test_turboquant_with_its_default_formats():
     config = parse({"turboquant": True}, "auto")
     assert config == TurboQuantConfig(DEFAULT_FORMATS)

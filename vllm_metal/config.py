@@ -33,7 +33,7 @@ LOSSY_KEY_BITS = 2
 """Keys with this number of bits or fewer require `allow_lossy`."""
 
 
-def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> TurboQuantConfig | None:
+def parse(additional_config: object, cache_dtype: str) -> TurboQuantConfig | None:
     """The user's TurboQuant choice; None for dense pages.
 
     Args:
@@ -43,7 +43,12 @@ def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> Turb
     Raises:
         UserError: with every reason at once, each naming the key, the value and what is allowed.
     """
-    given = dict(additional_config or {})
+    if additional_config is not None and not isinstance(additional_config, Mapping):
+        raise UserError(
+            "The KV cache settings are not valid",
+            [f"additional_config: {additional_config!r} is not a mapping (a JSON object)"],
+        )
+    given: dict[str, Any] = dict(additional_config or {})
     reasons = [
         f"additional_config: unknown key {key!r} (allowed keys: {', '.join(_CHECKS)})"
         for key in given
