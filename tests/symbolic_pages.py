@@ -24,8 +24,8 @@ from vllm_metal.attention.metadata import (
     PrefillMetadata,
     StateMetadata,
 )
-from vllm_metal.kv_cache.groups import KVGroup
-from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_lengths, cache_layout
+from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup
+from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_sizes, cache_layout
 from vllm_metal.runner.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class SymbolicPages:
     def __init__(self, groups: Sequence[KVGroup], num_blocks: int):
         self.groups = tuple(groups)
         self.num_blocks = num_blocks
-        self.shares_arrays = any(group.states for group in groups)
+        self.shares_arrays = any(isinstance(group, StateGroup) for group in groups)
         self.arrays: list[mx.array] = []
         self._blocks: dict[int, dict[int, Entry]] = {}
         """Block -> place in the block -> entry; a recurrent state is at place 0."""
@@ -174,7 +174,7 @@ class SymbolicModel:
         return digests
 
     def _context(
-        self, index: int, group: KVGroup, told: AttentionMetadata, row: int, start: int
+        self, index: int, group: AttentionGroup, told: AttentionMetadata, row: int, start: int
     ) -> int:
         """Digest of what precedes position `start`, all that attention sees of it checked."""
         table = np.array(told.block_table)[row]
@@ -246,7 +246,7 @@ class SymbolicServing(Serving):
             config,
             self.model,
             self.pages,
-            block_table_lengths(config, planned),
+            block_table_sizes(config, planned),
             most_decode_tokens=1 << 30,
         )
         self.worker._dispatch = _evaluate_at_once
