@@ -26,6 +26,7 @@ from vllm_metal.attention.metadata import (
 )
 from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup
 from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_sizes, cache_layout
+from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -106,15 +107,12 @@ class SymbolicPages:
 
 
 class SymbolicModel:
-    """Takes the place of `ModelBinding`, over `SymbolicPages`."""
+    """Takes the place of `BoundModel`, over `SymbolicPages`."""
 
     def __init__(self, pages: SymbolicPages, vocab_size: int):
-        self._pages = pages
+        self.kv_cache = self._pages = pages
         self._vocab_size = vocab_size
         self.num_forwards = 0
-
-    def bind(self, kv_cache: SymbolicPages | None) -> None:
-        """There is one set of pages only."""
 
     def forward(
         self,
@@ -245,11 +243,10 @@ class SymbolicServing(Serving):
         self.worker = ModelRunner(
             config,
             self.model,
-            self.pages,
+            DecodeForward(self.model.forward, batched=True, most_tokens=1 << 30),
             block_table_sizes(config, planned),
-            most_decode_tokens=1 << 30,
+            _evaluate_at_once,
         )
-        self.worker._dispatch = _evaluate_at_once
         self._start_scheduler(config, planned)
 
     @property
