@@ -9,7 +9,7 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 
@@ -52,21 +52,24 @@ def user_errors_end_child_process() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def show_user_errors_without_stack() -> None:
-    """Installs the display above in this process. Called once, by `register()`."""
-    if getattr(sys.excepthook, "shows_user_errors", False):
-        return
-    is_vllm_command = os.path.basename(sys.argv[0] if sys.argv else "") == "vllm"
-    previous = sys.excepthook
+class _Excepthook:
+    """Shows a `UserError`, and vLLM's report of one in its engine process, without a stack."""
 
-    def excepthook(
-        kind: type[BaseException], error: BaseException, stack: TracebackType | None
+    def __init__(self, previous: Callable[..., object]):
+        self._previous = previous
+        self._is_vllm_command = os.path.basename(sys.argv[0] if sys.argv else "") == "vllm"
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, stack: TracebackType | None
     ) -> None:
-        failed_in_child = is_vllm_command and "Engine core initialization failed" in str(error)
-        if isinstance(error, UserError) or failed_in_child:
+        failed_in_child = "Engine core initialization failed" in str(error)
+        if isinstance(error, UserError) or (self._is_vllm_command and failed_in_child):
             print(error, file=sys.stderr)
         else:
-            previous(kind, error, stack)
+            self._previous(kind, error, stack)
 
-    excepthook.shows_user_errors = True
-    sys.excepthook = excepthook
+
+def show_user_errors_without_stack() -> None:
+    """Installs `_Excepthook` in this process; a second call changes nothing."""
+    if not isinstance(sys.excepthook, _Excepthook):
+        sys.excepthook = _Excepthook(sys.excepthook)

@@ -54,6 +54,7 @@ class _Recorder(AttentionBackend):
         raise NotImplementedError("no server runs on it")
 
     def sample(self) -> Sample:
+        assert self.keys is not None, "the model has not run yet"
         keys = _float32(self.keys)
         if not self.queries:
             return None, keys
