@@ -18,7 +18,7 @@ from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import gathered_tokens
 from vllm_metal.kv_cache.spec import (
     KV_CACHE_LAYOUT,
-    block_table_lengths,
+    block_table_sizes,
     cache_layout,
 )
 from vllm_metal.kv_cache.workspace import StepMemory
@@ -115,7 +115,7 @@ class MetalWorker(WorkerBase):
             self.vllm_config,
             self.binding,
             self.kv_cache,
-            block_table_lengths(self.vllm_config, kv_cache_config),
+            block_table_sizes(self.vllm_config, kv_cache_config),
             self.step_memory.decode_tokens(self.plan.workspace),
         )
         logger.info(
