@@ -15,6 +15,7 @@ from vllm.platforms.interface import Platform
 from tests.tiny_models import save_checkpoint
 from vllm_metal import platform
 from vllm_metal.errors import UserError
+from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.machine.device import DEVICE_VARIABLE
 from vllm_metal.platform import MetalPlatform, text_only, unsupported
 
@@ -195,9 +196,15 @@ def test_an_unknown_device_is_refused_at_once(make_config, monkeypatch):
     assert "VLLM_METAL_DEVICE='tpu'" in refusal(make_config)
 
 
-def test_vllm_knows_the_environment_variable(monkeypatch):
+def test_an_unknown_value_for_the_startup_cache_is_refused_at_once(make_config, monkeypatch):
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "maybe")
+    assert "VLLM_METAL_STARTUP_CACHE='maybe'" in refusal(make_config)
+
+
+def test_vllm_knows_the_environment_variables(monkeypatch):
     """It refuses unknown ones that begin with VLLM_ when it checks hard."""
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "on")
     MetalPlatform.validate_environ(hard_fail=True)
     monkeypatch.setenv("VLLM_METAL_DEVCE", "cpu")
     with pytest.raises(Exception, match="VLLM_METAL_DEVCE"):

@@ -16,7 +16,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config
 from vllm_metal.errors import UserError
-from vllm_metal.machine import device
+from vllm_metal.machine import cache_folder, device
 from vllm_metal.machine.blas import load_fast_blas
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class MetalPlatform(Platform):
     """torch's device: vLLM samples with torch on the CPU, MLX owns the accelerator."""
     dispatch_key = "CPU"
     simple_compile_backend = "eager"
-    additional_env_vars = [device.DEVICE_VARIABLE]
+    additional_env_vars = [device.DEVICE_VARIABLE, cache_folder.STARTUP_CACHE_VARIABLE]
     supported_quantization: list[str] = []
 
     @property
@@ -92,7 +92,9 @@ class MetalPlatform(Platform):
     def validate_environ(cls, hard_fail: bool) -> None:
         from vllm import envs
 
-        envs.environment_variables.setdefault(device.DEVICE_VARIABLE, device.requested_device)
+        known = envs.environment_variables
+        known.setdefault(device.DEVICE_VARIABLE, device.requested_device)
+        known.setdefault(cache_folder.STARTUP_CACHE_VARIABLE, cache_folder.startup_cache)
         super().validate_environ(hard_fail)
 
     @classmethod
@@ -109,6 +111,7 @@ class MetalPlatform(Platform):
             UserError: the configuration cannot be served; the message gives every reason.
         """
         device.requested_device()
+        cache_folder.startup_cache()
         reasons = unsupported(vllm_config)
         if reasons:
             raise UserError("This configuration cannot be served", reasons)
