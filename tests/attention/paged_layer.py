@@ -12,7 +12,7 @@ from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.attention.slots import compose_slots
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.groups import AttentionGroup
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PagedLayer:
 
     def __init__(self, backend: AttentionBackend, num_blocks: int = 64, seed: int = 0):
         self.backend = backend
-        self.group = KVGroup(
+        self.group = AttentionGroup(
             backend.block_size, layers=(0,), sliding_window=backend.shape.sliding_window
         )
         self.kv_cache = KVCache([backend], num_blocks)

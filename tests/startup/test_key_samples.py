@@ -45,8 +45,8 @@ def test_an_offset_turns_the_keys(model):
 
 
 def test_queries_of_every_layer_that_shares_the_keys_are_taken():
-    """gemma4_text: two layers of their own keys, two that read those of the second."""
-    binding = ModelBinding(tiny_model("gemma4_text"))
+    """gemma4_shared: two layers of their own keys, two that read those of the second."""
+    binding = ModelBinding(tiny_model("gemma4_shared"))
     own, shared = collect_key_samples(binding, TOKENS, 7)
     assert own[0].shape == (len(TOKENS), 4, 32)
     assert shared[0].shape == (len(TOKENS), 3 * 4, 32)
@@ -54,7 +54,7 @@ def test_queries_of_every_layer_that_shares_the_keys_are_taken():
 
 
 def test_queries_go_with_the_kv_head_that_they_read():
-    binding = ModelBinding(tiny_model("gemma4_text", num_key_value_heads=2))
+    binding = ModelBinding(tiny_model("gemma4_shared", num_key_value_heads=2))
     queries = [collect_key_samples(binding, TOKENS, 0)[layer][0] for layer in (0, 1)]
     assert queries[1].shape[1] == 3 * queries[0].shape[1]
     recorder = key_samples._Recorder(LayerShape(2, 4, 4))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_metal.attention.backend import ChunkMemory
+from vllm_metal.kv_cache.groups import most_rounded
 
 DECODE_SHARE = 16
 """Part of the memory that a decode step may take for what it gathers, as 1 / DECODE_SHARE. It runs
@@ -86,8 +87,7 @@ class StepMemory:
             page_bytes: what pages may take at most.
             num_tokens: of all requests, in the layer that holds most.
         """
-        padding = num_tokens // 8  # the most that `DecodeGraphs` adds
-        decode = self.decode_bytes(num_tokens + padding)
+        decode = self.decode_bytes(most_rounded(num_tokens))
         return max(
             *map(self.prefill.of_chunk, self.chunks),
             self.decode.of(1, self.max_tokens),

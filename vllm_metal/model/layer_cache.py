@@ -61,7 +61,7 @@ class LayerKVCache:
 
     @property
     def _metadata(self) -> AttentionMetadata:
-        return self._forward.groups[self._forward.kv_cache.group_of_layer[self._layer]]
+        return self._forward.kv_cache.metadata_of(self._layer, self._forward.groups)
 
     def make_mask(
         self, query_len: int, return_array: bool = False, window_size: int | None = None

@@ -15,6 +15,7 @@ once the previous step is finished, so that every page array has one holder and 
 place (`kv_cache/cache.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from vllm.v1.outputs import (
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.dispatch import make_dispatch
@@ -61,7 +63,7 @@ class ModelRunner:
         vllm_config: vLLM's configuration.
         binding: the model, bound to paged attention.
         kv_cache: the pages.
-        max_num_blocks: length of a block table, for each KV group.
+        block_tables: sizes for each KV group.
         most_decode_tokens: that a decode forward may gather of a layer.
     """
 
@@ -70,20 +72,20 @@ class ModelRunner:
         vllm_config: "VllmConfig",
         binding: ModelBinding,
         kv_cache: KVCache,
-        max_num_blocks: list[int],
+        block_tables: Sequence[BlockTableSize],
         most_decode_tokens: int,
     ):
         self.binding = binding
         self.kv_cache = kv_cache
-        block_sizes = [group.block_size for group in kv_cache.groups]
-        self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
+        self.batch = RequestBatch(vllm_config, block_tables)
         self.most_decode_tokens = most_decode_tokens
         self.batched_decode = True
         """False where the architecture takes no array of offsets: decode goes row by row."""
         self.forward_decode = binding.forward
         """Replaced by `DecodeGraphs` where the model's decode can be traced."""
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
-        self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
+        model = vllm_config.model_config
+        self._sampler = TorchSampler(model.logprobs_mode, model.use_fp64_gumbel)
         self._dispatch = make_dispatch()
         self._pending: PendingTokens | None = None
         self._step: _Step | None = None

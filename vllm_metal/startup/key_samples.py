@@ -12,6 +12,7 @@ import numpy as np
 from vllm_metal.attention.backend import AttentionBackend, Chunk, ChunkMemory, LayerShape, Pages
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.groups import StateGroup
 from vllm_metal.metal_kernel_backend.causal_attention import attend_to_itself
 from vllm_metal.metal_kernel_backend.turboquant.calibration import Sample
 from vllm_metal.model.model_binding import ModelBinding
@@ -80,7 +81,7 @@ def collect_key_samples(
     empty = mx.zeros((1, 0), mx.int32)
     chunk = PrefillMetadata(empty, empty[0], 0, len(token_ids), skipped=offset)
     no_state = StateMetadata(empty[0], begins=True)
-    metadata = [no_state if group.states else chunk for group in kv_cache.groups]
+    metadata = [no_state if isinstance(group, StateGroup) else chunk for group in kv_cache.groups]
     logits = binding.forward(mx.array([list(token_ids)]), metadata)
     mx.eval(logits, [(recorder.queries, recorder.keys) for recorder in recorders])
     binding.bind(None)
