@@ -4,6 +4,7 @@ Runs in every process that vLLM starts, also in those that never load a model, s
 imported here.
 """
 
+import multiprocessing
 import platform as host
 import random
 from functools import cache
@@ -18,16 +19,13 @@ from vllm_metal import config
 from vllm_metal.errors import UserError
 from vllm_metal.machine import device
 from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.options import check
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.metal.platform")
-
-BLOCK_SIZES = (8, 16, 32, 64, 128)
-LOAD_FORMATS = ("auto", "safetensors")
-"""Values of `--block-size` that are served."""
 
 
 class MetalPlatform(Platform):
@@ -108,9 +106,18 @@ class MetalPlatform(Platform):
             UserError: with every reason at once.
         """
         device.requested_device()
+        _clear_layers_that_a_preset_skips(vllm_config)
+        idle = check.without_effect(vllm_config)
+        check.remove_idle_keys(vllm_config)
         reasons = unsupported(vllm_config)
         if reasons:
             raise UserError("This configuration cannot be served", reasons)
+        if vllm_config.use_v2_model_runner:
+            raise UserError(
+                "vLLM's Model Runner V2 is not supported: VLLM_USE_V2_MODEL_RUNNER must be 0"
+            )
+        if idle and multiprocessing.parent_process() is None:
+            logger.warning("Without effect on this platform: %s", ", ".join(idle))
         from vllm.config import CompilationMode, CUDAGraphMode
 
         vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
@@ -125,42 +132,15 @@ class MetalPlatform(Platform):
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
     """Why this configuration cannot be served: one line each, naming the flag and the remedy."""
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     reasons: list[str] = []
     turboquant = None
     try:
-        turboquant = config.parse(vllm_config.additional_config, cache.cache_dtype)
+        turboquant = config.parse(
+            vllm_config.additional_config, vllm_config.cache_config.cache_dtype
+        )
     except UserError as error:
         reasons += error.reasons
-    if cache.block_size not in BLOCK_SIZES:
-        reasons.append(
-            f"--block-size {cache.block_size} (allowed: {', '.join(map(str, BLOCK_SIZES))})"
-        )
-    for flag, size in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        ("--data-parallel-size", parallel.data_parallel_size),
-        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
-        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
-    ):
-        if size > 1:
-            reasons.append(f"{flag} {size}: one process serves one device (allowed: 1)")
-    for given, what in (
-        (vllm_config.speculative_config, "speculative decoding (--speculative-config)"),
-        (vllm_config.lora_config, "LoRA adapters (--enable-lora)"),
-        (vllm_config.kv_transfer_config, "KV transfer (--kv-transfer-config)"),
-        (cache.kv_offloading_size, "KV offloading (--kv-offloading-size)"),
-        (cache.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
-        (vllm_config.load_config.download_dir, "--download-dir (HF_HOME moves the hub's folder)"),
-        (vllm_config.offload_config.uva.cpu_offload_gb, "--cpu-offload-gb"),
-    ):
-        if given:
-            reasons.append(f"{what} is not supported")
-    if vllm_config.load_config.load_format not in LOAD_FORMATS:
-        reasons.append(
-            f"--load-format {vllm_config.load_config.load_format}: mlx-lm loads safetensors "
-            f"(allowed: {', '.join(LOAD_FORMATS)})"
-        )
+    reasons += check.refusals(vllm_config)
     return reasons + _unsupported_model(vllm_config, compresses=turboquant is not None)
 
 
@@ -169,16 +149,16 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
     if model is None:
         return []
     reasons = []
-    if model.runner_type != "generate":
-        reasons.append(f"--runner {model.runner_type}: only text generation is supported")
+    if (
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        and model.attention_chunk_size is None  # else vLLM has disabled it by itself
+    ):
+        reasons.append(
+            "--disable-hybrid-kv-cache-manager: layers of different kinds have KV cache groups of "
+            "their own"
+        )
     if model.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
-    if model.hf_overrides:
-        reasons.append(
-            "--hf-overrides is not supported: mlx-lm reads the model's config.json; change it there"
-        )
-    if model.enable_prompt_embeds:
-        reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
     if model.skip_tokenizer_init and compresses:
         reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
     if model.quantization is not None:
@@ -187,6 +167,28 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
             "(MLX-quantised and unquantised checkpoints are)"
         )
     return reasons
+
+
+def _clear_layers_that_a_preset_skips(vllm_config: "VllmConfig") -> None:
+    """Takes back what vLLM adds to `--kv-cache-dtype-skip-layers` for a preset of TurboQuant.
+
+    Its own TurboQuant keeps the first and the last two layers dense. Here a preset is a name for
+    a pair of formats, and the layers that stay dense are the user's choice.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model is None or cache.cache_dtype not in config.PRESETS:
+        return
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    added = TurboQuantConfig.get_boundary_skip_layers(model)
+    if added and set(cache.kv_cache_dtype_skip_layers) == set(added):
+        cache.kv_cache_dtype_skip_layers = []
+        logger.info(
+            "--kv-cache-dtype %s compresses all layers; "
+            '--additional-config \'{"skip_layers": {"boundary": 2}}\' keeps the first and the last '
+            "two dense, as vLLM does elsewhere",
+            cache.cache_dtype,
+        )
 
 
 def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:

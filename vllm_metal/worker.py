@@ -8,6 +8,7 @@ import mlx.core as mx
 import torch
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_metal.attention.backend import PrefillChunk
@@ -48,6 +49,7 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def init_device(self) -> None:
         self.device = torch.device("cpu")
+        set_random_seed(self.model_config.seed)
         self.metal_device: Device = select_device()
         mx.set_memory_limit(self.metal_device.memory_limit)  # an earlier worker set it to its plan
         logger.info("MLX device: %s (%s)", self.metal_device.name, self.metal_device.kind)
@@ -124,7 +126,9 @@ class MetalWorker(WorkerBase):
         started, name = time.perf_counter(), self.binding.model_type
         batched = decode_probe.takes_batched_offsets(self.binding, self.kv_cache)
         self.model_runner.batched_decode = batched
-        if batched and (graphs := decode_probe.traced_decode(self.binding, self.kv_cache)):
+        if batched and self.model_config.enforce_eager:
+            logger.info("Decode runs without tracing (--enforce-eager)")
+        elif batched and (graphs := decode_probe.traced_decode(self.binding, self.kv_cache)):
             self.model_runner.forward_decode = graphs
             logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
         elif batched:
