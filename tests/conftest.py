@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import garbage, parallel
 from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 
+parallel.prepare_process()
 load_fast_blas()  # before any test module imports MLX
+os.environ[STARTUP_CACHE_VARIABLE] = "off"  # a test measures; those of the cache switch it on
 
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    parallel.group_by_module(items)
+
+
+def pytest_sessionfinish() -> None:
+    garbage.take_imports_in()
+    parallel.finish_process()
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +62,8 @@ def make_config(checkpoint) -> Callable[..., VllmConfig]:
             "max_num_batched_tokens": 256,
             "kv_cache_memory_bytes": 4 << 20,
         }
-        return EngineArgs(**(defaults | settings)).create_engine_config()
+        config = EngineArgs(**(defaults | settings)).create_engine_config()
+        garbage.leave_out_imports()
+        return config
 
     return make

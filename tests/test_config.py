@@ -37,13 +37,16 @@ def test_formats_by_name():
     assert only_keys.formats == (KEY_FORMATS["q4_0"], DEFAULT_FORMATS.value)
 
 
-@pytest.mark.parametrize(
-    ("option", "formats"), [("k_quant", KEY_FORMATS), ("v_quant", VALUE_FORMATS)]
-)
-def test_every_format_by_name(option, formats):
-    for name, format in formats.items():
-        config = parse({"turboquant": True, option: name, "allow_lossy": True}, "auto")
-        assert format in config.formats
+def test_every_key_format_is_taken():
+    for name, format in KEY_FORMATS.items():
+        config = parse({"turboquant": True, "k_quant": name, "allow_lossy": True}, "auto")
+        assert config.formats == (format, DEFAULT_FORMATS.value)
+
+
+def test_every_value_format_is_taken():
+    for name, format in VALUE_FORMATS.items():
+        config = parse({"turboquant": True, "v_quant": name}, "auto")
+        assert config.formats == (DEFAULT_FORMATS.key, format)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -78,8 +81,8 @@ def test_the_value_is_frozen_and_equal_in_every_process():
         ({"turboquant": True, "skip_layers": {"boundary": -1}}, "skip_layers: {'boundary'"),
         ({"turboquant": True, "skip_layers": {"ends": 1}}, "skip_layers: {'ends': 1}"),
         ({"turboquant": True, "allow_lossy": None}, "allow_lossy: None is not true or false"),
-        ({"k_quant": "q8_0"}, 'k_quant without "turboquant": true has no effect'),
-        ({"turboquant": False, "skip_layers": [1]}, "skip_layers without"),
+        ({"k_quant": "q8_0"}, 'additional_config: k_quant: no effect without "turboquant": true'),
+        ({"turboquant": False, "skip_layers": [1]}, "skip_layers: no effect without"),
     ],
     ids=str,
 )
@@ -100,16 +103,22 @@ def test_keys_of_two_bits_need_a_yes(k_quant):
 )
 def test_a_preset_and_other_formats_contradict(given):
     text = refusal(given, "turboquant_k8v4")
-    assert "--kv-cache-dtype turboquant_k8v4 already means k_quant q8_0, v_quant q4_0" in text
+    assert "--kv-cache-dtype turboquant_k8v4 already selects k_quant q8_0 and v_quant q4_0" in text
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8", "int8_per_token_head", "nvfp4"])
 def test_other_cache_types_of_vllm(cache_dtype):
-    assert f"--kv-cache-dtype {cache_dtype} (allowed: auto, " in refusal({}, cache_dtype)
+    assert f"--kv-cache-dtype {cache_dtype} is not supported (allowed: auto, " in refusal(
+        {}, cache_dtype
+    )
 
 
 def test_every_cache_type_that_is_offered_is_vllms():
-    offered = refusal({}, "fp8").split("--kv-cache-dtype fp8 (allowed: ")[1].split(")")[0]
+    offered = (
+        refusal({}, "fp8")
+        .split("--kv-cache-dtype fp8 is not supported (allowed: ")[1]
+        .split(")")[0]
+    )
     assert set(offered.split(", ")) <= set(CacheDType.__args__)
 
 

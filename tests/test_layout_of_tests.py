@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_metal"
 TESTS = ROOT / "tests"
@@ -19,6 +17,7 @@ MIRRORED_ELSEWHERE = {
 WITHOUT_MODULE = {
     "test_docs.py",
     "test_import_ladder.py",
+    "kernels/test_mlx_text.py",
     "kv_cache/test_memory.py",
     "test_layout_of_tests.py",
 }
@@ -41,25 +40,27 @@ MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py") if 
 TEST_FILES = sorted(file.relative_to(TESTS) for file in TESTS.rglob("test_*.py"))
 SOURCES = sorted(
     file.relative_to(ROOT)
-    for folder in ("vllm_metal", "tests", "examples", "benchmarks")
+    for folder in ("vllm_metal", "tests", "examples", "benchmarks", "scripts")
     for file in (ROOT / folder).rglob("*.py")
 )
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_every_module_has_its_test(module):
-    assert (TESTS / mirror(module)).exists()
+def test_every_module_has_its_test():
+    assert [module for module in MODULES if not (TESTS / mirror(module)).exists()] == []
 
 
-@pytest.mark.parametrize("test", TEST_FILES, ids=str)
-def test_every_test_has_its_module(test):
-    """Of the package, or a file at the repository's root: `examples/a.py`, `kernels/a.metal`."""
-    if test.as_posix() in WITHOUT_MODULE or test.parts[0] == "e2e":
-        return
-    name = test.stem.removeprefix("test_")
-    files = [test.with_name(f"{name}.py"), test.with_name(name.replace("_metal", ".metal"))]
-    mirrored = test in {mirror(module) for module in MODULES}
-    assert mirrored or (len(test.parts) > 1 and any((ROOT / file).is_file() for file in files))
+def test_every_test_has_its_module():
+    """In the package, or in a folder at the root: `examples/a.py`, `kernels/a.metal`."""
+    mirrored = {mirror(module) for module in MODULES}
+
+    def has_module(test: Path) -> bool:
+        if test in mirrored or test.as_posix() in WITHOUT_MODULE or test.parts[0] == "e2e":
+            return True
+        name = test.stem.removeprefix("test_")
+        files = [test.with_name(f"{name}.py"), test.with_name(name.replace("_metal", ".metal"))]
+        return len(test.parts) > 1 and any((ROOT / file).is_file() for file in files)
+
+    assert [test for test in TEST_FILES if not has_module(test)] == []
 
 
 def test_exceptions_exist():
@@ -67,6 +68,6 @@ def test_exceptions_exist():
     assert all((TESTS / test).exists() for test in WITHOUT_MODULE)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_a_file_is_short(source):
-    assert len((ROOT / source).read_text().splitlines()) <= MAX_LINES
+def test_every_file_is_short():
+    lines = {source: len((ROOT / source).read_text().splitlines()) for source in SOURCES}
+    assert {source: count for source, count in lines.items() if count > MAX_LINES} == {}

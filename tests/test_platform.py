@@ -15,6 +15,7 @@ from vllm.platforms.interface import Platform
 from tests.tiny_models import save_checkpoint
 from vllm_metal import platform
 from vllm_metal.errors import UserError
+from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.machine.device import DEVICE_VARIABLE
 from vllm_metal.platform import MetalPlatform, text_only, unsupported
 
@@ -71,18 +72,18 @@ def test_checking_twice_changes_nothing(make_config):
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
         ({"data_parallel_size": 2}, "--data-parallel-size 2"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
-        ({"runner": "pooling"}, "--runner pooling: only text generation"),
+        ({"runner": "pooling"}, "--runner pooling is not supported"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"skip_tokenizer_init": True, "kv_cache_dtype": "turboquant_k8v4"}, "calibrate its keys"),
-        ({"block_size": 256}, "--block-size 256 (allowed: 8, 16, 32, 64, 128)"),
+        ({"block_size": 256}, "--block-size 256 is not supported (allowed: 8, 16, 32, 64, 128)"),
         ({"block_size": 24}, "--block-size 24"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"additional_config": {"turbo_quant": True}}, "unknown key 'turbo_quant'"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides is not supported"),
-        ({"load_format": "dummy"}, "--load-format dummy: mlx-lm loads safetensors (allowed: auto"),
-        ({"download_dir": "/tmp"}, "--download-dir"),
+        ({"load_format": "dummy"}, "--load-format dummy is not supported: mlx-lm loads"),
+        ({"download_dir": "/tmp"}, "--download-dir is not supported: set HF_HOME"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -195,9 +196,15 @@ def test_an_unknown_device_is_refused_at_once(make_config, monkeypatch):
     assert "VLLM_METAL_DEVICE='tpu'" in refusal(make_config)
 
 
-def test_vllm_knows_the_environment_variable(monkeypatch):
+def test_an_unknown_value_for_the_startup_cache_is_refused_at_once(make_config, monkeypatch):
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "maybe")
+    assert "VLLM_METAL_STARTUP_CACHE='maybe'" in refusal(make_config)
+
+
+def test_vllm_knows_the_environment_variables(monkeypatch):
     """It refuses unknown ones that begin with VLLM_ when it checks hard."""
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "on")
     MetalPlatform.validate_environ(hard_fail=True)
     monkeypatch.setenv("VLLM_METAL_DEVCE", "cpu")
     with pytest.raises(Exception, match="VLLM_METAL_DEVCE"):

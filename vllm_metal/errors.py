@@ -1,7 +1,7 @@
-"""Errors that a user can act on, shown without a stack.
+"""Errors that a user can correct, shown without a stack trace.
 
-A wrong setting, an unservable model or too little memory is the user's to mend, so the message is
-the whole output. Any other exception keeps its stack.
+A wrong setting, a model that cannot be served and too little memory are corrected outside the
+program, so the message is the whole output. Every other exception keeps its stack trace.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from types import TracebackType
 
 
 class UserError(RuntimeError):
-    """Something the user can mend.
+    """An error that the user can correct.
+
+    It is not a `ValueError`, which pydantic would wrap into a report of vLLM's whole configuration.
 
     Args:
         summary: one sentence without a full stop.
         reasons: what is wrong and what is allowed, one line each.
-
-    Not a `ValueError`: pydantic would wrap that into a report of vLLM's whole configuration.
     """
 
     def __init__(self, summary: str, reasons: Sequence[str] = ()):
@@ -40,8 +40,8 @@ class UserError(RuntimeError):
 def user_errors_end_child_process() -> Iterator[None]:
     """In an engine process, a `UserError` within the block is logged and ends the process.
 
-    Python prints the stack of every other exception that ends a child process. In the user's own
-    process the error passes through.
+    Python prints the stack trace of every other exception that ends a child process. In the user's
+    own process the error is raised as usual.
     """
     try:
         yield
@@ -53,7 +53,11 @@ def user_errors_end_child_process() -> Iterator[None]:
 
 
 def show_user_errors_without_stack() -> None:
-    """Installs the display above in this process. Called once, by `register()`."""
+    """Installs an exception hook that prints a `UserError` as its message alone.
+
+    In the `vllm` command, vLLM's report that an engine process failed is also printed as its
+    message, since that process has said why. A second call does nothing.
+    """
     if getattr(sys.excepthook, "shows_user_errors", False):
         return
     is_vllm_command = os.path.basename(sys.argv[0] if sys.argv else "") == "vllm"

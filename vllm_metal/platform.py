@@ -17,7 +17,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config
 from vllm_metal.errors import UserError
-from vllm_metal.machine import device
+from vllm_metal.machine import cache_folder, device
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.options import check
 
@@ -37,7 +37,7 @@ class MetalPlatform(Platform):
     """torch's device: vLLM samples with torch on the CPU, MLX owns the accelerator."""
     dispatch_key = "CPU"
     simple_compile_backend = "eager"
-    additional_env_vars = [device.DEVICE_VARIABLE]
+    additional_env_vars = [device.DEVICE_VARIABLE, cache_folder.STARTUP_CACHE_VARIABLE]
     supported_quantization: list[str] = []
 
     @property
@@ -54,7 +54,7 @@ class MetalPlatform(Platform):
 
     @classmethod
     def import_kernels(cls) -> None:
-        """vLLM's own C kernels are not used."""
+        """Does nothing: vLLM's own C kernels are not used."""
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:
@@ -66,14 +66,14 @@ class MetalPlatform(Platform):
 
     @classmethod
     def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
-        """vLLM calls it before it reads a model's configuration."""
+        """Registers mlx-lm's model types. vLLM calls it before it reads a model's configuration."""
         from vllm_metal.model.register_models import register_model_types
 
         register_model_types()
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
-        """torch stays on the CPU."""
+        """Does nothing: torch stays on the CPU."""
 
     @classmethod
     def manual_seed_all(cls, seed: int) -> None:
@@ -89,12 +89,14 @@ class MetalPlatform(Platform):
     def validate_environ(cls, hard_fail: bool) -> None:
         from vllm import envs
 
-        envs.environment_variables.setdefault(device.DEVICE_VARIABLE, device.requested_device)
+        known = envs.environment_variables
+        known.setdefault(device.DEVICE_VARIABLE, device.requested_device)
+        known.setdefault(cache_folder.STARTUP_CACHE_VARIABLE, cache_folder.startup_cache)
         super().validate_environ(hard_fail)
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
-        """The block size is vLLM's default or the user's; nothing in the backend changes it."""
+        """Does nothing: the block size is vLLM's default or the user's."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -103,9 +105,10 @@ class MetalPlatform(Platform):
         vLLM calls it in the main process and again in the engine process.
 
         Raises:
-            UserError: with every reason at once.
+            UserError: the configuration cannot be served; the message gives every reason.
         """
         device.requested_device()
+        cache_folder.startup_cache()
         _clear_layers_that_a_preset_skips(vllm_config)
         idle = check.without_effect(vllm_config)
         check.remove_idle_keys(vllm_config)
@@ -126,8 +129,8 @@ class MetalPlatform(Platform):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         if vllm_config.model_config is not None:
             text_only(vllm_config.model_config)
-        _leave_the_accelerator_alone()
-        _cache_no_prefixes_of_states(vllm_config)
+        _disable_accelerator_cache_release()
+        _disable_prefix_caching_for_states(vllm_config)
 
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
@@ -160,11 +163,14 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
     if model.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
     if model.skip_tokenizer_init and compresses:
-        reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
+        reasons.append(
+            "--skip-tokenizer-init is not supported with TurboQuant, which needs the tokenizer to "
+            "calibrate its keys on a text"
+        )
     if model.quantization is not None:
         reasons.append(
             f"weights quantised with {model.quantization} are not supported "
-            "(MLX-quantised and unquantised checkpoints are)"
+            "(allowed: unquantised weights, and weights quantised by MLX)"
         )
     return reasons
 
@@ -191,11 +197,12 @@ def _clear_layers_that_a_preset_skips(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
-    """Turns prefix caching off where a model has recurrent state.
+def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
+    """Turns prefix caching off for a model with recurrent state.
 
-    vLLM knows of it only for models of its own, so the structure decides. A cached prefix would
-    need the state at its end, and a block holds a request's newest state only.
+    vLLM knows which of its own models have recurrent state, but not which of mlx-lm's, so the
+    model's structure decides. A cached prefix would need the state at its end, and a block holds
+    only the newest state of a request.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
@@ -209,7 +216,7 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
 
 @cache
 def _has_recurrent_state(model: str, revision: str | None, trust_remote_code: bool) -> bool:
-    """Read once: vLLM checks a configuration many times."""
+    """Whether a model has recurrent state, by its structure; vLLM asks several times."""
     load_fast_blas()  # before MLX is first imported
     from vllm_metal.model.layer_kinds import has_recurrent_state
     from vllm_metal.model.model_loader import load_structure
@@ -218,16 +225,16 @@ def _has_recurrent_state(model: str, revision: str | None, trust_remote_code: bo
 
 
 def text_only(model: "ModelConfig") -> None:
-    """Makes vLLM refuse images and the like: the worker runs the language model alone."""
+    """Makes vLLM refuse images and other inputs: the worker runs the language model alone."""
     if model.multimodal_config is not None:
         model.multimodal_config.language_model_only = True
 
 
-def _leave_the_accelerator_alone() -> None:
-    """vLLM's shutdown empties the caches of torch's accelerator.
+def _disable_accelerator_cache_release() -> None:
+    """Replaces two functions of torch, which vLLM calls at its shutdown, with ones that do nothing.
 
-    torch stays on the CPU here. Emptying fails where it has no accelerator, and crashes the process
-    on Apple's with torch 2.13.
+    torch stays on the CPU here. Emptying the caches of its accelerator fails where it has none, and
+    on Apple's accelerator it crashes the process with torch 2.13.
     """
     torch.accelerator.empty_cache = lambda: None
     torch.accelerator.empty_host_cache = lambda: None

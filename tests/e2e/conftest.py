@@ -1,9 +1,12 @@
 """Fixtures shared by the tests of the engine."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm import LLM
 
+from tests.e2e import engine as e2e
 from tests.tiny_models import save_checkpoint, save_tokenizer
 
 
@@ -21,3 +24,20 @@ def long_heads_model(tmp_path_factory) -> Path:
     folder = save_checkpoint(tmp_path_factory.mktemp("models") / "long_heads", head_dim=128)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_engine(demo_model) -> Iterator[LLM]:
+    """The demo model as it is served by default. Tests with it are in the group "demo engines".
+
+    What is in its prefix cache is what earlier tests have left there.
+    """
+    with e2e.engine(demo_model) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def chunking_engine(demo_model) -> Iterator[LLM]:
+    """The demo model in chunks of 32 tokens, over pages for the longest prompt and little more."""
+    with e2e.engine(demo_model, **e2e.CHUNKS_IN_FEW_BLOCKS) as llm:
+        yield llm

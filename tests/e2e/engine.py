@@ -18,8 +18,20 @@ import mlx_lm  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-PROMPT_LENGTHS = (5, 17, 32, 64, 129, 250, 431, 700)
-NEW_TOKENS = 64
+from tests import garbage  # noqa: E402
+
+PROMPT_LENGTHS = (5, 64, 250, 500)
+"""Tokens: within a block, whole blocks, and several chunks with a part of a block at the end."""
+NEW_TOKENS = 16
+
+CHUNKS_IN_FEW_BLOCKS = {
+    "max_num_batched_tokens": 32,
+    "num_gpu_blocks_override": 36,
+    "enable_prefix_caching": False,
+    "max_model_len": 528,
+    "disable_log_stats": False,
+}
+"""Settings of an engine that preempts requests of `PROMPT_LENGTHS`."""
 
 
 @contextlib.contextmanager
@@ -32,6 +44,7 @@ def engine(model: Path, **settings) -> Iterator[LLM]:
         "max_num_seqs": 16,
         "disable_log_stats": True,
     }
+    garbage.leave_out_imports()
     llm = LLM(str(model), **(defaults | settings))
     try:
         yield llm

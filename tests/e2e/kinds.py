@@ -9,7 +9,7 @@ from tests.tiny_models import save_checkpoint, save_tokenizer
 
 @dataclass(frozen=True)
 class Kind:
-    """A model of `tiny_configs`, and what the engine is to do with it."""
+    """A model of `tiny_architectures`, and what the engine is to do with it."""
 
     name: str
     architecture: str

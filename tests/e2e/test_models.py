@@ -22,6 +22,8 @@ from tests.e2e.kinds import KINDS, Kind
 from tests.tiny_models import VOCABULARY
 from vllm_metal.errors import UserError
 
+pytestmark = pytest.mark.engine
+
 CHUNK = 32
 MAX_MODEL_LEN = 96
 NEW_TOKENS = 16
@@ -64,6 +66,21 @@ CASES = [
     for compressed in (False, True)
     if not (compressed and kind.no_turboquant)
 ]
+
+COMPRESSED = (
+    *("llama", "qwen3-heads of 128", "gemma3_text", "gpt_oss", "jamba", "gemma4_e2b", "minicpm3"),
+)
+"""Kinds with compressed pages whose tests are not left to the night: plain, with levels, windows,
+windows with sinks, recurrent states, layers of two sizes of which some share, and keys and values
+of unequal sizes."""
+
+SCARCE = ["llama", "gemma3_text", "jamba", "gemma4_26b_a4b", "minicpm3", "deepseek_v32"]
+"""The same for kinds that run short of blocks: full attention, windows, states in the blocks of
+pages, layers of two sizes, keys and values of unequal sizes, two caches in a layer."""
+
+
+def nightly_unless(by_day: bool) -> list[pytest.MarkDecorator]:
+    return [] if by_day else [pytest.mark.nightly]
 
 
 @dataclass
@@ -132,7 +149,14 @@ def greedy(**more) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **more)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+def case_param(case: Case):
+    """The case, all of whose tests run in one process, as they share its engine."""
+    by_day = not case.compressed or str(case.kind) in COMPRESSED
+    marks = [pytest.mark.xdist_group(str(case)), *nightly_unless(by_day)]
+    return pytest.param(case, id=str(case), marks=marks)
+
+
+@pytest.fixture(scope="module", params=[case_param(case) for case in CASES])
 def served(request, tmp_path_factory) -> Iterator[Served]:
     case = request.param
     folder = case.kind.save(tmp_path_factory.mktemp("models") / case.kind.name)
@@ -189,7 +213,14 @@ def test_log_probabilities(served):
     assert np.median(errors) < ROUNDING + np.median(losses) / 2
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.scarce_blocks], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=str(kind), marks=nightly_unless(str(kind) in SCARCE))
+        for kind in KINDS
+        if kind.scarce_blocks
+    ],
+)
 def test_preemption_for_want_of_blocks(kind, tmp_path):
     """Requests that start within a block, and soon ask for more than there are."""
     folder = kind.save(tmp_path)

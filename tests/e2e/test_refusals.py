@@ -10,6 +10,8 @@ import pytest
 
 from tests.tiny_models import config_of
 
+pytestmark = pytest.mark.engine
+
 
 def serve(model: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [
@@ -38,6 +40,7 @@ def test_unknown_key_and_other_reasons_come_at_once(demo_model):
     assert_refused(done, "unknown key 'turbo'", "--block-size 17")
 
 
+@pytest.mark.nightly
 def test_unknown_device(demo_model):
     done = serve(demo_model, VLLM_METAL_DEVICE="gpu")
     assert_refused(done, "VLLM_METAL_DEVICE='gpu'", "auto, metal, cuda, cpu")
@@ -58,6 +61,7 @@ def unknown_model(tmp_path, demo_model) -> Path:
     return tmp_path
 
 
+@pytest.mark.nightly
 def test_unservable_model_is_named_with_the_reason(unknown_model):
     done = serve(unknown_model, "--max-model-len", "256")
     assert_refused(done, "mlx-lm cannot load", "Model type opt not supported")

@@ -9,16 +9,17 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.e2e import engine as e2e
 
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("demo engines")]
+
 
 @pytest.fixture(scope="module")
 def prompt(demo_model):
-    return e2e.prompts(demo_model)[5]
+    return e2e.prompts(demo_model, [160])[0]
 
 
 @pytest.fixture(scope="module")
-def llm(demo_model):
-    with e2e.engine(demo_model) as llm:
-        yield llm
+def llm(demo_engine):
+    return demo_engine
 
 
 def run(llm, prompt, **params):
@@ -35,7 +36,7 @@ def greedy(llm, prompt):
     return tokens(llm, prompt, temperature=0)
 
 
-def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_in_chunks(demo_model, llm, prompt):
+def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_in_chunks(llm, chunking_engine, prompt):
     seeded = [
         SamplingParams(temperature=1.0, seed=seed, top_p=0.95, max_tokens=16, ignore_eos=True)
         for seed in (3, 4, 5)
@@ -44,13 +45,21 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_in_chunks(demo_model,
     assert alone[0] != alone[1]
     llm.reset_prefix_cache()
     assert e2e.generate(llm, [prompt] * 3, seeded) == alone
-    with e2e.engine(demo_model, max_num_batched_tokens=32) as chunked:
-        assert e2e.generate(chunked, [prompt] * 3, seeded) == alone
+    assert e2e.generate(chunking_engine, [prompt] * 3, seeded) == alone
 
 
-def test_temperature_without_a_seed_differs_between_requests(llm, prompt):
-    outputs = {tuple(tokens(llm, prompt, temperature=1.5)) for _ in range(4)}
-    assert len(outputs) > 1
+def test_temperature_is_the_spread_of_what_is_drawn(llm, prompt):
+    """Of two tokens, 400 draws without a seed: the better one's share is that of its weight."""
+    draws, temperature = 400, 2.0
+    [best] = run(llm, prompt, temperature=0, max_tokens=1, logprobs=2).outputs[0].logprobs
+    (first, better), (second, other) = best.items()
+    weights = [math.exp(score.logprob / temperature) for score in (better, other)]
+    share = weights[0] / sum(weights)
+    assert 0.05 < share < 0.95
+    limits = {"max_tokens": 1, "n": draws, "allowed_token_ids": [first, second]}
+    outputs = run(llm, prompt, temperature=temperature, **limits).outputs
+    found = sum(list(output.token_ids) == [first] for output in outputs) / draws
+    assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / draws))
 
 
 @pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
@@ -115,7 +124,7 @@ def test_logprobs_name_the_sampled_token_and_its_rank(llm, prompt, greedy):
         assert sum(math.exp(score.logprob) for score in scores.values()) <= 1.0001
 
 
-def test_prompt_logprobs_are_the_same_in_chunks(demo_model, llm, prompt):
+def test_prompt_logprobs_are_the_same_in_chunks(llm, chunking_engine, prompt):
     def scores(engine):
         given = run(engine, prompt, temperature=0, max_tokens=2, prompt_logprobs=2)
         assert given.prompt_logprobs[0] is None
@@ -124,9 +133,7 @@ def test_prompt_logprobs_are_the_same_in_chunks(demo_model, llm, prompt):
             for at, token in zip(given.prompt_logprobs[1:], prompt[1:], strict=True)
         ]
 
-    whole = scores(llm)
-    with e2e.engine(demo_model, max_num_batched_tokens=48) as chunked:
-        assert scores(chunked) == pytest.approx(whole, abs=2e-4)
+    assert scores(chunking_engine) == pytest.approx(scores(llm), abs=2e-4)
 
 
 @pytest.mark.parametrize(

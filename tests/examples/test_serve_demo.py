@@ -68,6 +68,8 @@ def test_stop_where_the_group_has_ended(script, monkeypatch, error):
     assert server.returncode is not None
 
 
+@pytest.mark.engine
+@pytest.mark.nightly
 def test_question_answer_report_and_stop(demo_model):
     run = subprocess.run(
         [sys.executable, SCRIPT, "--", "--max-num-seqs", "2"],
@@ -82,6 +84,7 @@ def test_question_answer_report_and_stop(demo_model):
     assert run.stderr == "" and servers() == []
 
 
+@pytest.mark.engine
 def test_a_server_that_does_not_start(demo_model):
     run = subprocess.run(
         [sys.executable, SCRIPT, "--", "--no-such-option"],
@@ -94,6 +97,7 @@ def test_a_server_that_does_not_start(demo_model):
     assert "Traceback" not in run.stderr and servers() == []
 
 
+@pytest.mark.engine
 def test_interrupt_leaves_no_server(demo_model):
     run = subprocess.Popen(
         [sys.executable, SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,6 +1,8 @@
 // Metal's language for a compile-only check with clang, stricter than Metal's own compiler: every
 // address space is a type of its own, doubles do not exist, functions are only declared. It has
-// what kernels/*.metal uses and what MLX's text around a kernel needs, nothing more.
+// what the kernels use and what MLX's text around a kernel needs, nothing more.
+
+#pragma once
 
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2)))

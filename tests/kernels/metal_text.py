@@ -13,7 +13,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.kernel_library import Kernel, MetalTarget, Run, Target
+from vllm_metal.metal_kernel_backend.kernel_library import (
+    KERNELS,
+    Kernel,
+    MetalTarget,
+    Run,
+    Target,
+)
 
 SHIM = Path(__file__).parent / "metal_strict.h"
 
@@ -95,8 +101,17 @@ def for_clang(source: str) -> str:
 
 def compile_errors(source: str) -> str:
     """What clang says of a program, in strict C++14 with distinct address spaces; "" if nothing."""
+    return _compile("-", input=source)
+
+
+def file_errors(file: Path) -> str:
+    """The same of a file of the kernels as it stands, with its own includes."""
+    return _compile("-Wno-pragma-once-outside-header", "-I", KERNELS, file)
+
+
+def _compile(*arguments: str | Path, input: str = "") -> str:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "metal_stdlib").write_text(SHIM.read_text())
-        command = [sys.executable, "-m", "ziglang", "clang", *FLAGS, "-I", folder, "-"]
-        result = subprocess.run(command, input=source, text=True, capture_output=True)
+        command = [sys.executable, "-m", "ziglang", "clang", *FLAGS, "-I", folder, *arguments]
+        result = subprocess.run(command, input=input, text=True, capture_output=True)
     return result.stderr if result.returncode else ""

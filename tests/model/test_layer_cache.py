@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from tests.dense_pages import keys_and_values
+from tests.pages import keys_and_values
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.masks import causal_mask
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
@@ -97,11 +97,11 @@ def test_a_layer_may_be_attended_more_than_once():
     keys, values = layer.update_and_fetch(*new(CHUNK))
     queries = mx.random.normal((1, 4, 3, 8))
     first = layer.attend(queries, 0.5, "causal", None)
-    [pages] = layer._forward.kv_cache.pages(0)
+    before = layer._forward.kv_cache.pages(0).array
     again = layer.attend(2 * queries, 0.25, "causal", None)
     assert first.shape == (1, 4, 3, 6)
     assert mx.allclose(first, again, atol=1e-5)
-    assert layer._forward.kv_cache.pages(0)[0] is pages
+    assert layer._forward.kv_cache.pages(0).array is before
 
 
 def test_models_may_assign_to_its_arrays():

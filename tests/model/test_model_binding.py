@@ -11,9 +11,9 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.model.model_binding import ModelBinding
 
@@ -134,7 +134,7 @@ def turboquant(shape: LayerShape) -> AttentionBackend:
 @pytest.mark.parametrize(
     ("model_type", "loss"),
     [
-        ("gemma4_text", 0.15),
+        ("gemma4_shared", 0.15),
         ("gemma2", 0.15),
         ("stablelm", 0.15),
         ("afm7", 0.5),  # rounds its own keys and values to integers
@@ -180,7 +180,7 @@ def test_layer_shapes_are_read_off_the_model():
         ("deepseek_v32", [LayerShape(1, 32, 16, True), LayerShape(1, 32, 0, True)] * LAYERS),
         ("longcat_flash", [LayerShape(1, 32, 16, fetched=True)] * 4),
         ("gemma2", [LayerShape(2, 16, 16, fetched=True)] * LAYERS),
-        ("gemma4_text", [LayerShape(1, 32, 32)] * 2),
+        ("gemma4_shared", [LayerShape(1, 32, 32)] * 2),
         ("afm7", [LayerShape(2, 16, 16)] * 2),
     ],
 )

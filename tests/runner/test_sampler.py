@@ -14,6 +14,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 
 from tests.scheduler_outputs import Continued, new_request, scheduler_output
 from tests.serving import Serving
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner import sampler
 from vllm_metal.runner.request_batch import RequestBatch
 from vllm_metal.runner.sampler import (
@@ -254,7 +255,7 @@ def test_logits_in_torch_are_a_copy(dtype):
 @pytest.fixture
 def batch(make_config) -> RequestBatch:
     """Rows: greedy, seeded, seeded."""
-    batch = RequestBatch(make_config(), [16], [8])
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
     batch.update(
         scheduler_output(
             [

@@ -58,7 +58,7 @@ def peak(binding: ModelBinding, kv_cache: KVCache, token_ids: mx.array, metadata
 
 def tables(kv_cache: KVCache, rows: int) -> list[np.ndarray]:
     """Blocks of their own for every request."""
-    each = -(-MAX_TOKENS // min(g.block_size for g in kv_cache.groups if not g.states))
+    each = -(-MAX_TOKENS // min(backend.block_size for backend in kv_cache.backends))
     table = 1 + np.arange(rows * each, dtype=np.int32).reshape(rows, each)
     return [table for _ in kv_cache.groups]
 
@@ -70,7 +70,7 @@ def test_a_large_chunk_takes_what_small_ones_tell(model_type, turboquant, contex
     peaks = prefill_peaks(*small, QUERY_LEN, MAX_TOKENS)
     seq_len = context_len + QUERY_LEN
     planned = max(
-        peaks.of_chunk(backend.largest_chunk(QUERY_LEN, seq_len, HEADS))
+        peaks.of_chunk(backend.chunk_memory(QUERY_LEN, seq_len, HEADS))
         for backend in small[1].backends
     )
     binding, kv_cache = bound(model_type, 130, turboquant)
@@ -116,7 +116,7 @@ def test_servers_of_very_short_requests(max_tokens):
 
 
 def test_models_that_take_no_array_of_positions_are_measured_row_by_row():
-    small = bound(next(iter(ONE_AT_A_TIME)), workspace_probe.NUM_BLOCKS)
+    small = bound(ONE_AT_A_TIME[0], workspace_probe.NUM_BLOCKS)
     assert {rows for rows, _ in decode_peaks(*small, 8, 64).by_rows_and_tokens} == {1}
 
 

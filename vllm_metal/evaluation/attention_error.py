@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import AttentionBackend
+from vllm_metal.attention.backend import AttentionBackend, Chunk, Pages
 from vllm_metal.evaluation.sequence import PREFILL_CHUNK, PagedSequence
-from vllm_metal.metal_kernel_backend.causal_attention import causal_attention
+from vllm_metal.metal_kernel_backend.causal_attention import attend_to_itself
 from vllm_metal.model.model_binding import ModelBinding
 
 
@@ -23,11 +23,9 @@ class WithAttentionError:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def prefill(self, pages, queries, keys, values, metadata, scale, sinks) -> mx.array:
-        out = self._backend.prefill(pages, queries, keys, values, metadata, scale, sinks)
-        window = self._backend.shape.sliding_window
-        own = queries[None], keys[None], values[None]
-        exact = causal_attention(*own, scale, sinks, window)[0]
+    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
+        out = self._backend.prefill(pages, chunk)
+        exact = attend_to_itself(chunk, self._backend.shape.sliding_window)
         self.error = mx.sum((out - exact) ** 2) / mx.sum(exact**2)
         return out
 

@@ -125,7 +125,7 @@ class PagedSequence:
 
     def _copy_state(self, source: int, destination: int) -> None:
         if self.binding.states:
-            self.kv_cache.copy_states(source, destination)
+            self.kv_cache.states.copy(source, destination)
 
     def _cache(self, num_blocks: int) -> KVCache:
         return KVCache(self._backends, num_blocks + 1, self.binding.states)

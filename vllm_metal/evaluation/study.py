@@ -16,6 +16,7 @@ from vllm_metal.evaluation.attention_error import WithAttentionError, attention_
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
+from vllm_metal.kv_cache.capacity import DENSE_BITS
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
@@ -90,9 +91,9 @@ def measure(
     fidelity, perplexity = compare(binding, dense, candidates, windows, progress)
     results = {}
     for name, make in candidates.items():
-        backend = make()[0]
-        bits = getattr(backend, "bits_per_element", None) or backend.layout.bits_per_element
-        results[name] = {"bits_per_element": bits, "ratio": 16 / bits} | fidelity[name].summary()
+        bits = make()[0].bits_per_element
+        sizes = {"bits_per_element": bits, "ratio": DENSE_BITS / bits}
+        results[name] = sizes | fidelity[name].summary()
         progress(f"attention error: {name}")
         observed = [WithAttentionError(backend) for backend in make()]
         results[name]["attention_error"] = attention_error(binding, observed, windows[0])

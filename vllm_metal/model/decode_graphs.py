@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from vllm_metal.attention.metadata import DecodeMetadata
-from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.cache import KVCache, TakenArrays
 from vllm_metal.kv_cache.groups import rounded_blocks
 from vllm_metal.model.model_binding import ModelBinding
 
 MAX_GRAPHS = 64
 """A trace takes about 1 KiB for each operation."""
 
-_Graph = Callable[..., tuple[mx.array, list]]
+_Graph = Callable[..., tuple[mx.array, TakenArrays]]
 
 
 class DecodeGraphs:
@@ -76,8 +76,8 @@ class DecodeGraphs:
         tables: list[mx.array],
         seq_lens: list[mx.array],
         slots: list[mx.array],
-        pages: list,
-    ) -> tuple[mx.array, list]:
+        pages: TakenArrays,
+    ) -> tuple[mx.array, TakenArrays]:
         metadata = [
             DecodeMetadata(
                 block_table=table,

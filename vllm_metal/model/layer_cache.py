@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.backend import Chunk, LayerShape, Rows
 from vllm_metal.attention.masks import causal_mask
 from vllm_metal.attention.metadata import (
     AttentionMetadata,
@@ -61,7 +61,7 @@ class LayerKVCache:
 
     @property
     def _metadata(self) -> AttentionMetadata:
-        return self._forward.groups[self._forward.kv_cache.group_of_layer[self._layer]]
+        return self._forward.kv_cache.metadata_of(self._layer, self._forward.groups)
 
     def make_mask(
         self, query_len: int, return_array: bool = False, window_size: int | None = None
@@ -133,12 +133,13 @@ class LayerKVCache:
         metadata, kv_cache = self._metadata, self._forward.kv_cache
         backend, pages = kv_cache.backends[self._layer], kv_cache.pages(self._layer)
         if isinstance(metadata, DecodeMetadata):
-            out = backend.decode(pages, queries[:, :, 0], metadata, scale, sinks)
-            return out[:, :, None]
+            rows = Rows(queries[:, :, 0], metadata, scale, sinks)
+            return backend.decode(pages, rows)[:, :, None]
         # Left to MLX, a chunk without context is stored last: keys and values of all layers exist.
-        [queries] = mx.depends([queries], list(pages))
-        new = (part[0] for part in self._new)
-        return backend.prefill(pages, queries[0], *new, metadata, scale, sinks)[None]
+        [queries] = mx.depends([queries], [array for array in pages if array is not None])
+        keys, values = self._new
+        chunk = Chunk(queries[0], keys[0], values[0], metadata, scale, sinks)
+        return backend.prefill(pages, chunk)[None]
 
     def release(self) -> None:
         """Drops this forward's arrays."""

@@ -32,13 +32,12 @@ class LayerState(ArraysCache):
 
     def begin_forward(self) -> None:
         """Takes the states of the forward's requests; a request that begins has none."""
-        arrays = self._forward.kv_cache.old_state(self._state)
-        self.cache = [None] * len(self.cache) if arrays is None else list(arrays)
+        self.cache = self._forward.kv_cache.states.old(self._state)
 
     def end_forward(self) -> None:
         """Hands the new states over."""
         arrays, self.cache = self.cache, [None] * len(self.cache)
-        self._forward.kv_cache.keep_state(self._state, arrays)
+        self._forward.kv_cache.states.keep(self._state, arrays)
 
 
 def state_shapes(

@@ -1,7 +1,13 @@
 """One step of the engine: scheduled requests in, sampled tokens out.
 
-    execute_model   batch.update -> prefill chunks, each (1, L) -> decode rows as one (B, 1)
+    execute_model   batch.update -> decode rows as one (B, 1) -> prompt chunks, each (1, L)
     sample_tokens   logits -> tokens
+
+The order of the forward passes is one of dependence. vLLM offers a block to other requests as soon
+as its last token is scheduled, so a request that joins may read what others write in this very
+step. Requests that go on decoding read nothing but what earlier steps wrote: they come first.
+Prompt chunks follow in the scheduler's order, in which whoever fills a block precedes whoever was
+given it.
 
 A greedy step stays in MLX and is handed back before it is computed (`PendingTokens`): vLLM
 schedules the next step and its graph is built on the lazy tokens meanwhile. It is dispatched only
@@ -9,6 +15,7 @@ once the previous step is finished, so that every page array has one holder and 
 place (`kv_cache/cache.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +30,7 @@ from vllm.v1.outputs import (
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.dispatch import make_dispatch
@@ -55,7 +63,7 @@ class ModelRunner:
         vllm_config: vLLM's configuration.
         binding: the model, bound to paged attention.
         kv_cache: the pages.
-        max_num_blocks: length of a block table, for each KV group.
+        block_tables: sizes for each KV group.
         most_decode_tokens: that a decode forward may gather of a layer.
     """
 
@@ -64,13 +72,12 @@ class ModelRunner:
         vllm_config: "VllmConfig",
         binding: ModelBinding,
         kv_cache: KVCache,
-        max_num_blocks: list[int],
+        block_tables: Sequence[BlockTableSize],
         most_decode_tokens: int,
     ):
         self.binding = binding
         self.kv_cache = kv_cache
-        block_sizes = [group.block_size for group in kv_cache.groups]
-        self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
+        self.batch = RequestBatch(vllm_config, block_tables)
         self.most_decode_tokens = most_decode_tokens
         self.batched_decode = True
         """False where the architecture takes no array of offsets: decode goes row by row."""
@@ -97,15 +104,20 @@ class ModelRunner:
         if not scheduled.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         step = _Step(scheduled)
-        for req_id, row in self.batch.rows.req_id_to_index.items():
-            num_scheduled = scheduled.num_scheduled_tokens[req_id]
-            begins = self.batch.rows.num_computed_tokens_cpu[row] == 0
-            if num_scheduled > 1 or begins or self._wants_prompt_logprobs(req_id):
-                self._prefill(step, req_id, row, num_scheduled)
-            else:
+        chunks = []
+        for req_id, num_scheduled in scheduled.num_scheduled_tokens.items():
+            row = self.batch.rows.req_id_to_index[req_id]
+            if self.batch.decodes(req_id, scheduled):
                 step.decode_rows.append(row)
+            else:
+                chunks.append((req_id, row, num_scheduled))
         if step.decode_rows:
             self._decode(step, pending)
+            if chunks:
+                self._finish_pending()
+                self.kv_cache.evaluate(step.decode_logits)
+        for chunk in chunks:
+            self._prefill(step, *chunk)
         self._step = step
         return None
 

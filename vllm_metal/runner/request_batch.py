@@ -4,6 +4,7 @@ vLLM's own `InputBatch` holds token ids, block tables and the tensors that vLLM'
 This file applies a `SchedulerOutput` to it, and writes sampled tokens back.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from vllm.sampling_params import SamplingType
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner.sampler import custom_processors, needs_torch
 
 if TYPE_CHECKING:
@@ -27,9 +29,7 @@ PLACEHOLDER = -1
 class RequestBatch:
     """Requests known to the worker, and the rows of the batch that run this step."""
 
-    def __init__(
-        self, vllm_config: "VllmConfig", block_sizes: list[int], max_num_blocks: list[int]
-    ):
+    def __init__(self, vllm_config: "VllmConfig", block_tables: Sequence[BlockTableSize]):
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         processors = build_logitsprocs(
             vllm_config, torch.device("cpu"), False, False, model.logits_processors or ()
@@ -41,7 +41,6 @@ class RequestBatch:
                 "next step is not prepared while MLX computes",
                 ", ".join(names),
             )
-        self.block_sizes = block_sizes
         self.requests: dict[str, CachedRequestState] = {}
         self.unscored_prompts: set[str] = set()
         """Requests whose prompt logprobs are asked for and not complete."""
@@ -51,8 +50,8 @@ class RequestBatch:
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             device=torch.device("cpu"),
             vocab_size=model.get_vocab_size(),
-            block_sizes=block_sizes,
-            max_num_blocks_per_req=max_num_blocks,
+            block_sizes=[table.block_size for table in block_tables],
+            max_num_blocks_per_req=[table.num_blocks for table in block_tables],
             logitsprocs=processors,
             logitsprocs_need_output_token_ids=bool(custom),
             reasoning_config=vllm_config.reasoning_config,
@@ -79,6 +78,20 @@ class RequestBatch:
             self.rows.add_request(request)
         self.rows.condense()
         self.rows.refresh_metadata()
+
+    def decodes(self, req_id: str, scheduled: "SchedulerOutput") -> bool:
+        """Whether a request goes on with one token after its prompt.
+
+        One that joins or rejoins in this step does not, however few tokens are left to compute:
+        the blocks it was given may be written in this step.
+        """
+        row = self.rows.req_id_to_index[req_id]
+        computed = self.rows.num_computed_tokens_cpu[row]
+        return (
+            scheduled.num_scheduled_tokens[req_id] == 1
+            and computed >= self.requests[req_id].num_prompt_tokens
+            and req_id not in scheduled.scheduled_cached_reqs.resumed_req_ids
+        )
 
     def is_complete(self, req_id: str, num_scheduled: int) -> bool:
         """Whether this step computes the last known token of the request, so that it samples."""

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
+from vllm_metal.attention.backend import AttentionBackend, Chunk, ChunkMemory, LayerShape, Pages
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.metal_kernel_backend.causal_attention import causal_attention
+from vllm_metal.kv_cache.groups import StateGroup
+from vllm_metal.metal_kernel_backend.causal_attention import attend_to_itself
 from vllm_metal.metal_kernel_backend.turboquant.calibration import Sample
 from vllm_metal.model.model_binding import ModelBinding
 
@@ -21,7 +22,7 @@ class _Recorder(AttentionBackend):
     """Attends over the chunk alone and keeps its queries and keys."""
 
     name = "recorder"
-    slot_size = 0
+    slot_size = page_size_bytes = 0
     page_dtype = mx.uint16
 
     def __init__(self, shape: LayerShape):
@@ -42,24 +43,15 @@ class _Recorder(AttentionBackend):
     def read(self, *_) -> tuple[mx.array, mx.array]:
         raise NotImplementedError("there are no pages")
 
-    def prefill(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        self.queries.append(queries.reshape(self.shape.num_kv_heads, -1, *queries.shape[1:]))
-        own, window = (queries[None], keys[None], values[None]), self.shape.sliding_window
-        return causal_attention(*own, scale, sinks, window)[0]
+    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
+        grouped = chunk.queries.reshape(self.shape.num_kv_heads, -1, *chunk.queries.shape[1:])
+        self.queries.append(grouped)
+        return attend_to_itself(chunk, self.shape.sliding_window)
 
     def decode(self, *_) -> mx.array:
         raise NotImplementedError("samples are taken in a prefill")
 
-    def attended_chunk(self, *_) -> PrefillChunk:
+    def attended_memory(self, *_) -> ChunkMemory:
         raise NotImplementedError("no server runs on it")
 
     def sample(self) -> Sample:
@@ -89,7 +81,7 @@ def collect_key_samples(
     empty = mx.zeros((1, 0), mx.int32)
     chunk = PrefillMetadata(empty, empty[0], 0, len(token_ids), skipped=offset)
     no_state = StateMetadata(empty[0], begins=True)
-    metadata = [no_state if group.states else chunk for group in kv_cache.groups]
+    metadata = [no_state if isinstance(group, StateGroup) else chunk for group in kv_cache.groups]
     logits = binding.forward(mx.array([list(token_ids)]), metadata)
     mx.eval(logits, [(recorder.queries, recorder.keys) for recorder in recorders])
     binding.bind(None)

@@ -1,4 +1,4 @@
-"""Every size and offset of a page, over the full product of formats and shapes."""
+"""Every size and offset of a page, for each key format with every value format and shape."""
 
 import itertools
 
@@ -11,19 +11,45 @@ from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 HEAD_SIZES = (64, 80, 96, 112, 128, 160, 192, 256)
 BLOCK_SIZES = (8, 16, 32)
 KV_HEADS = (1, 2, 3, 8)
-PAIRS = list(itertools.product(KEY_FORMATS, VALUE_FORMATS))
+KEY_BYTES = {
+    # head size: 64, 128, 256
+    "q2_0": (18, 34, 66),
+    "q3_0": (26, 50, 98),
+    "q4_0": (34, 70, 138),
+    "q5_0": (42, 86, 170),
+    "q6_0": (50, 102, 202),
+    "q8_0": (66, 134, 266),
+    "int2": (18, 34, 66),
+    "int4": (34, 66, 130),
+    "int8": (66, 130, 258),
+    "uint2": (20, 36, 68),
+    "uint4": (36, 68, 132),
+    "uint8": (68, 132, 260),
+}
+"""Bytes of a stored key: codes, a scale of two, four levels in each two bytes, a bias of two."""
+
+VALUE_BYTES = {
+    "q2_0": (18, 34, 66),
+    "q3_0": (26, 50, 98),
+    "q4_0": (34, 66, 130),
+    "q5_0": (42, 82, 162),
+    "q6_0": (50, 98, 194),
+    "q8_0": (66, 130, 258),
+}
+"""Bytes of a stored value, which has no levels and no bias."""
 
 
-def layouts(k_quant: str, v_quant: str):
-    for shape in itertools.product(HEAD_SIZES, KV_HEADS, BLOCK_SIZES):
-        yield PageLayout.of(k_quant, v_quant, *shape)
-    yield PageLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], 192, 128, 2, 16)
+def layouts(k_quant: str):
+    for v_quant in VALUE_FORMATS:
+        for shape in itertools.product(HEAD_SIZES, KV_HEADS, BLOCK_SIZES):
+            yield PageLayout.of(k_quant, v_quant, *shape)
+        yield PageLayout(KEY_FORMATS[k_quant], VALUE_FORMATS[v_quant], 192, 128, 2, 16)
 
 
-@pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-def test_planes_tile_the_head_page(k_quant, v_quant):
+@pytest.mark.parametrize("k_quant", KEY_FORMATS)
+def test_planes_tile_the_head_page(k_quant):
     """The planes follow one another without gap or overlap, each on a multiple of 16 bytes."""
-    for layout in layouts(k_quant, v_quant):
+    for layout in layouts(k_quant):
         planes = [
             (layout.key_codes_offset, layout.block_size * layout.key_codes_bytes),
             (layout.value_codes_offset, layout.block_size * layout.value_codes_bytes),
@@ -39,24 +65,20 @@ def test_planes_tile_the_head_page(k_quant, v_quant):
         assert end == layout.head_page_bytes
 
 
-@pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-def test_page_size_is_the_bytes_of_the_array(k_quant, v_quant):
-    for layout in layouts(k_quant, v_quant):
-        bits = layout.key_head_size * int(layout.key_format.bits)
-        bits += layout.value_head_size * int(layout.value_format.bits)
-        numbers = 3 if k_quant.startswith("uint") else 2
-        if layout.key_head_size >= 128 and k_quant in ("q4_0", "q5_0", "q6_0", "q8_0"):
-            numbers += -(-layout.key_head_size // 64)  # four levels in a halfword
-        assert layout.slot_size == bits // 8 + 2 * numbers
-        page = layout.block_size * layout.num_kv_heads * layout.slot_size
-        assert layout.page_size_bytes == page
-        assert np.zeros(layout.pages_shape(3), np.uint16).nbytes == 3 * page
+@pytest.mark.parametrize("k_quant", KEY_FORMATS)
+def test_a_page_is_the_bytes_of_its_tokens(k_quant):
+    for v_quant, (i, head_size) in itertools.product(VALUE_FORMATS, enumerate((64, 128, 256))):
+        token = KEY_BYTES[k_quant][i] + VALUE_BYTES[v_quant][i]
+        for num_kv_heads, block_size in itertools.product(KV_HEADS, BLOCK_SIZES):
+            layout = PageLayout.of(k_quant, v_quant, head_size, num_kv_heads, block_size)
+            assert layout.slot_size == token
+            assert layout.page_size_bytes == num_kv_heads * block_size * token
 
 
-@pytest.mark.parametrize(("k_quant", "v_quant"), PAIRS)
-def test_slots_tile_the_head_page(k_quant, v_quant):
+@pytest.mark.parametrize("k_quant", KEY_FORMATS)
+def test_slots_tile_the_head_page(k_quant):
     """Each halfword of a head page belongs to one token, once."""
-    for layout in layouts(k_quant, v_quant):
+    for layout in layouts(k_quant):
         columns = layout.slot_columns()
         assert columns.shape == (layout.block_size, layout.slot_size // 2)
         assert (np.sort(columns, axis=None) == np.arange(layout.head_page_bytes // 2)).all()
