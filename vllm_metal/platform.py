@@ -22,6 +22,7 @@ from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.options import check
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
     from vllm.config import ModelConfig, VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -105,7 +106,8 @@ class MetalPlatform(Platform):
         vLLM calls it in the main process and again in the engine process.
 
         Raises:
-            UserError: the configuration cannot be served; the message gives every reason.
+            UserError: the configuration cannot be served; the message gives every reason, but
+                those that only the model's structure shows once there is no other.
         """
         device.requested_device()
         cache_folder.startup_cache()
@@ -117,10 +119,12 @@ class MetalPlatform(Platform):
             raise UserError("This configuration cannot be served", reasons)
         if vllm_config.use_v2_model_runner:
             raise UserError(
-                "vLLM's Model Runner V2 is not supported: VLLM_USE_V2_MODEL_RUNNER must be 0"
+                "vLLM's Model Runner V2 is not supported (VLLM_USE_V2_MODEL_RUNNER must be 0)"
             )
-        if idle and multiprocessing.parent_process() is None:
-            logger.warning("Without effect on this platform: %s", ", ".join(idle))
+        if multiprocessing.parent_process() is None:
+            if idle:
+                logger.warning("No effect on this platform: %s", ", ".join(idle))
+            _check_compression(vllm_config)
         from vllm.config import CompilationMode, CUDAGraphMode
 
         vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
@@ -157,8 +161,8 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
         and model.attention_chunk_size is None  # else vLLM has disabled it by itself
     ):
         reasons.append(
-            "--disable-hybrid-kv-cache-manager: layers of different kinds have KV cache groups of "
-            "their own"
+            "--disable-hybrid-kv-cache-manager is not supported: layers of different kinds have "
+            "their own groups of pages"
         )
     if model.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
@@ -197,6 +201,25 @@ def _clear_layers_that_a_preset_skips(vllm_config: "VllmConfig") -> None:
         )
 
 
+def _check_compression(vllm_config: "VllmConfig") -> None:
+    """Refuses a model that TurboQuant cannot compress, before its weights are read.
+
+    Raises:
+        UserError: what the worker would raise.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model is None or config.parse(vllm_config.additional_config, cache.cache_dtype) is None:
+        return
+    structure = _structure(model.model, model.revision, model.trust_remote_code)
+    from vllm_metal.metal_kernel_backend.selection import neutral_constants
+    from vllm_metal.model.model_binding import ModelBinding
+    from vllm_metal.model_pages import ModelPages
+
+    binding = ModelBinding(structure)
+    layers = binding.layers
+    ModelPages.of(vllm_config, layers, binding.states, neutral_constants(layers))
+
+
 def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
     """Turns prefix caching off for a model with recurrent state.
 
@@ -207,7 +230,10 @@ def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
         return
-    if _has_recurrent_state(model.model, model.revision, model.trust_remote_code):
+    structure = _structure(model.model, model.revision, model.trust_remote_code)
+    from vllm_metal.model.layer_kinds import has_recurrent_state
+
+    if has_recurrent_state(structure):
         cache.enable_prefix_caching = False
         cache.mamba_cache_mode = "none"
         cache.mamba_block_size = model.max_model_len
@@ -215,13 +241,12 @@ def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
 
 
 @cache
-def _has_recurrent_state(model: str, revision: str | None, trust_remote_code: bool) -> bool:
-    """Whether a model has recurrent state, by its structure; vLLM asks several times."""
+def _structure(model: str, revision: str | None, trust_remote_code: bool) -> "nn.Module":
+    """The model without its weights. Built once: vLLM checks a configuration several times."""
     load_fast_blas()  # before MLX is first imported
-    from vllm_metal.model.layer_kinds import has_recurrent_state
     from vllm_metal.model.model_loader import load_structure
 
-    return has_recurrent_state(load_structure(model, revision, trust_remote_code))
+    return load_structure(model, revision, trust_remote_code)
 
 
 def text_only(model: "ModelConfig") -> None:

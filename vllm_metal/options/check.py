@@ -63,7 +63,8 @@ def _refusal(option: Option, value: Any) -> str:
     shown = f" {value}" if isinstance(value, str | int | float) and not hidden else ""
     values = [str(v) for v in option.allowed if not isinstance(v, bool)]
     allowed = f" (allowed: {', '.join(values)})" if values else ""
-    return f"{flag(option.name)}{shown}: {option.why}{allowed}"
+    why = "" if option.outcome == APPLIED else f": {option.why}"
+    return f"{flag(option.name)}{shown} is not supported{why}{allowed}"
 
 
 def _given(vllm_config: "VllmConfig") -> Iterator[tuple[Option, Any]]:
