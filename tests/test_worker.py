@@ -11,8 +11,8 @@ from tests.serving import Serving
 from tests.tiny_models import LAYERS, save_checkpoint, save_tokenizer
 from vllm_metal import worker as worker_module
 from vllm_metal.errors import UserError
-from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
+from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.worker import MetalWorker
 
