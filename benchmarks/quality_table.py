@@ -8,6 +8,7 @@ nothing is written and the exit code says whether the page is current.
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -38,10 +39,14 @@ def table(figures: dict) -> str:
             "",
             *rows,
             "",
-            f"{figures['windows']} windows of {figures['window_tokens']} tokens of "
-            f"{figures['text']}, and one of {figures['long_window_tokens']}; dense perplexity "
-            f"{figures['dense_perplexity']:.2f}. {figures['machine']}, {figures['mlx_device']}, "
-            f"kernels: {figures['kernels']}; {versions}, {figures['date']}.",
+            textwrap.fill(
+                f"{figures['windows']} windows of {figures['window_tokens']} tokens of "
+                f"{figures['text']}, and one of {figures['long_window_tokens']}; dense perplexity "
+                f"{figures['dense_perplexity']:.2f}. {figures['machine']}, "
+                f"{figures['mlx_device']}, kernels: {figures['kernels']}; {versions}, "
+                f"{figures['date']}.",
+                100,
+            ),
             "",
             "",
         ]

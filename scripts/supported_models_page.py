@@ -1,64 +1,98 @@
 """The page `docs/supported_models.md`, a function of the results alone."""
 
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+Results = Mapping[str, Mapping[str, Any]]
+"""By model file: its kinds and notes, and the outcome with dense pages and with TurboQuant."""
 
 _INTRODUCTION = """\
 # Supported models
 
-Written by `scripts/supported_models.py`; do not edit. mlx-lm {mlx_lm} has {total} model files. For
-each one the script builds a tiny random float32 model with every kind of layer the architecture
-has, serves it three requests of unequal length through the plugin's own binding and pages, and
-compares all logits with those of mlx-lm's own caches. Prompts come in unequal chunks that cross
-the sliding windows; the requests are then decoded together, in blocks that had another owner.
+mlx-lm {mlx_lm} has {total} model files. `scripts/supported_models.py` checks each of them and
+writes this page. It builds a tiny random float32 model with every kind of layer that the
+architecture has, and serves it three requests of unequal length through the plugin's own binding
+and pages. All logits are compared with those of mlx-lm's own caches. Prompts come in unequal chunks
+that cross the sliding windows. The requests are then decoded together, in blocks that belonged to
+other requests before.
 
 | | {head} |
 | --- | {rule} |
 | dense | {dense} |
 | TurboQuant | {turboquant} |
 
-- *Dense* is served where no logit differs from mlx-lm's by more than 3e-5 standard deviations; the
-  largest difference found is {dense_difference:.0e}.
-- *TurboQuant* is served where the logits, with `q8_0/q4_0` and with `q4_0/q4_0`, are those of
-  mlx-lm's own caches with keys and values through the codec: within 1e-4 standard deviations for
-  the better half of the tokens, and for all within a tenth of what the codec itself does, since a
-  rounding error now and then tips a code over; and where a request gets, to the bit, the logits
-  that it gets alone. What the codec costs a real model is in [TurboQuant](turboquant.md).
-- *One at a time*: the model takes one position for all rows of a forward, so decode runs one
-  request after the other. This is found at start and needs no setting.
-- A refused model is refused by name when the server starts, with the reason given here.
+- *Dense pages*: a model is served if no logit differs from mlx-lm's by more than 3e-5 standard
+  deviations. The largest difference found is {dense_difference:.0e}.
+- *TurboQuant*: a model is served if its logits, with `q8_0/q4_0` and with `q4_0/q4_0`, are those of
+  mlx-lm's own caches with keys and values passed through the codec: within 1e-4 standard deviations
+  for the better half of the tokens, and for all tokens within a tenth of what the codec itself
+  changes, because a rounding error now and then changes a code. Also, a request must get the same
+  logits, to the bit, as it gets alone. What the codec costs a real model is in
+  [TurboQuant](turboquant.md#what-it-costs).
+- *One at a time*: the model takes one position for all rows of a forward pass, so decode runs one
+  request after the other. The server finds this out at start; it needs no setting.
+- *Refused*: the server refuses the model by name when it starts, for one of the
+  [reasons below](#why-a-model-is-refused-or-not-checked).
 
-Not served with any model, and refused when asked for: LoRA adapters, images and other multi-modal
-inputs (of *text part* models the language model is served), embeddings and pooling, speculative
-decoding.
+The following is not supported for any model, and refused: LoRA adapters, embeddings and pooling,
+speculative decoding, and images and other multi-modal inputs. Of *text part* models the language
+model is served.
+
+## All model files
+
+| model file | kind | dense | TurboQuant |
+| --- | --- | --- | --- |
+"""
+
+_REASONS = """
+## Why a model is refused or not checked
 
 """
 
-_TABLE_HEAD = """\
-| model file | kind | dense | TurboQuant | reasons and notes |
-| --- | --- | --- | --- | --- |
+_NOTES = """
+## Notes
+
 """
 
-_FOOTER = """
-mlx-lm runs these model types with another type's file: {aliases}.
+_ALIASES = """
+## Model types without a file of their own
 
-*Kinds.* MLA: multi-head latent attention. MoE: mixture of experts. Hybrid: attention and recurrent
-state. Shared KV: some layers read the keys and values of others. Own attention: attention that is
-not, or not in every layer, mlx-lm's `scaled_dot_product_attention`. Own cache: a cache that mlx-lm
-defines for this model alone. Text part: the file holds a language model taken out of a multi-modal
-one. No kind: a plain decoder with full attention.
+mlx-lm runs these model types with the file of another:
+
+"""
+
+_KINDS = """
+## Kinds
+
+| kind | meaning |
+| --- | --- |
+| (none) | a plain decoder with full attention |
+| chunked attention | a query sees only the tokens of its own chunk of the sequence |
+| hybrid | some layers have attention, others recurrent state |
+| MLA | multi-head latent attention; some files cache the latent, others keys and values |
+| mixed head sizes | layers differ in their head size or number of KV heads |
+| MoE | mixture of experts |
+| own attention | in some layers or all, attention is not mlx-lm's `scaled_dot_product_attention` |
+| own cache | a cache class that mlx-lm defines for this model alone |
+| recurrent state only | no attention layers |
+| shared KV | some layers read the keys and values of others |
+| sinks | attention sinks: a logit without a value in each head |
+| sliding window | some layers, or all, see only the last tokens |
+| text part | the file holds the language model of a multi-modal one |
 """
 
 _STATUSES = ("served", "refused", "nothing to compress", "not checked", "wrong")
+_MODES = {"dense": "dense pages", "turboquant": "TurboQuant"}
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: Mapping[str, Any]) -> str:
     """Markdown."""
     architectures = results["architectures"]
     found = {result[mode]["status"] for result in architectures.values() for mode in _MODES}
     statuses = [status for status in _STATUSES if status in found]
-    head = _INTRODUCTION.format(
+    text = _INTRODUCTION.format(
         mlx_lm=results["versions"]["mlx-lm"],
         total=len(architectures),
         head=" | ".join(statuses),
@@ -66,12 +100,14 @@ def page(results: dict[str, Any]) -> str:
         **{mode: _counts(architectures.values(), mode, statuses) for mode in _MODES},
         **{f"{mode}_difference": _largest(architectures.values(), mode) for mode in _MODES},
     )
-    rows = "".join(_row(name, result) for name, result in architectures.items())
-    aliases = ", ".join(f"`{alias}` ({file})" for alias, file in results["aliases"].items())
-    return head + _TABLE_HEAD + rows + _FOOTER.format(aliases=aliases)
-
-
-_MODES = ("dense", "turboquant")
+    text += "".join(_row(name, result) for name, result in architectures.items())
+    reasons = [
+        f"{sentence} Model files: {_names(names)}." for sentence, names in _reasons(architectures)
+    ]
+    notes = [f"{_names(names)}: {note}." for note, names in _notes(architectures).items()]
+    text += _section(_REASONS, reasons) + _section(_NOTES, notes)
+    aliases = (f"`{alias}` with `{file}`" for alias, file in results["aliases"].items())
+    return text + _ALIASES + _wrapped(", ".join(aliases) + ".") + _KINDS
 
 
 def _counts(results: Any, mode: str, statuses: Sequence[str]) -> str:
@@ -84,14 +120,13 @@ def _largest(results: Any, mode: str) -> float:
     return max(served, default=0.0)
 
 
-def _row(name: str, result: dict[str, Any]) -> str:
+def _row(name: str, result: Mapping[str, Any]) -> str:
     cells = [f"`{name}`", ", ".join(result["kinds"])]
     cells += [_status(result[mode]) for mode in _MODES]
-    cells.append("; ".join(filter(None, [_reasons(result), *result["notes"]])))
     return f"| {' | '.join(cells)} |\n"
 
 
-def _status(outcome: dict[str, Any]) -> str:
+def _status(outcome: Mapping[str, Any]) -> str:
     if outcome["status"] == "wrong":
         return "**wrong**"
     if outcome.get("batched_decode") is False:
@@ -99,25 +134,57 @@ def _status(outcome: dict[str, Any]) -> str:
     return outcome["status"]
 
 
-def _reasons(result: dict[str, Any]) -> str:
-    dense, turboquant = (_merged(result[mode].get("reasons", [])) for mode in _MODES)
-    if not turboquant or dense == turboquant:
-        text = dense
-    elif not dense:
-        text = f"TurboQuant: {turboquant}"
-    else:
-        text = f"dense: {dense}; TurboQuant: {turboquant}"
-    return text.replace("|", "\\|").replace("\n", " ")
+def _reasons(architectures: Results) -> Iterator[tuple[str, list[str]]]:
+    """Each reason, with the modes that it concerns, and the model files that it holds for."""
+    models: dict[str, dict[str, list[str]]] = {}
+    for name, result in architectures.items():
+        for mode in _MODES:
+            for reason in dict.fromkeys(map(_general, result[mode].get("reasons", []))):
+                models.setdefault(reason, {}).setdefault(name, []).append(_MODES[mode])
+    for reason, by_name in models.items():
+        by_modes: dict[str, list[str]] = {}
+        for name, modes in by_name.items():
+            by_modes.setdefault(" and ".join(modes), []).append(name)
+        for joined, names in by_modes.items():
+            yield f"*{joined[0].upper()}{joined[1:]}*: {reason}.", names
 
 
-def _merged(reasons: Sequence[str]) -> str:
-    """The reasons in one line; what several layers have in common is said once."""
-    layers: dict[str, list[str]] = {}
-    for reason in reasons:
-        match = re.fullmatch(r"layer (\d+(?: and \d+ more)?):? (.*)", reason, re.DOTALL)
-        layer, text = match.groups() if match else ("", reason)
-        layers.setdefault(text, []).extend([layer] if layer else [])
-    return "; ".join(
-        f"{text} (layer{'s' * (len(numbers) > 1)} {', '.join(numbers)})" if numbers else text
-        for text, numbers in layers.items()
+def _notes(architectures: Results) -> dict[str, list[str]]:
+    """Each note, and the model files that it is about."""
+    models: dict[str, list[str]] = {}
+    for name, result in architectures.items():
+        for note in result["notes"]:
+            models.setdefault(note, []).append(name)
+    return models
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _general(reason: str) -> str:
+    """A reason without the numbers of layers, which are those of the tiny model."""
+    match = re.fullmatch(r"layer \d+(?: and \d+ more)?(:?) (.*)", reason, re.DOTALL)
+    if match:
+        colon, reason = match.groups()
+        reason = reason if colon else f"a layer {reason}"
+    return reason.replace("\n", " ")
+
+
+def _section(heading: str, items: Sequence[str]) -> str:
+    """A list under a heading; nothing where it would be empty."""
+    return heading + "".join(_wrapped(item, "- ") for item in items) if items else ""
+
+
+def _wrapped(text: str, bullet: str = "") -> str:
+    return (
+        textwrap.fill(
+            text,
+            100,
+            initial_indent=bullet,
+            subsequent_indent=" " * len(bullet),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        + "\n"
     )

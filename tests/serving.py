@@ -22,6 +22,7 @@ from vllm_metal.worker import MetalWorker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 
@@ -40,11 +41,15 @@ class Serving:
         layouts = self.worker.get_supported_kv_cache_layouts()
         resolve_kv_cache_layout(config, [layouts], list(specs.values()))
         available = self.worker.determine_available_memory()
-        configs = get_kv_cache_configs(config, [specs], [available])
-        planned = generate_scheduler_kv_cache_config(configs)
-        config.cache_config.num_gpu_blocks = planned.num_blocks
-        self.worker.initialize_from_config(configs[0])
+        [planned] = get_kv_cache_configs(config, [specs], [available])
+        self.worker.initialize_from_config(planned)
         self.worker.compile_or_warm_up_model()
+        self._start_scheduler(config, planned)
+
+    def _start_scheduler(self, config: "VllmConfig", planned: "KVCacheConfig") -> None:
+        """vLLM's scheduler over the planned blocks, as the engine's core sets it up."""
+        planned = generate_scheduler_kv_cache_config([planned])
+        config.cache_config.num_gpu_blocks = planned.num_blocks
         block_size, hash_block_size = resolve_kv_cache_block_sizes(planned, config)
         self.scheduler = config.scheduler_config.get_scheduler_cls()(
             vllm_config=config,
@@ -90,7 +95,9 @@ class Serving:
             if output is None:
                 output = self.worker.sample_tokens(self.scheduler.get_grammar_bitmask(scheduled))
             self._in_flight.append((scheduled, output))
-        if len(self._in_flight) > self._ahead or not self.scheduler.has_requests():
+        if len(self._in_flight) > self._ahead or (
+            self._in_flight and not self.scheduler.has_requests()
+        ):
             self._deliver()
 
     def run(self, each_step: Callable[[], None] = lambda: None) -> None:

@@ -12,12 +12,15 @@ import statistics
 import time
 
 import mlx.core as mx
+import numpy as np
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.backend import Chunk, LayerShape
 from vllm_metal.attention.metadata import PrefillMetadata
+from vllm_metal.attention.slots import compose_slots
+from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
@@ -46,9 +49,9 @@ def ours_ms(pair: tuple[str, str], chunk: int) -> tuple[float, float]:
     formats = key_format(pair[0]), value_format(pair[1])
     backend = TurboQuantFused(SHAPE, BLOCK_SIZE, formats, constants, CudaTarget())
     blocks = -(-(CONTEXT + chunk) // BLOCK_SIZE)
-    pages = backend.allocate(blocks + 1)
+    pages = KVCache([backend], blocks + 1).pages(0)
     table = 1 + mx.random.permutation(blocks).astype(mx.int32)[None]
-    mx.eval(table, *pages)
+    mx.eval(table, pages)
     for start in range(0, CONTEXT, 4096):
         metadata = chunk_metadata(table, start, 4096)
         keys, values = (random(4096, SHAPE.num_kv_heads) for _ in range(2))
@@ -59,23 +62,22 @@ def ours_ms(pair: tuple[str, str], chunk: int) -> tuple[float, float]:
         random(heads, chunk) for heads in (HEADS, SHAPE.num_kv_heads, SHAPE.num_kv_heads)
     )
     mx.eval(queries, keys, values)
+    handed = Chunk(queries, keys, values, metadata, SHAPE.head_size**-0.5)
     held = mx.get_active_memory()
     mx.reset_peak_memory()
 
     def run():
-        scale = SHAPE.head_size**-0.5
-        mx.eval(backend.prefill(pages, queries, keys, values, metadata, scale, None))
+        mx.eval(backend.prefill(pages, handed))
 
     milliseconds, workspace = median_ms(run, mx.synchronize), mx.get_peak_memory() - held
     return milliseconds, workspace / 2**20
 
 
 def chunk_metadata(table: mx.array, start: int, count: int) -> PrefillMetadata:
-    positions = mx.arange(start, start + count)
-    slots = table[0][positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    [slots] = compose_slots(np.array(table), np.arange(start, start + count)[None], BLOCK_SIZE)
     return PrefillMetadata(
         block_table=table,
-        slot_mapping=slots.astype(mx.int32),
+        slot_mapping=mx.array(slots),
         context_len=start,
         query_len=count,
     )

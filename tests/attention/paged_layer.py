@@ -7,10 +7,12 @@ import mlx.core as mx
 import numpy as np
 
 from tests import reference
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages
+from vllm_metal.attention.backend import AttentionBackend, Chunk, LayerShape, Pages, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.slots import compose_slots
+from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.groups import AttentionGroup
 
 
 @dataclass
@@ -36,9 +38,7 @@ class Request:
     def slots(self, block_size: int) -> np.ndarray:
         """Slot of each token."""
         positions = np.arange(self.seq_len)
-        return np.array(self.block_ids)[positions // block_size] * block_size + (
-            positions % block_size
-        )
+        return compose_slots(np.array([self.block_ids]), positions[None], block_size)[0]
 
     def expected(self, start: int, end: int) -> np.ndarray:  # [Hq, end - start, Dv]
         """The oracle's attention of tokens `start` to `end`."""
@@ -53,16 +53,20 @@ class Request:
 
 
 class PagedLayer:
-    """A backend and its pages. Block ids are handed out in no particular order."""
+    """A backend and its pages, in a cache of one layer. Block ids come in no particular order."""
 
     def __init__(self, backend: AttentionBackend, num_blocks: int = 64, seed: int = 0):
         self.backend = backend
-        self.group = KVGroup(
+        self.group = AttentionGroup(
             backend.block_size, layers=(0,), sliding_window=backend.shape.sliding_window
         )
-        self.pages: Pages = backend.allocate(num_blocks)
+        self.kv_cache = KVCache([backend], num_blocks)
         self.rng = np.random.default_rng(seed)
         self._free = list(self.rng.permutation(np.arange(1, num_blocks)))
+
+    @property
+    def pages(self) -> Pages:
+        return self.kv_cache.pages(0)
 
     def request(
         self,
@@ -91,19 +95,12 @@ class PagedLayer:
         metadata = self.chunk(request, start, end)
         keys = mx.array(request.keys[:, start:end], dtype)
         values = mx.array(request.values[:, start:end], dtype)
-        self.pages = self.backend.store(
-            self.pages, keys.swapaxes(0, 1), values.swapaxes(0, 1), metadata
-        )
-        out = self.backend.prefill(
-            self.pages,
-            mx.array(request.queries[:, start:end], dtype),
-            keys,
-            values,
-            metadata,
-            request.scale,
-            _sinks(request, dtype),
-        )
-        mx.eval(out, *self.pages)
+        self.kv_cache.store(0, keys.swapaxes(0, 1), values.swapaxes(0, 1), metadata)
+        queries = mx.array(request.queries[:, start:end], dtype)
+        sinks = _sinks(request, dtype)
+        chunk = Chunk(queries, keys, values, metadata, request.scale, sinks)
+        out = self.backend.prefill(self.pages, chunk)
+        self.kv_cache.evaluate(out)
         return out
 
     def decode(
@@ -127,20 +124,17 @@ class PagedLayer:
             rows = [array[:, i] for array, i in zip(arrays, last, strict=True)]
             return mx.array(np.stack(rows), dtype)
 
-        self.pages = self.backend.store(
-            self.pages,
+        self.kv_cache.store(
+            0,
             newest([request.keys for request in requests]),
             newest([request.values for request in requests]),
             metadata,
         )
-        out = self.backend.decode(
-            self.pages,
-            newest([request.queries for request in requests]),
-            metadata,
-            requests[0].scale,
-            _sinks(requests[0], dtype),
-        )
-        mx.eval(out, *self.pages)
+        queries = newest([request.queries for request in requests])
+        first = requests[0]
+        rows = Rows(queries, metadata, first.scale, _sinks(first, dtype))
+        out = self.backend.decode(self.pages, rows)
+        self.kv_cache.evaluate(out)
         return out
 
     def chunk(self, request: Request, start: int, end: int) -> PrefillMetadata:

@@ -1,77 +1,23 @@
-"""What a backend is: the same contract for every one of them, against the float32 oracle.
+"""What a backend is: the same contract for every candidate, against the float32 oracle."""
 
-A new backend is right when its line in `CANDIDATES` passes.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from tests import inputs
+from tests.attention.candidates import Candidate
 from tests.attention.paged_layer import PagedLayer, Request
-from vllm_metal.attention.backend import AttentionBackend, LayerShape
-from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.host_target import HostTarget
-from vllm_metal.metal_kernel_backend.kernel_library import Target
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
-from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
-from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+from vllm_metal.attention.backend import LayerShape
+from vllm_metal.kv_cache.cache import KVCache
 
 BLOCK = 16
 LENGTHS = tuple(inputs.lengths(BLOCK))
 GROUPED = LayerShape(num_kv_heads=2, head_size=64, head_size_v=64)
 NARROW_VALUES = LayerShape(num_kv_heads=1, head_size=64, head_size_v=32)
 ONE_TO_ONE = LayerShape(num_kv_heads=3, head_size=32, head_size_v=32)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One backend under the contract."""
-
-    name: str
-    make: Callable[[LayerShape, int], AttentionBackend]
-    tolerance: float
-    """Largest error of an attention output, as a part of the largest value attended to."""
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def turboquant(
-    k_quant: str, v_quant: str, target: Target | None = None
-) -> Callable[[LayerShape, int], AttentionBackend]:
-    def make(shape: LayerShape, block_size: int) -> AttentionBackend:
-        constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
-        arguments = (
-            shape,
-            block_size,
-            parse_pair(f"{k_quant}/{v_quant}"),
-            constants,
-        )
-        return TurboQuantFused(*arguments, target) if target else TurboQuantReference(*arguments)
-
-    return make
-
-
-CANDIDATES = [
-    Candidate("dense-float32", lambda s, b: DensePages(s, b, mx.float32), 2e-6),
-    Candidate("dense-float16", lambda s, b: DensePages(s, b, mx.float16), 1e-3),
-    Candidate("dense-bfloat16", lambda s, b: DensePages(s, b, mx.bfloat16), 8e-3),
-    Candidate("turboquant-q8_0-q8_0", turboquant("q8_0", "q8_0"), 1e-2),
-    Candidate("turboquant-q8_0-q3_0", turboquant("q8_0", "q3_0"), 0.3),
-    Candidate("turboquant-uint4-q4_0", turboquant("uint4", "q4_0"), 0.2),
-    Candidate("kernels-q8_0-q8_0", turboquant("q8_0", "q8_0", HostTarget()), 1e-2),
-    Candidate("kernels-q8_0-q3_0", turboquant("q8_0", "q3_0", HostTarget()), 0.3),
-]
-
-
-@pytest.fixture(params=CANDIDATES, ids=str)
-def candidate(request) -> Candidate:
-    return request.param
+SHAPES = [GROUPED, NARROW_VALUES, ONE_TO_ONE]
 
 
 def layer_of(candidate: Candidate, shape: LayerShape = GROUPED) -> PagedLayer:
@@ -90,22 +36,23 @@ def fill(layer: PagedLayer, request: Request, chunk: int = 2 * BLOCK) -> None:
         layer.prefill(request, start, min(start + chunk, request.seq_len - 1))
 
 
-@pytest.mark.parametrize("shape", [GROUPED, NARROW_VALUES, ONE_TO_ONE], ids=str)
-def test_pages_have_exactly_the_planned_bytes(candidate, shape):
-    backend = candidate.make(shape, BLOCK)
-    assert sum(array.nbytes for array in backend.allocate(7)) == 7 * backend.page_size_bytes
-    assert backend.page_size_bytes == BLOCK * shape.num_kv_heads * backend.slot_size
+def test_pages_take_the_bytes_that_the_backend_says(candidate):
+    for shape in SHAPES:
+        backend = candidate.make(shape, BLOCK)
+        assert KVCache([backend], 7).nbytes == 7 * backend.page_size_bytes
+        assert backend.page_size_bytes == BLOCK * shape.num_kv_heads * backend.slot_size
 
 
-@pytest.mark.parametrize("num_groups", [1, 3])
-@pytest.mark.parametrize("shape", [GROUPED, NARROW_VALUES, ONE_TO_ONE], ids=str)
-def test_decode_of_unequal_lengths(candidate, shape, num_groups):
-    layer = layer_of(candidate, shape)
-    requests = [layer.request(n, num_groups * shape.num_kv_heads) for n in LENGTHS]
-    for request in requests:
-        fill(layer, request)
-    out = layer.decode(requests)
-    assert error(out, layer.expected_decode(requests), *requests) < candidate.tolerance
+@pytest.mark.parametrize("shape", SHAPES, ids=["grouped", "narrow values", "one to one"])
+def test_decode_of_unequal_lengths(candidate, shape):
+    for group in (1, 3):
+        layer = layer_of(candidate, shape)
+        requests = [layer.request(n, group * shape.num_kv_heads) for n in LENGTHS]
+        for request in requests:
+            fill(layer, request)
+        out = layer.decode(requests)
+        expected = layer.expected_decode(requests)
+        assert error(out, expected, *requests) < candidate.tolerance, group
 
 
 def test_decode_step_after_step_over_a_block_boundary(candidate):
@@ -120,24 +67,24 @@ def test_decode_step_after_step_over_a_block_boundary(candidate):
         assert error(out, layer.expected_decode(requests, lens), *requests) < candidate.tolerance
 
 
-@pytest.mark.parametrize("seq_len", [*LENGTHS, 150])
-@pytest.mark.parametrize("shape", [GROUPED, NARROW_VALUES, ONE_TO_ONE], ids=str)
-def test_prefill_without_context(candidate, shape, seq_len):
+@pytest.mark.parametrize("shape", SHAPES, ids=["grouped", "narrow values", "one to one"])
+def test_prefill_without_context(candidate, shape):
     layer = layer_of(candidate, shape)
-    request = layer.request(seq_len, 3 * shape.num_kv_heads)
-    out = layer.prefill(request, 0, seq_len)
-    assert error(out, request.expected(0, seq_len), request) < candidate.tolerance
+    for seq_len in (*LENGTHS, 150):
+        request = layer.request(seq_len, 3 * shape.num_kv_heads)
+        out = layer.prefill(request, 0, seq_len)
+        assert error(out, request.expected(0, seq_len), request) < candidate.tolerance, seq_len
 
 
-@pytest.mark.parametrize("chunk", [1, 7, BLOCK, 2 * BLOCK + 1])
-def test_prefill_over_context(candidate, chunk):
+def test_prefill_over_context(candidate):
     """Chunks that end inside a block, on its edge, and after it."""
     layer = layer_of(candidate)
-    request = layer.request(3 * BLOCK + 5, 4)
-    for start in range(0, request.seq_len, chunk):
-        end = min(start + chunk, request.seq_len)
-        out = layer.prefill(request, start, end)
-        assert error(out, request.expected(start, end), request) < candidate.tolerance
+    for chunk in (1, 7, BLOCK, 2 * BLOCK + 1):
+        request = layer.request(3 * BLOCK + 5, 4)
+        for start in range(0, request.seq_len, chunk):
+            end = min(start + chunk, request.seq_len)
+            out = layer.prefill(request, start, end)
+            assert error(out, request.expected(start, end), request) < candidate.tolerance, chunk
 
 
 def test_a_batch_gives_what_its_requests_give_alone(candidate):
@@ -147,7 +94,7 @@ def test_a_batch_gives_what_its_requests_give_alone(candidate):
         fill(layer, request)
     together = layer.decode(requests)
     alone = mx.concatenate([layer.decode([request]) for request in requests])
-    assert mx.abs(together - alone).max().item() < 2e-6
+    assert mx.abs(together - alone).max().item() < candidate.rounding
 
 
 def test_requests_do_not_touch_each_other(candidate):
@@ -161,19 +108,20 @@ def test_requests_do_not_touch_each_other(candidate):
     assert mx.array_equal(layer.decode([first]), before)
 
 
-@pytest.mark.parametrize("seq_len", [1, BLOCK - 1, BLOCK + 1])
-def test_the_rest_of_the_last_block_is_masked(candidate, seq_len):
+def test_the_rest_of_the_last_block_is_masked(candidate):
     """What an earlier owner left behind in a block does not count, in decode nor in prefill."""
     layer = layer_of(candidate)
     earlier = layer.request(2 * BLOCK, 4)
     earlier = replace(earlier, keys=10 * earlier.keys, values=100 + earlier.values)
-    layer.prefill(earlier, 0, 2 * BLOCK)
-    request = layer.request(seq_len, 4, block_ids=earlier.block_ids)
-    fill(layer, request, chunk=5)
-    out = layer.decode([request])
-    assert error(out, layer.expected_decode([request]), request) < candidate.tolerance
-    out = layer.prefill(request, seq_len - 1, seq_len)
-    assert error(out, request.expected(seq_len - 1, seq_len), request) < candidate.tolerance
+    for seq_len in (1, BLOCK - 1, BLOCK + 1):
+        layer.prefill(earlier, 0, 2 * BLOCK)
+        request = layer.request(seq_len, 4, block_ids=earlier.block_ids)
+        fill(layer, request, chunk=5)
+        out = layer.decode([request])
+        assert error(out, layer.expected_decode([request]), request) < candidate.tolerance, seq_len
+        out = layer.prefill(request, seq_len - 1, seq_len)
+        expected = request.expected(seq_len - 1, seq_len)
+        assert error(out, expected, request) < candidate.tolerance, seq_len
 
 
 def test_padding_of_the_block_table_is_masked(candidate):
@@ -188,17 +136,17 @@ def test_padding_of_the_block_table_is_masked(candidate):
     assert error(out[1:], layer.expected_decode([long]), long) < candidate.tolerance
 
 
-@pytest.mark.parametrize("poison", [np.inf, np.nan])
-def test_values_that_are_no_numbers_stay_with_their_request(candidate, poison):
+def test_values_that_are_no_numbers_stay_with_their_request(candidate):
     """An earlier owner of a block that overflowed does not spoil the next one."""
     layer = layer_of(candidate)
-    earlier = layer.request(2 * BLOCK, 4)
-    earlier = replace(earlier, values=np.full_like(earlier.values, poison))
-    layer.prefill(earlier, 0, 2 * BLOCK)
-    request = layer.request(BLOCK + 3, 4, block_ids=earlier.block_ids)
-    fill(layer, request)
-    out = layer.decode([request])
-    assert error(out, layer.expected_decode([request]), request) < candidate.tolerance
+    for poison in (np.inf, np.nan):
+        earlier = layer.request(2 * BLOCK, 4)
+        earlier = replace(earlier, values=np.full_like(earlier.values, poison))
+        layer.prefill(earlier, 0, 2 * BLOCK)
+        request = layer.request(BLOCK + 3, 4, block_ids=earlier.block_ids)
+        fill(layer, request)
+        out = layer.decode([request])
+        assert error(out, layer.expected_decode([request]), request) < candidate.tolerance, poison
 
 
 def test_sinks(candidate):
@@ -219,45 +167,65 @@ def test_the_scale_is_the_models(candidate):
     assert error(out, layer.expected_decode([request]), request) < 4 * candidate.tolerance
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_output_has_the_type_of_the_queries(candidate, dtype):
+def test_output_has_the_type_of_the_queries(candidate):
     layer = layer_of(candidate)
-    request = layer.request(BLOCK + 5, 4, sinks=True)
-    rounding = {mx.float16: 2e-3, mx.bfloat16: 2e-2}[dtype]
-    for start, end in ((0, 10), (10, BLOCK + 4)):
-        out = layer.prefill(request, start, end, dtype)
+    for dtype, rounding in ((mx.float16, 2e-3), (mx.bfloat16, 2e-2)):
+        request = layer.request(BLOCK + 5, 4, sinks=True)
+        largest = candidate.tolerance + rounding
+        for start, end in ((0, 10), (10, BLOCK + 4)):
+            out = layer.prefill(request, start, end, dtype)
+            assert out.dtype == dtype
+            assert error(out, request.expected(start, end), request) < largest
+        out = layer.decode([request], dtype)
         assert out.dtype == dtype
-        assert error(out, request.expected(start, end), request) < candidate.tolerance + rounding
-    out = layer.decode([request], dtype)
-    assert out.dtype == dtype
-    expected = layer.expected_decode([request])
-    assert error(out, expected, request) < candidate.tolerance + rounding
+        assert error(out, layer.expected_decode([request]), request) < largest
 
 
-@pytest.mark.parametrize("case", inputs.vectors(1))
 @pytest.mark.parametrize("field", ["keys", "values"])
-def test_ugly_keys_and_values(candidate, field, case):
-    layer = layer_of(candidate)
-    request = layer.request(2 * BLOCK + 5, 4)
-    ugly = inputs.vectors(64, count=2 * request.seq_len)[case].reshape(2, request.seq_len, 64)
-    request = replace(request, **{field: ugly})
-    scores = request.queries.reshape(2, 2, -1, 64) @ request.keys[:, None].swapaxes(2, 3)
-    request = replace(request, scale=float(4 / (np.abs(scores).max() or 4.0)))
-    fill(layer, request)
-    out = layer.decode([request])
-    assert error(out, layer.expected_decode([request]), request) < candidate.tolerance
+def test_ugly_keys_and_values(candidate, field):
+    """Each case scaled so that its scores are of the size of a model's."""
+    for case in inputs.vectors(1):
+        layer = layer_of(candidate)
+        request = layer.request(2 * BLOCK + 5, 4)
+        ugly = inputs.vectors(64, count=2 * request.seq_len)[case].reshape(2, request.seq_len, 64)
+        request = replace(request, **{field: ugly})
+        scores = request.queries.reshape(2, 2, -1, 64) @ request.keys[:, None].swapaxes(2, 3)
+        request = replace(request, scale=float(4 / (np.abs(scores).max() or 4.0)))
+        fill(layer, request)
+        out = layer.decode([request])
+        assert error(out, layer.expected_decode([request]), request) < candidate.tolerance, case
 
 
-@pytest.mark.parametrize("magnitude", [30.0, 1000.0])
-def test_sharp_attention_is_finite(candidate, magnitude):
+def test_sharp_attention_is_finite(candidate):
     """Scores in the hundreds: rounding may pick another token, but nothing overflows."""
     layer = layer_of(candidate)
-    request = layer.request(2 * BLOCK + 5, 4)
-    request = replace(request, keys=magnitude * request.keys)
-    fill(layer, request)
-    out = np.array(layer.decode([request]))
-    assert np.isfinite(out).all()
-    assert np.abs(out).max() <= 1.01 * np.abs(request.values).max()
+    for magnitude in (30.0, 1000.0):
+        request = layer.request(2 * BLOCK + 5, 4)
+        request = replace(request, keys=magnitude * request.keys)
+        fill(layer, request)
+        out = np.array(layer.decode([request]))
+        assert np.isfinite(out).all()
+        assert np.abs(out).max() <= 1.01 * np.abs(request.values).max()
+
+
+def test_a_window_is_seen_and_no_more(candidate):
+    """Chunks shorter and longer than the window, then rows of unequal lengths; with sinks."""
+    for window in (1, 8, 13, 40):
+        shape = replace(GROUPED, sliding_window=window)
+        layer = PagedLayer(candidate.make(shape, 8), num_blocks=40)
+        requests = [layer.request(n, 4, sinks=True) for n in (61, 5, 30)]
+        requests = [replace(r, sinks=requests[0].sinks) for r in requests]
+        for request, chunk in zip(requests, (25, 3, 7), strict=True):
+            for start in range(0, request.seq_len - 1, chunk):
+                end = min(start + chunk, request.seq_len - 1)
+                out = layer.prefill(request, start, end)
+                expected = request.expected(start, end)
+                assert error(out, expected, request) < candidate.tolerance, window
+        out = layer.decode(requests)
+        expected = layer.expected_decode(requests)
+        assert error(out, expected, *requests) < candidate.tolerance, window
+        alone = mx.concatenate([layer.decode([request]) for request in requests])
+        assert mx.abs(out - alone).max().item() < candidate.rounding, window
 
 
 def test_a_chunk_fetches_its_context_and_itself_as_it_is(candidate):
@@ -274,8 +242,7 @@ def test_a_chunk_fetches_its_context_and_itself_as_it_is(candidate):
             assert difference < candidate.tolerance * np.abs(whole).max()
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_decode_rows_fetch_their_tokens_and_zeros(candidate, dtype):
+def test_decode_rows_fetch_their_tokens_and_zeros(candidate):
     """Also where an earlier owner of the blocks left what is no number."""
     layer = layer_of(candidate, NARROW_VALUES)
     earlier = layer.request(4 * BLOCK, 4)
@@ -286,19 +253,20 @@ def test_decode_rows_fetch_their_tokens_and_zeros(candidate, dtype):
         fill(layer, request)
     layer.decode(requests)
     lens = [request.seq_len for request in requests]
-    new = [mx.zeros((2, 1, 1, size), dtype) for size in (64, 32)]
-    fetched = layer.backend.fetch(layer.pages, *new, layer.rows(requests, lens, owned[-1]))
-    for row, request in enumerate(requests):
-        for part, whole in zip(fetched, (request.keys, request.values), strict=True):
-            assert part.shape[2] == max(lens) and part.dtype == dtype
-            numbers = np.array(part[row].astype(mx.float32))
-            difference = np.abs(numbers[:, : request.seq_len] - whole).max()
-            assert difference < (candidate.tolerance + 1e-2) * np.abs(whole).max()
-            assert not numbers[:, request.seq_len :].any()
+    for dtype in (mx.float32, mx.bfloat16):
+        new = [mx.zeros((2, 1, 1, size), dtype) for size in (64, 32)]
+        fetched = layer.backend.fetch(layer.pages, *new, layer.rows(requests, lens, owned[-1]))
+        for row, request in enumerate(requests):
+            for part, whole in zip(fetched, (request.keys, request.values), strict=True):
+                assert part.shape[2] == max(lens) and part.dtype == dtype
+                numbers = np.array(part[row].astype(mx.float32))
+                difference = np.abs(numbers[:, : request.seq_len] - whole).max()
+                assert difference < (candidate.tolerance + 1e-2) * np.abs(whole).max()
+                assert not numbers[:, request.seq_len :].any()
 
 
 def test_a_large_chunk_in_a_window_or_where_the_model_computes_attention(candidate):
-    fetched = candidate.make(replace(GROUPED, fetched=True), BLOCK).largest_chunk(2000, 9**6, 4)
+    fetched = candidate.make(replace(GROUPED, fetched=True), BLOCK).chunk_memory(2000, 9**6, 4)
     assert (fetched.tokens, fetched.scored_rows) == (9**6, 2000)
     backend = candidate.make(replace(GROUPED, sliding_window=50), BLOCK)
-    assert backend.largest_chunk(7, 9**6, 4).tokens == 50 + 7 - 1 + BLOCK - 1
+    assert backend.chunk_memory(7, 9**6, 4).tokens == 50 + 7 - 1 + BLOCK - 1

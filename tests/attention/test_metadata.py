@@ -1,7 +1,8 @@
 """Lengths of a forward pass, and index arrays that layers share."""
 
+from dataclasses import replace
+
 import mlx.core as mx
-import pytest
 
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 
@@ -27,26 +28,40 @@ def test_rows_of_a_decode_step_may_be_unequal():
     assert not DecodeMetadata(mx.array([[1]]), mx.array([3]), mx.array([18]), 2, 3).is_ragged
 
 
+def later(metadata: DecodeMetadata, steps: int, made: "Made") -> mx.array:
+    made.times += 1
+    return metadata.seq_lens + steps
+
+
+class Made:
+    """Counts how often an array is computed."""
+
+    times = 0
+
+
 def test_derived_arrays_are_made_once_for_all_layers():
-    metadata, made = decode_metadata(), []
-
-    def make() -> mx.array:
-        made.append(None)
-        return metadata.seq_lens + 1
-
-    first = metadata.derived.once("rows", make)
-    assert metadata.derived.once("rows", make) is first
-    assert metadata.derived.once(("rows", 2), make) is not first
-    assert len(made) == 2
+    metadata, made = decode_metadata(), Made()
+    first = metadata.once(later, 1, made)
+    assert metadata.once(later, 1, made) is first
+    assert metadata.once(later, 2, made).tolist() == [19, 3, 18]
+    assert made.times == 2
 
 
 def test_a_derived_none_is_kept_too():
-    metadata = decode_metadata()
-    assert metadata.derived.once("sinks", lambda: None) is None
-    assert metadata.derived.once("sinks", lambda: pytest.fail("made twice")) is None
+    metadata, made = decode_metadata(), Made()
+
+    assert metadata.once(nothing, made) is None
+    assert metadata.once(nothing, made) is None
+    assert made.times == 1
+
+
+def nothing(metadata: DecodeMetadata, made: Made) -> None:
+    made.times += 1
 
 
 def test_forward_passes_share_nothing():
-    first, second = decode_metadata(), decode_metadata()
-    first.derived.once("rows", lambda: 1)
-    assert second.derived.once("rows", lambda: 2) == 2
+    """Nor does metadata that is made from other metadata."""
+    first, second, made = decode_metadata(), decode_metadata(), Made()
+    for metadata in (first, second, replace(first, seq_lens=mx.array([1, 2, 3]))):
+        metadata.once(later, 1, made)
+    assert made.times == 3

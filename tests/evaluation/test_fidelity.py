@@ -8,9 +8,9 @@ from tests.tiny_models import tiny_model
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 from vllm_metal.model.model_binding import ModelBinding
 
 WINDOWS = [[(11 * i + j) % 60 for i in range(70)] for j in (0, 5)]

@@ -1,27 +1,17 @@
-"""Metadata of every group, written out by hand; and backends that see through its windows."""
+"""Metadata of every group, written out by hand."""
 
-from dataclasses import replace
-
-import mlx.core as mx
 import numpy as np
-import pytest
 
-from tests.attention.paged_layer import PagedLayer
-from tests.attention.test_backend import CANDIDATES, GROUPED, Candidate, error
 from vllm_metal.kv_cache.group_metadata import (
     decode_metadata,
     gathered_tokens,
     prefill_metadata,
 )
-from vllm_metal.kv_cache.groups import KVGroup
-from vllm_metal.metal_kernel_backend.host_target import HostTarget
-from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
-from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
 
-FULL = KVGroup(8, layers=(0,))
-WINDOW = KVGroup(4, layers=(1,), sliding_window=6)
-STATES = KVGroup(100, states=(0,))
+FULL = AttentionGroup(8, layers=(0,))
+WINDOW = AttentionGroup(4, layers=(1,), sliding_window=6)
+STATES = StateGroup((0,), max_tokens=100)
 GROUPS = (FULL, WINDOW, STATES)
 TABLE = np.arange(20, 28, dtype=np.int32)
 """Of a window group: blocks of 4 tokens at positions 0, 4, 8, ..."""
@@ -57,7 +47,7 @@ def test_decode_of_a_window_begins_at_the_first_block_that_it_touches():
 
 
 def test_work_in_a_window_does_not_grow_with_the_request():
-    group = KVGroup(4, layers=(0,), sliding_window=6)
+    group = AttentionGroup(4, layers=(0,), sliding_window=6)
     table = np.arange(1, 1001, dtype=np.int32)[None]
     widths = set()
     for position in range(100, 3900, 37):
@@ -81,30 +71,3 @@ def test_a_chunk_in_a_window_keeps_what_its_first_token_sees():
     assert window.slot_mapping.tolist() == [23 * 4 + 2, 23 * 4 + 3, 24 * 4, 24 * 4 + 1, 24 * 4 + 2]
     assert not states.begins
     assert prefill_metadata(GROUPS, tables, 0, 5)[2].begins
-
-
-def fused(shape, block_size):
-    constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
-    formats = parse_pair("q8_0/q8_0")
-    return TurboQuantFused(shape, block_size, formats, constants, HostTarget())
-
-
-@pytest.mark.parametrize("window", [1, 8, 13, 40])
-@pytest.mark.parametrize(
-    "candidate", [*CANDIDATES, Candidate("turboquant-on-kernels", fused, 1e-2)], ids=str
-)
-def test_backends_see_the_window_and_no_more(candidate, window):
-    """Chunks shorter and longer than the window, then rows of unequal lengths; with sinks."""
-    shape = replace(GROUPED, sliding_window=window)
-    layer = PagedLayer(candidate.make(shape, 8), num_blocks=40)
-    requests = [layer.request(n, 4, sinks=True) for n in (61, 5, 30)]
-    requests = [replace(r, sinks=requests[0].sinks) for r in requests]
-    for request, chunk in zip(requests, (25, 3, 7), strict=True):
-        for start in range(0, request.seq_len - 1, chunk):
-            end = min(start + chunk, request.seq_len - 1)
-            out = layer.prefill(request, start, end)
-            assert error(out, request.expected(start, end), request) < candidate.tolerance
-    out = layer.decode(requests)
-    assert error(out, layer.expected_decode(requests), *requests) < candidate.tolerance
-    alone = mx.concatenate([layer.decode([request]) for request in requests])
-    assert mx.abs(out - alone).max().item() < 2e-6

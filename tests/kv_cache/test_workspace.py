@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.kv_cache import workspace
 from vllm_metal.kv_cache.workspace import DECODE_SHARE, ForwardPeaks, StepMemory
 
@@ -31,13 +31,13 @@ def test_attention_grows_with_rows_tokens_and_their_product():
         lambda rows: 0, lambda rows, tokens: 70 + 5 * rows + 3 * tokens + 2 * rows * tokens
     )
     assert measured.of(600, 7000) == 70 + 5 * 600 + 3 * 7000 + 2 * 600 * 7000
-    tiles = PrefillChunk(600, 7000, scored_rows=11)
+    tiles = ChunkMemory(600, 7000, scored_rows=11)
     assert measured.of_chunk(tiles) == 70 + 5 * 600 + 3 * 7000 + 2 * 11 * 7000
 
 
 def test_scores_that_small_passes_hide_are_counted():
     measured = peaks(lambda rows: 0, lambda rows, tokens: 3 * tokens)
-    assert measured.of_chunk(PrefillChunk(600, 7000, 11, score_bytes=16)) == (
+    assert measured.of_chunk(ChunkMemory(600, 7000, 11, score_bytes=16)) == (
         3 * 7000 + 16 * 11 * 7000
     )
 
@@ -72,7 +72,7 @@ def steps(**changes) -> StepMemory:
         prefill=peaks(lambda rows: 10 * rows, lambda rows, tokens: tokens),
         decode=peaks(lambda rows: 0, lambda rows, tokens: 100 * rows + 2 * rows * tokens),
         **(
-            {"chunks": {PrefillChunk(512, 1000, 512)}, "max_requests": 8, "max_tokens": 1000}
+            {"chunks": {ChunkMemory(512, 1000, 512)}, "max_requests": 8, "max_tokens": 1000}
             | changes
         ),
     )
@@ -80,7 +80,7 @@ def steps(**changes) -> StepMemory:
 
 def test_the_largest_chunk_decides_where_little_is_gathered():
     assert steps().workspace(page_bytes=0, num_tokens=0) == 5120
-    chunks = {PrefillChunk(512, 1000, 512), PrefillChunk(512, 90_000, 1)}
+    chunks = {ChunkMemory(512, 1000, 512), ChunkMemory(512, 90_000, 1)}
     assert steps(chunks=chunks).workspace(page_bytes=0, num_tokens=0) == 90_000
 
 
@@ -98,7 +98,7 @@ def test_gathering_takes_a_share_of_the_memory_at_most():
 
 
 def test_one_request_is_gathered_whatever_it_takes():
-    long = steps(max_tokens=50_000, chunks={PrefillChunk(512, 50_000, 512)})
+    long = steps(max_tokens=50_000, chunks={ChunkMemory(512, 50_000, 512)})
     assert long.workspace(page_bytes=0, num_tokens=0) == 100 + 2 * 50_000
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import reference
-from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.metal_kernel_backend import causal_attention as module
 
@@ -51,9 +51,9 @@ def test_a_chunk_fits_where_one_tile_does():
 def test_a_tile_has_a_row_at_least_and_the_chunk_at_most():
     assert module.scored_rows(query_len=50, seq_len=1000, num_heads=4) == 50
     assert module.scored_rows(1 << 11, 1 << 27, 32) == 1
-    whole = module.causal_chunk(50, 1000, 4, None)
-    assert whole == PrefillChunk(query_len=50, tokens=1000, scored_rows=50, score_bytes=4 * 4)
-    assert module.causal_chunk(50, 1000, 4, 128).score_bytes == 2 * whole.score_bytes
+    whole = module.causal_memory(50, 1000, 4, None)
+    assert whole == ChunkMemory(query_len=50, tokens=1000, scored_rows=50, score_bytes=4 * 4)
+    assert module.causal_memory(50, 1000, 4, 128).score_bytes == 2 * whole.score_bytes
 
 
 def test_valid_tokens_end_with_the_request():

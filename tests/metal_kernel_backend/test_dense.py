@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from tests import reference
-from vllm_metal.attention.backend import LayerShape
+from tests.pages import empty_pages
+from vllm_metal.attention.backend import Chunk, LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
 
 SHAPE = LayerShape(num_kv_heads=2, head_size=8, head_size_v=4)
@@ -39,7 +41,7 @@ def test_a_token_lies_in_its_block_head_and_row(dtype, padding):
     values = mx.random.normal((3, 2, 4))
     slots = [2 * BLOCK + 3, 5 * BLOCK, 5 * BLOCK + 1]
     metadata = PrefillMetadata(mx.array([[2, 5]]), mx.array(slots), context_len=3, query_len=3)
-    [pages] = backend.store(backend.allocate(6), keys, values, metadata)
+    pages = backend.store(empty_pages(backend, 6), keys, values, metadata)
     expected = np.zeros((6, page_bytes // dtype.size), np.float32)
     for begin, new in ((0, keys), (2 * BLOCK * 8, values)):
         part = np.zeros((6, 2, BLOCK, new.shape[-1]), np.float32)
@@ -49,7 +51,7 @@ def test_a_token_lies_in_its_block_head_and_row(dtype, padding):
             )
         part = part.reshape(6, -1)
         expected[:, begin : begin + part.shape[1]] = part
-    np.testing.assert_array_equal(np.array(pages.astype(mx.float32)), expected)
+    np.testing.assert_array_equal(np.array(pages.array.astype(mx.float32)), expected)
 
 
 def test_a_prefill_without_context_reads_no_pages():
@@ -59,8 +61,8 @@ def test_a_prefill_without_context_reads_no_pages():
     outs = []
     for dtype in (mx.float32, mx.bfloat16):
         backend = DensePages(SHAPE, BLOCK, dtype)
-        pages = backend.allocate(3)
-        outs.append(backend.prefill(pages, queries, keys, values, metadata, 1.0, None))
+        pages = empty_pages(backend, 3)
+        outs.append(backend.prefill(pages, Chunk(queries, keys, values, metadata, 1.0)))
     assert mx.array_equal(*outs)
     expected = reference.attention(*(np.array(a) for a in (queries, keys, values)), 1.0)
     np.testing.assert_allclose(np.array(outs[0]), expected, atol=2e-6)
@@ -70,12 +72,12 @@ def test_layers_share_index_arrays():
     """A second layer of the same shape derives nothing anew."""
     backends = [DensePages(SHAPE, BLOCK, mx.float32) for _ in range(2)]
     metadata = DecodeMetadata(mx.array([[1]]), mx.array([1]), mx.array([BLOCK]), 0, 1)
-    query, pages = mx.zeros((1, 2, 8)), [backend.allocate(2) for backend in backends]
+    query, pages = mx.zeros((1, 2, 8)), [empty_pages(backend, 2) for backend in backends]
     derived = []
     for backend, page in zip(backends, pages, strict=True):
         page = backend.store(page, mx.ones((1, 2, 8)), mx.ones((1, 2, 4)), metadata)
-        backend.decode(page, query, metadata, 1.0, None)
-        derived.append(dict(metadata.derived.arrays))
+        backend.decode(page, Rows(query, metadata, 1.0))
+        derived.append(dict(metadata._derived))
     assert derived[0] and derived[0].keys() == derived[1].keys()
     assert all(derived[1][key] is array for key, array in derived[0].items())
 
@@ -83,8 +85,8 @@ def test_layers_share_index_arrays():
 def test_a_layer_that_caches_one_array_takes_no_bytes_for_the_other():
     backend = DensePages(LayerShape(1, 8, 0, fetched=True), BLOCK, mx.float32)
     assert backend.page_size_bytes == BLOCK * 8 * 4
-    pages = backend.allocate(3)
-    assert sum(page.nbytes for page in pages) == 3 * backend.page_size_bytes
+    assert KVCache([backend], 3).nbytes == 3 * backend.page_size_bytes
+    pages = empty_pages(backend, 3)
     metadata = PrefillMetadata(mx.array([[2, 1]]), mx.array([8, 9, 10, 11, 4]), 0, 5)
     keys, values = mx.random.normal((5, 1, 8)), mx.zeros((5, 1, 0))
     pages = backend.store(pages, keys, values, metadata)

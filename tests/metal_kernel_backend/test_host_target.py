@@ -1,6 +1,7 @@
 """Kernels on the CPU: what a simdgroup and a threadgroup are, in place writes, failures.
 
-And the kernels' programs, built for systems that the tests do not run on.
+Also the same programs run when MLX evaluates (`LazyTarget`), and built for systems that the tests
+do not run on.
 """
 
 import subprocess
@@ -11,21 +12,34 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.metal_kernel_backend.lazy_target import LazyTarget, needs_lazy_target
 from vllm_metal.metal_kernel_backend import host_target
-from vllm_metal.metal_kernel_backend.host_target import COMPILE_FLAGS, HostTarget, host_source
+from vllm_metal.metal_kernel_backend.host_target import (
+    COMPILE_FLAGS,
+    HostTarget,
+    ProgramRecorder,
+    host_source,
+)
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Target
 from vllm_metal.metal_kernel_backend.turboquant.kernels import DECODE, DEQUANTIZE, MERGE, STORE
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 
-def run(body: str, x: mx.array, threads: int = 64, groups: int = 1, template=()) -> mx.array:
+def run(
+    body: str,
+    x: mx.array,
+    threads: int = 64,
+    threadgroups: int = 1,
+    template=(),
+    target: Target | None = None,
+) -> mx.array:
     """One kernel with input x and an output of its size and type."""
-    kernel = Kernel("probe", "turboquant", (), ("x",), ("y",), POSITION + body)
-    return HostTarget().build(kernel)(
+    kernel = Kernel("probe", "", "", ("x",), ("y",), POSITION + body)
+    return (target or HostTarget()).build(kernel)(
         inputs=[x],
         template=list(template),
-        grid=(threads * groups, 1, 1),
+        grid=(threads * threadgroups, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[x.shape],
         output_dtypes=[x.dtype],
@@ -43,13 +57,13 @@ X = mx.arange(128).astype(mx.float32)
 
 def test_simdgroup_functions_see_the_32_lanes_of_their_simdgroup():
     x = np.array(X).reshape(4, 32)
-    sums = run("y[i] = simd_sum(x[i]);", X, groups=2)
+    sums = run("y[i] = simd_sum(x[i]);", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(sums).reshape(4, 32), x.sum(1, keepdims=True) + 0 * x)
-    largest = run("y[i] = simd_max(-x[i]);", X, groups=2)
+    largest = run("y[i] = simd_max(-x[i]);", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(largest).reshape(4, 32)[:, 0], -x[:, 0])
-    swapped = run("y[i] = simd_shuffle_xor(x[i], 5);", X, groups=2)
+    swapped = run("y[i] = simd_shuffle_xor(x[i], 5);", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(swapped).reshape(4, 32), x[:, np.arange(32) ^ 5])
-    any_over_40 = run("y[i] = simd_any(x[i] > 40.0f) ? 1 : 0;", X, groups=2)
+    any_over_40 = run("y[i] = simd_any(x[i] > 40.0f) ? 1 : 0;", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(any_over_40).reshape(4, 32)[:, 7], [0, 1, 1, 1])
 
 
@@ -60,7 +74,7 @@ def test_threadgroup_memory_is_shared_and_barriers_order_it():
   threadgroup_barrier(mem_flags::mem_threadgroup);
   y[i] = shared[63 - local];
 """
-    y = np.array(run(body, X, groups=2)).reshape(2, 64)
+    y = np.array(run(body, X, threadgroups=2)).reshape(2, 64)
     np.testing.assert_array_equal(y, np.array(X).reshape(2, 64)[:, ::-1])
 
 
@@ -92,15 +106,66 @@ def test_what_only_some_threads_reach_is_an_error(body):
 
 def test_compiled_kernels_are_kept_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    np.testing.assert_array_equal(np.array(run("y[i] = x[i] + 17.0f;", X, groups=2)), X + 17)
+    np.testing.assert_array_equal(np.array(run("y[i] = x[i] + 17.0f;", X, threadgroups=2)), X + 17)
     [kept] = (file for file in tmp_path.rglob("*") if file.is_file())
     assert kept.parent == tmp_path / "vllm_metal" / "host-kernels"
     assert kept.name.startswith("probe_")
 
 
+def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch, tmp_path):
+    recorder, commands = ProgramRecorder(), []
+    body = "y[i] = x[i] + 19.0f;"
+    run(body, X, target=recorder)
+    monkeypatch.setattr(
+        host_target.subprocess,
+        "run",
+        lambda command, real=subprocess.run, **arguments: (
+            commands.append(command) or real(command, **arguments)
+        ),
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    host_target.compile_ahead(recorder.programs)
+    np.testing.assert_array_equal(np.array(run(body, X, groups=2)), X + 19)
+    assert len(commands) == 1
+
+
 def test_a_kernel_that_does_not_compile_is_an_error():
     with pytest.raises(RuntimeError, match="does not compile"):
         run("y[i] = undeclared;", X)
+
+
+THROUGH = "((ushort*)x)[i] = ushort(i + 1); y[i] = 0;"
+"""Writes through its input."""
+
+
+@needs_lazy_target
+def test_a_lazy_kernel_runs_when_its_output_is_evaluated():
+    """Its write through an input is not there before, and MLX does not know of it."""
+    x = mx.zeros((64,), mx.uint16)
+    mx.eval(x)
+    y = run(THROUGH, x, target=LazyTarget())
+    mx.eval(x + 0)
+    assert not np.array(x).any()
+    mx.eval(y)
+    np.testing.assert_array_equal(np.array(x), np.arange(64) + 1)
+
+
+@needs_lazy_target
+def test_a_lazy_kernel_is_traced_and_replayed():
+    @mx.compile
+    def traced(x):
+        return run("y[i] = x[i] * x[i];", x + 1, groups=2, target=LazyTarget()) - 1
+
+    for x in (X, 2 * X):
+        np.testing.assert_array_equal(np.array(traced(x)), np.array(x + 1) ** 2 - 1)
+
+
+@needs_lazy_target
+def test_what_only_some_threads_of_a_lazy_kernel_reach_is_an_error():
+    body = "y[i] = 0; if (lane < 16) { y[i] = simd_sum(x[i]); }"
+    y = run(body, X, target=LazyTarget())
+    with pytest.raises(RuntimeError, match="only some threads"):
+        mx.eval(y)
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
@@ -115,27 +180,10 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
         host_target.host_compiler.cache_clear()
 
 
-class Recording(Target):
-    """Keeps the programs that the host target would compile; every output is zeros."""
-
-    name = "host"
-
-    def __init__(self):
-        self.programs = {}
-
-    def build(self, kernel, resident=None):
-        def run(inputs, template, grid, threadgroup, output_shapes, output_dtypes):
-            dtypes = [array.dtype for array in inputs]
-            self.programs[kernel.name] = host_source(kernel, template, dtypes, output_dtypes)
-            return [mx.zeros(*output) for output in zip(output_shapes, output_dtypes, strict=True)]
-
-        return run
-
-
 @cache
 def kernel_programs() -> dict[str, str]:
     """The program of each kernel, for one layer of 2 KV heads of size 128."""
-    target = Recording()
+    target = ProgramRecorder()
     layout = PageLayout.of("q8_0", "q3_0", 128, 2, 16)
     launcher = Launcher(layout, target, num_cores=8)
     pages, new = mx.zeros(layout.pages_shape(4), mx.uint16), mx.zeros((1, 2, 128), mx.float16)
@@ -145,7 +193,7 @@ def kernel_programs() -> dict[str, str]:
     queries, table = mx.zeros((1, 1, 8, 128), mx.float16), mx.zeros((1, 3), mx.int32)
     launcher.decode(pages, queries, table, slots, constants, 0.1, 40, token)
     launcher.dequantize(pages, table[0], constants, 0, 3, token, mx.float16)
-    return target.programs
+    return {program.kernel.name: host_source(program) for program in target.programs}
 
 
 LIBRARY_STUBS = """

@@ -7,9 +7,9 @@ from vllm_metal.attention.backend import LayerShape
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 SHAPES = [LayerShape(2, 64, 64)] * 6
 

@@ -74,15 +74,26 @@ def test_the_page_counts_and_says_why():
     )
     assert "| | served | refused |\n| --- | --- | --- |\n| dense | 2 | 0 |\n" in page
     assert "| TurboQuant | 1 | 1 |\n" in page
-    assert (
-        "| `a` | MoE | served | refused | TurboQuant: is odd (layers 0, 2); so is the model |\n"
-    ) in page
-    assert "| `b` |  | served, one at a time | served | odd |\n" in page
-    assert "difference found is 3e-06." in page
-    assert "`new` (old)" in page
+    assert "| `a` | MoE | served | refused |\n" in page
+    assert "| `b` |  | served, one at a time | served |\n" in page
+    assert "- *TurboQuant*: a layer is odd. Model files: `a`.\n" in page
+    assert "- *TurboQuant*: so is the model. Model files: `a`.\n" in page
+    assert "- `b`: odd.\n" in page
+    assert "largest difference found is 3e-06." in page
+    assert "`new` with `old`." in page
 
 
 def test_what_is_wrong_stands_out():
     page = make_page(a=result(WRONG, WRONG))
     assert "| | wrong |\n| --- | --- |\n| dense | 1 |\n" in page
-    assert "| `a` |  | **wrong** | **wrong** | a \\| b c |\n" in page
+    assert "| `a` |  | **wrong** | **wrong** |\n" in page
+    assert "- *Dense pages and TurboQuant*: a | b c. Model files: `a`.\n" in page
+
+
+def test_a_reason_that_models_share_is_given_once():
+    page = make_page(
+        a=result(REFUSED, REFUSED), b=result(SERVED, REFUSED), c=result(SERVED, REFUSED)
+    )
+    assert page.count("a layer is odd") == 2
+    assert "- *Dense pages and TurboQuant*: a layer is odd. Model files: `a`.\n" in page
+    assert "- *TurboQuant*: a layer is odd. Model files: `b`, `c`.\n" in page

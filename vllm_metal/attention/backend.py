@@ -1,8 +1,8 @@
-"""The attention backend: what a page holds, how K/V enter it, how queries read it.
+"""The attention backend: what a page holds, how keys and values enter it, how queries read it.
 
-A backend instance belongs to one layer. It holds constants only; the pages belong to
-`vllm_metal.kv_cache.cache.KVCache`, which passes them in and rebinds what `store` returns, so
-that MLX can write them in place.
+A backend belongs to one layer. It holds constants only; the pages belong to
+`vllm_metal.kv_cache.cache.KVCache`, which passes them in and keeps what `store` returns, so that
+MLX can write them in place.
 
 Letters: B requests, T new tokens, Hq query heads, H KV heads, Dk and Dv head sizes, L query
 tokens, S tokens of the longest request, N blocks of a block table.
@@ -10,6 +10,9 @@ tokens, S tokens of the longest request, N blocks of a block table.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -28,14 +31,54 @@ class LayerShape:
     """Dv, elements of one value; 0 where a layer caches one array only."""
     fetched: bool = False
     """Whether the model computes on its cached keys and values, so that they are fetched from the
-    pages; else the backend attends."""
+    pages; otherwise the backend attends."""
     sliding_window: int | None = None
-    """Tokens that a query sees, itself included; None: all."""
+    """Tokens that a query sees, itself included; None for all."""
 
 
 @dataclass(frozen=True)
-class PrefillChunk:
-    """How much of a prefill's attention exists at a time in one layer."""
+class Chunk:
+    """What a layer attends with in a prefill: one chunk of one prompt."""
+
+    queries: mx.array
+    """[Hq, L, Dk]."""
+    keys: mx.array
+    """[H, L, Dk], the chunk's own, exact."""
+    values: mx.array
+    """[H, L, Dv], the chunk's own, exact."""
+    metadata: PrefillMetadata
+    scale: float
+    """Factor of the scores."""
+    sinks: mx.array | None = None
+    """[Hq], a logit of each head that takes weight and gives no value."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a layer attends with in a decode step: one new token of each of B requests."""
+
+    queries: mx.array
+    """[B, Hq, Dk]."""
+    metadata: DecodeMetadata
+    scale: float
+    """Factor of the scores."""
+    sinks: mx.array | None = None
+    """[Hq], a logit of each head that takes weight and gives no value."""
+
+
+class Pages(NamedTuple):
+    """The pages of one layer."""
+
+    array: mx.array
+    """[num_blocks, page], elements of `AttentionBackend.page_dtype`."""
+    token: mx.array | None = None
+    """What the last `store` returned to order the reads after it; None for a backend whose `store`
+    returns a new array, which orders them by itself."""
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """How much of a prefill chunk's attention exists at a time in one layer."""
 
     query_len: int
     """L."""
@@ -44,11 +87,15 @@ class PrefillChunk:
     scored_rows: int
     """Query tokens whose scores of all `tokens` exist."""
     score_bytes: int = 0
-    """What the scores of one query token and one key take, at least; 0 where that is measured."""
+    """Bytes that the scores of one query token and one key take in all heads, at least; 0 where
+    that is measured."""
+    held: Fraction = Fraction(1)
+    """Part of the heads that is gathered and scored at a time."""
 
-
-Pages = tuple[mx.array, ...]
-"""The array that holds the pages, `[num_blocks, ...]`, and what the last `store` left beside it."""
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of all heads that take as much as `tokens` of the heads held."""
+        return ceil(self.tokens * self.held)
 
 
 class AttentionBackend(ABC):
@@ -56,8 +103,8 @@ class AttentionBackend(ABC):
 
     name: str
     """Shown to the user, e.g. `dense bfloat16`."""
-    compressed: bool = False
-    """Whether pages hold fewer bytes than the keys and values themselves; for reports."""
+    format_names: tuple[str, str] | None = None
+    """Names of the key and the value format of compressed pages; None for dense pages."""
     stores_through: bool = False
     """Whether `store` writes through the array that it is given, whoever else holds it."""
     page_dtype: mx.Dtype
@@ -65,15 +112,14 @@ class AttentionBackend(ABC):
     reproducible: bool = False
     """Whether a prefill chunk reads its own keys and values as the pages have them."""
 
-    def __init__(self, shape: LayerShape, block_size: int, page_bytes: int = 0):
+    def __init__(self, shape: LayerShape, block_size: int):
         self.shape = shape
         self.block_size = block_size
-        self._page_bytes = page_bytes
 
     @property
-    def format_names(self) -> tuple[str, str]:
-        """Key and value format, where `compressed`."""
-        raise NotImplementedError(f"{self.name} has no formats")
+    def compressed(self) -> bool:
+        """Whether pages hold fewer bytes than the keys and values themselves; for reports."""
+        return self.format_names is not None
 
     @property
     @abstractmethod
@@ -81,17 +127,18 @@ class AttentionBackend(ABC):
         """Bytes that one KV head of one token occupies, keys and values together."""
 
     @property
+    @abstractmethod
     def page_size_bytes(self) -> int:
         """Bytes of one block in this layer, unused ones at its end included."""
-        return self._page_bytes or self.block_size * self.shape.num_kv_heads * self.slot_size
 
-    def pages_shape(self, num_blocks: int) -> tuple[int, int]:
-        """Shape of the array of pages."""
-        return num_blocks, self.page_size_bytes // self.page_dtype.size
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits of a key or value coordinate, metadata included, unused bytes not."""
+        return 8 * self.slot_size / (self.shape.head_size + self.shape.head_size_v)
 
-    def allocate(self, num_blocks: int) -> Pages:
-        """Pages for `num_blocks` blocks: exactly `num_blocks * page_size_bytes` bytes."""
-        return (mx.zeros(self.pages_shape(num_blocks), self.page_dtype),)
+    def first_token(self) -> mx.array | None:
+        """The `Pages.token` of pages to which nothing has been stored yet."""
+        return None
 
     @abstractmethod
     def store(
@@ -99,39 +146,23 @@ class AttentionBackend(ABC):
         pages: Pages,
         keys: mx.array,  # [T, H, Dk]
         values: mx.array,  # [T, H, Dv]
-        metadata: DecodeMetadata | PrefillMetadata,
+        metadata: AttentionMetadata,
     ) -> Pages:
         """Writes T tokens to their slots. The caller drops the pages it passed in."""
 
     @abstractmethod
-    def decode(
-        self,
-        pages: Pages,
-        queries: mx.array,  # [B, Hq, Dk]
-        metadata: DecodeMetadata,
-        scale: float,
-        sinks: mx.array | None,  # [Hq]
-    ) -> mx.array:  # [B, Hq, Dv]
+    def decode(self, pages: Pages, rows: Rows) -> mx.array:  # [B, Hq, Dv]
         """Each query attends over all tokens of its request, the new one included."""
 
     @abstractmethod
-    def prefill(
-        self,
-        pages: Pages,
-        queries: mx.array,  # [Hq, L, Dk]
-        keys: mx.array,  # [H, L, Dk], of the chunk itself, exact
-        values: mx.array,  # [H, L, Dv]
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,  # [Hq]
-    ) -> mx.array:  # [Hq, L, Dv]
+    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:  # [Hq, L, Dv]
         """The chunk attends over its context in the pages and causally over itself."""
 
     @abstractmethod
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         """Keys [B, H, N * block_size, Dk] and values [B, H, N * block_size, Dv] in the pages.
 
-        What lies beyond a request's length is anything, of any float type.
+        What lies beyond a request's length is arbitrary. The elements have any float type.
         """
 
     def fetch(
@@ -152,28 +183,39 @@ class AttentionBackend(ABC):
             context_len = metadata.context_len
         if not context_len:
             return keys, values
-        fetched = []
-        for stored, new in zip(self.read(pages, metadata), (keys, values), strict=True):
-            stored = stored[:, :, :context_len].astype(new.dtype)
-            if isinstance(metadata, PrefillMetadata):
-                exact = new[:, :, context_len - metadata.context_len :]
-                stored = mx.concatenate([stored, exact], axis=2)
-            elif metadata.is_ragged:
-                written = causal_mask(metadata).swapaxes(2, 3)
-                stored = mx.where(written, stored, mx.zeros((), new.dtype))
-            fetched.append(stored)
-        return tuple(fetched)
+        stored_keys, stored_values = self.read(pages, metadata)
+        return (
+            _joined(stored_keys, keys, context_len, metadata),
+            _joined(stored_values, values, context_len, metadata),
+        )
 
-    def largest_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
+    def chunk_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
         """What a chunk of `query_len` tokens at the end of `seq_len` takes, for the memory plan."""
         if self.shape.sliding_window is not None:
             begins_in = self.block_size - 1  # a window may begin anywhere in a block
             held = self.shape.sliding_window + query_len - 1 + begins_in
             seq_len = min(seq_len, held)
         if self.shape.fetched:
-            return PrefillChunk(query_len, seq_len, query_len)
-        return self.attended_chunk(query_len, seq_len, num_heads)
+            return ChunkMemory(query_len, seq_len, query_len)
+        return self.attended_memory(query_len, seq_len, num_heads)
 
     @abstractmethod
-    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
-        """`largest_chunk` where `prefill` attends: what it gathers and scores at a time."""
+    def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
+        """`chunk_memory` where `prefill` attends: what it gathers and scores at a time."""
+
+
+def _joined(
+    stored: mx.array,  # [B, H, N * block_size, D], as the pages have them
+    new: mx.array,  # [B, H, L, D], of the forward itself
+    context_len: int,
+    metadata: AttentionMetadata,
+) -> mx.array:  # [B, H, S, D]
+    """The first `context_len` stored tokens, and after them the new ones that they lack."""
+    stored = stored[:, :, :context_len].astype(new.dtype)
+    if isinstance(metadata, PrefillMetadata):
+        exact = new[:, :, context_len - metadata.context_len :]
+        return mx.concatenate([stored, exact], axis=2)
+    if metadata.is_ragged:
+        written = causal_mask(metadata).swapaxes(2, 3)
+        return mx.where(written, stored, mx.zeros((), new.dtype))
+    return stored

@@ -20,21 +20,22 @@ def seen_keys(
 
 
 def causal_mask(metadata: AttentionMetadata, window: int | None = None) -> mx.array:
-    """For models that compute attention themselves; backends mask on their own.
+    """The mask for a model that computes attention itself; a backend needs none.
 
-    True where a query sees a key: bool [L, S] of a chunk, [B, 1, 1, S] of decode rows. S counts the
-    tokens of the longest request. Made once for all layers of a forward pass.
+    True where a query sees a key: bool [L, S] for a chunk, [B, 1, 1, S] for decode rows. S counts
+    the tokens of the longest request. All layers of a forward pass share it.
 
     Args:
-        metadata: of the forward pass.
+        metadata: what the forward pass tells the layer.
         window: how many tokens a query sees at most, its own included; all if None.
     """
 
-    def mask() -> mx.array:
-        if isinstance(metadata, DecodeMetadata):
-            seen = seen_keys(metadata.seq_lens - 1, 0, metadata.max_seq_len, window)
-            return seen[:, None, None, :]
-        rows = mx.arange(metadata.context_len, metadata.seq_len)
-        return seen_keys(rows, 0, metadata.max_seq_len, window)
+    return metadata.once(_causal_mask, window)
 
-    return metadata.derived.once(("causal_mask", window), mask)
+
+def _causal_mask(metadata: AttentionMetadata, window: int | None) -> mx.array:
+    if isinstance(metadata, DecodeMetadata):
+        seen = seen_keys(metadata.seq_lens - 1, 0, metadata.max_seq_len, window)
+        return seen[:, None, None, :]
+    rows = mx.arange(metadata.context_len, metadata.seq_len)
+    return seen_keys(rows, 0, metadata.max_seq_len, window)

@@ -13,27 +13,44 @@ of sliding-window layers a request begins at the first block that its window tou
 `context_len` count from there, `offset` from the beginning of the request.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self, TypeVar, TypeVarTuple
 
 import mlx.core as mx
 
-
-@dataclass(frozen=True)
-class _StepArrays:
-    """Index arrays that a backend derives from the metadata once and all layers share."""
-
-    arrays: dict[Any, Any] = field(default_factory=dict)
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self.arrays:
-            self.arrays[key] = make()
-        return self.arrays[key]
+Derived = TypeVar("Derived")
+Arguments = TypeVarTuple("Arguments")
 
 
 @dataclass(frozen=True)
-class DecodeMetadata:
+class _SharedByLayers:
+    """Metadata that remembers what its layers derive from it."""
+
+    _derived: dict[Hashable, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def once(
+        self,
+        derive: Callable[[Self, *Arguments], Derived],
+        *arguments: *Arguments,
+    ) -> Derived:
+        """`derive(self, *arguments)`, computed for the first layer that asks and kept for the rest.
+
+        Args:
+            derive: a function at the level of its module: a closure would be another one in each
+                layer, and nothing would be shared.
+            arguments: hashable; equal arguments are the same question.
+        """
+        question = derive, *arguments
+        if question not in self._derived:
+            self._derived[question] = derive(self, *arguments)
+        return self._derived[question]
+
+
+@dataclass(frozen=True)
+class DecodeMetadata(_SharedByLayers):
     """One new token for each of B requests, run as one `(B, 1)` forward."""
 
     block_table: mx.array
@@ -41,12 +58,11 @@ class DecodeMetadata:
     seq_lens: mx.array
     """[B] int32, tokens of each request, the new one included."""
     slot_mapping: mx.array
-    """[B] int32, `block_id * block_size + offset` of each new token."""
+    """[B] int32, where each new token is stored (see `slots`)."""
     offset: mx.array | int
     """Position of the new token: [B] int32, or a plain int when B is 1."""
     max_seq_len: int
     """Largest entry of `seq_lens`, or more; just that where `offset` is an int."""
-    derived: _StepArrays = field(default_factory=_StepArrays)
 
     @property
     def is_ragged(self) -> bool:
@@ -55,20 +71,19 @@ class DecodeMetadata:
 
 
 @dataclass(frozen=True)
-class PrefillMetadata:
+class PrefillMetadata(_SharedByLayers):
     """One chunk of one prompt, run as one `(1, L)` forward."""
 
     block_table: mx.array
     """[1, N] int32, block ids that cover context and chunk."""
     slot_mapping: mx.array
-    """[L] int32, slot of each token of the chunk."""
+    """[L] int32, where each token of the chunk is stored (see `slots`)."""
     context_len: int
     """Tokens of the request that are already in pages: earlier chunks, prefix-cache hits."""
     query_len: int
     """L."""
     skipped: int = 0
     """Tokens before the first block of `block_table`, which no window reaches any more."""
-    derived: _StepArrays = field(default_factory=_StepArrays)
 
     @property
     def offset(self) -> int:

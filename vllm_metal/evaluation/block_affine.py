@@ -10,7 +10,7 @@ from itertools import product
 import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape, Pages
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.metadata import AttentionMetadata
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.formats import DEGREE, value_format
@@ -46,19 +46,19 @@ class BlockAffine(DensePages):
             if size % GROUP:
                 raise UserError(f"Block-affine formats of head size {size}; {GROUP} must divide it")
         self.name = f"block-affine {key_bits} bit / Lloyd-Max {value_bits} bit"
-        self.key_bits = key_bits
-        self.bits_per_element = (key_bits + 1 + value_bits + 0.5) / 2
+        self.key_bits, self.value_bits = key_bits, value_bits
         format = value_format(f"q{value_bits}_0")
         self._centroids = mx.array(format.centroids(GAUSSIAN))
         self._midpoints = mx.array(format.midpoints(GAUSSIAN))
         self._signs = mx.array(signs(shape.head_size_v))
 
+    @property
+    def bits_per_element(self) -> float:
+        """With a scale and a zero point for each block of a key, and an RMS for each of a value."""
+        return (self.key_bits + 2 * 16 / GROUP + self.value_bits + 16 / GROUP) / 2
+
     def store(
-        self,
-        pages: Pages,
-        keys: mx.array,
-        values: mx.array,
-        metadata: DecodeMetadata | PrefillMetadata,
+        self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata
     ) -> Pages:
         return super().store(pages, self.read_keys(keys), self.read_values(values), metadata)
 

@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.errors import UserError
-from vllm_metal.evaluation.attention_error import WithAttentionError, attention_error
+from vllm_metal.evaluation.attention_error import attention_error
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
+from vllm_metal.kv_cache.capacity import DENSE_BITS
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
@@ -90,12 +91,11 @@ def measure(
     fidelity, perplexity = compare(binding, dense, candidates, windows, progress)
     results = {}
     for name, make in candidates.items():
-        backend = make()[0]
-        bits = getattr(backend, "bits_per_element", None) or backend.layout.bits_per_element
-        results[name] = {"bits_per_element": bits, "ratio": 16 / bits} | fidelity[name].summary()
+        bits = make()[0].bits_per_element
+        sizes = {"bits_per_element": bits, "ratio": DENSE_BITS / bits}
+        results[name] = sizes | fidelity[name].summary()
         progress(f"attention error: {name}")
-        observed = [WithAttentionError(backend) for backend in make()]
-        results[name]["attention_error"] = attention_error(binding, observed, windows[0])
+        results[name]["attention_error"] = attention_error(binding, make(), windows[0])
     if study.long_window_tokens:
         length = study.long_window_tokens
         candidates = _candidates(study, binding, encode, study.max_model_len or length)

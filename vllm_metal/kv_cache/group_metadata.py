@@ -15,7 +15,8 @@ from vllm_metal.attention.metadata import (
     PrefillMetadata,
     StateMetadata,
 )
-from vllm_metal.kv_cache.groups import KVGroup, rounded_blocks
+from vllm_metal.attention.slots import compose_slots
+from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup, rounded_blocks
 
 
 def decode_metadata(
@@ -26,7 +27,9 @@ def decode_metadata(
     """For a `(B, 1)` forward: one new token for each request."""
     offset = int(positions[0]) if len(positions) == 1 else mx.array(positions)
     return tuple(
-        _decode_group(group, table, positions, offset)
+        StateMetadata(mx.array(table[:, 0]), begins=False)
+        if isinstance(group, StateGroup)
+        else _decode_group(group, table, positions, offset)
         for group, table in zip(groups, block_tables, strict=True)
     )
 
@@ -39,7 +42,9 @@ def prefill_metadata(
 ) -> tuple[GroupMetadata, ...]:
     """For a `(1, L)` forward: tokens start .. start + query_len - 1 of one request."""
     return tuple(
-        _prefill_group(group, table, start, query_len)
+        StateMetadata(mx.array(table[:1]), begins=start == 0)
+        if isinstance(group, StateGroup)
+        else _prefill_group(group, table, start, query_len)
         for group, table in zip(groups, block_tables, strict=True)
     )
 
@@ -47,11 +52,11 @@ def prefill_metadata(
 def gathered_tokens(groups: Sequence[KVGroup], seq_len: int) -> int:
     """Tokens that one layer gathers of a request in a decode step, with the padding of its graph.
 
-    Of the layer that gathers most; 0 where all layers are recurrent.
+    The layer that gathers most counts; 0 where all layers are recurrent.
     """
     most = 0
     for group in groups:
-        if group.states:
+        if isinstance(group, StateGroup):
             continue
         held = seq_len
         if group.sliding_window is not None:
@@ -61,41 +66,38 @@ def gathered_tokens(groups: Sequence[KVGroup], seq_len: int) -> int:
 
 
 def _decode_group(
-    group: KVGroup, table: np.ndarray, positions: np.ndarray, offset: mx.array | int
-) -> GroupMetadata:
-    if group.states:
-        return StateMetadata(mx.array(table[:, 0]), begins=False)
-    rows, size = np.arange(len(positions)), group.block_size
-    slots = table[rows, positions // size] * size + positions % size
+    group: AttentionGroup, table: np.ndarray, positions: np.ndarray, offset: mx.array | int
+) -> DecodeMetadata:
+    size = group.block_size
+    slots = compose_slots(table, positions[:, None], size)[:, 0]
     seq_lens = positions + 1
     if group.sliding_window is not None:
         first = np.maximum(seq_lens - group.sliding_window, 0) // size
         seq_lens = seq_lens - first * size
         width = -(-int(seq_lens.max()) // size)
         columns = np.minimum(first[:, None] + np.arange(width), table.shape[1] - 1)
-        table = table[rows[:, None], columns]
+        table = np.take_along_axis(table, columns, axis=1)
     max_seq_len = int(seq_lens.max())
     return DecodeMetadata(
         block_table=mx.array(table[:, : -(-max_seq_len // size)]),
         seq_lens=mx.array(seq_lens.astype(np.int32)),
-        slot_mapping=mx.array(slots.astype(np.int32)),
+        slot_mapping=mx.array(slots),
         offset=offset,
         max_seq_len=max_seq_len,
     )
 
 
-def _prefill_group(group: KVGroup, table: np.ndarray, start: int, query_len: int) -> GroupMetadata:
-    if group.states:
-        return StateMetadata(mx.array(table[:1]), begins=start == 0)
+def _prefill_group(
+    group: AttentionGroup, table: np.ndarray, start: int, query_len: int
+) -> PrefillMetadata:
     size, end = group.block_size, start + query_len
-    positions = np.arange(start, end)
-    slots = table[positions // size] * size + positions % size
+    [slots] = compose_slots(table[None], np.arange(start, end)[None], size)
     first = 0
     if group.sliding_window is not None:
         first = max(start + 1 - group.sliding_window, 0) // size
     return PrefillMetadata(
         block_table=mx.array(table[None, first : -(-end // size)]),
-        slot_mapping=mx.array(slots.astype(np.int32)),
+        slot_mapping=mx.array(slots),
         context_len=start - first * size,
         query_len=query_len,
         skipped=first * size,

@@ -14,7 +14,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.attention.backend import ChunkMemory
+from vllm_metal.kv_cache.groups import most_rounded
 
 DECODE_SHARE = 16
 """Part of the memory that a decode step may take for what it gathers, as 1 / DECODE_SHARE. It runs
@@ -36,9 +37,9 @@ class ForwardPeaks:
 
     def of(self, rows: int, tokens: int) -> int:
         """Peak of a forward pass of `rows` rows that attend over `tokens` tokens each."""
-        return self.of_chunk(PrefillChunk(rows, tokens, rows))
+        return self.of_chunk(ChunkMemory(rows, tokens, rows))
 
-    def of_chunk(self, chunk: PrefillChunk) -> int:
+    def of_chunk(self, chunk: ChunkMemory) -> int:
         """Peak of a prefill chunk."""
         return round((1 + MARGIN) * max(self._dense(chunk.query_len), self._attention(chunk)))
 
@@ -47,7 +48,7 @@ class ForwardPeaks:
         low = self.by_rows[few]
         return low + _slope(few, low, many, self.by_rows[many]) * (rows - few)
 
-    def _attention(self, chunk: PrefillChunk) -> float:
+    def _attention(self, chunk: ChunkMemory) -> float:
         peaks = self.by_rows_and_tokens
         (few, short), (many, long) = min(peaks), max(peaks)
         by_tokens = [_slope(short, peaks[r, short], long, peaks[r, long]) for r in (few, many)]
@@ -57,8 +58,8 @@ class ForwardPeaks:
         by_row = max(0.0, by_row - product * short)
         constant = peaks[few, short] - by_row * few - by_token * short - product * few * short
         score_bytes = max(product, chunk.score_bytes)
-        scores = score_bytes * chunk.scored_rows * chunk.tokens
-        return constant + by_row * chunk.query_len + by_token * chunk.tokens + scores
+        scores = score_bytes * chunk.scored_rows * chunk.whole_tokens
+        return constant + by_row * chunk.query_len + by_token * chunk.whole_tokens + scores
 
 
 def _slope(x: float, y: float, other_x: float, other_y: float) -> float:
@@ -71,7 +72,7 @@ class StepMemory:
     """What the steps of a server take beside weights and pages."""
 
     prefill: ForwardPeaks
-    chunks: Sequence[PrefillChunk]
+    chunks: Sequence[ChunkMemory]
     """The largest chunk, as each kind of layer has it."""
     decode: ForwardPeaks
     max_requests: int
@@ -86,8 +87,7 @@ class StepMemory:
             page_bytes: what pages may take at most.
             num_tokens: of all requests, in the layer that holds most.
         """
-        padding = num_tokens // 8  # the most that `DecodeGraphs` adds
-        decode = self.decode_bytes(num_tokens + padding)
+        decode = self.decode_bytes(most_rounded(num_tokens))
         return max(
             *map(self.prefill.of_chunk, self.chunks),
             self.decode.of(1, self.max_tokens),

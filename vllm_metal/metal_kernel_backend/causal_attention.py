@@ -1,8 +1,10 @@
 """Causal attention over gathered keys and values on MLX operations, and its mask for decode."""
 
+from fractions import Fraction
+
 import mlx.core as mx
 
-from vllm_metal.attention.backend import PrefillChunk
+from vllm_metal.attention.backend import Chunk, ChunkMemory
 from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import DecodeMetadata
 
@@ -27,14 +29,19 @@ def finite(values: mx.array) -> mx.array:
 def valid_tokens(
     metadata: DecodeMetadata, block_size: int, sliding_window: int | None = None
 ) -> mx.array:
-    """[B, 1, 1, N * block_size] bool, true where the newest token sees a gathered one."""
+    """[B, 1, 1, N * block_size] bool, true where the newest token sees a gathered one.
 
-    def mask() -> mx.array:
-        num_tokens = metadata.block_table.shape[1] * block_size
-        seen = seen_keys(metadata.seq_lens - 1, 0, num_tokens, sliding_window)
-        return seen[:, None, None, :]
+    All layers of one block size and window share it.
+    """
+    return metadata.once(_valid_tokens, block_size, sliding_window)
 
-    return metadata.derived.once(("valid_tokens", block_size, sliding_window), mask)
+
+def _valid_tokens(
+    metadata: DecodeMetadata, block_size: int, sliding_window: int | None
+) -> mx.array:
+    num_tokens = metadata.block_table.shape[1] * block_size
+    seen = seen_keys(metadata.seq_lens - 1, 0, num_tokens, sliding_window)
+    return seen[:, None, None, :]
 
 
 def causal_attention(
@@ -75,20 +82,38 @@ def causal_attention(
     return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
 
 
+def attend_to_itself(chunk: Chunk, sliding_window: int | None) -> mx.array:  # [Hq, L, Dv]
+    """Causal attention of a chunk over its own keys and values alone, exact."""
+    own = chunk.queries[None], chunk.keys[None], chunk.values[None]
+    return causal_attention(*own, chunk.scale, chunk.sinks, sliding_window)[0]
+
+
 def _is_fused(queries: mx.array, values: mx.array) -> bool:
     fused_sizes = queries.shape[-1] == values.shape[-1] in FUSED_HEAD_SIZES
     return _device_type() == mx.gpu and queries.dtype.size == 2 and fused_sizes
 
 
-def causal_chunk(
-    query_len: int, seq_len: int, num_heads: int, sliding_window: int | None
-) -> PrefillChunk:
-    """What `causal_attention` holds at a time. Where it is fused, scores measure as nothing."""
-    rows = scored_rows(query_len, seq_len, num_heads)
+def causal_memory(
+    query_len: int,
+    seq_len: int,
+    num_heads: int,
+    sliding_window: int | None,
+    held: Fraction = Fraction(1),
+) -> ChunkMemory:
+    """What `causal_attention` holds at a time. Where it is fused, scores measure as nothing.
+
+    Args:
+        query_len: tokens of the chunk.
+        seq_len: tokens that it attends over, its own included.
+        num_heads: query heads.
+        sliding_window: tokens that a query sees; None for all.
+        held: part of the heads that one call is given.
+    """
+    rows = scored_rows(query_len, seq_len, int(num_heads * held))
     if _device_type() == mx.gpu:
-        return PrefillChunk(query_len, seq_len, rows)
+        return ChunkMemory(query_len, seq_len, rows, held=held)
     copies = 1 if sliding_window is None else 2  # before and after an explicit mask
-    return PrefillChunk(query_len, seq_len, rows, copies * 4 * num_heads)
+    return ChunkMemory(query_len, seq_len, rows, copies * 4 * num_heads, held)
 
 
 def scored_rows(query_len: int, seq_len: int, num_heads: int) -> int:

@@ -6,18 +6,32 @@ whole runs straight into the layout attention wants. Runs and vectors are addres
 divide keys, values and pages alike.
 """
 
+from dataclasses import dataclass
 from math import gcd
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
+from vllm_metal.attention.backend import (
+    AttentionBackend,
+    Chunk,
+    ChunkMemory,
+    LayerShape,
+    Pages,
+    Rows,
+)
+from vllm_metal.attention.metadata import AttentionMetadata
+from vllm_metal.attention.slots import split_slots
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
-    causal_chunk,
+    causal_memory,
     finite,
     valid_tokens,
 )
+
+
+def dense_slot_size(shape: LayerShape, dtype: mx.Dtype) -> int:
+    """Bytes of one KV head of one token in dense pages, keys and values together."""
+    return (shape.head_size + shape.head_size_v) * dtype.size
 
 
 class DensePages(AttentionBackend):
@@ -39,119 +53,110 @@ class DensePages(AttentionBackend):
         page_bytes: int = 0,
         shared: bool = False,
     ):
-        super().__init__(shape, block_size, page_bytes)
+        super().__init__(shape, block_size)
+        self._page_bytes = page_bytes
         self.dtype = self.page_dtype = dtype
         self._shared = shared
+        self._geometry = _Geometry(
+            shape.num_kv_heads,
+            (shape.head_size, shape.head_size_v),
+            block_size,
+            self.page_size_bytes // dtype.size,
+        )
         self.name = f"dense {str(dtype).removeprefix('mlx.core.')}"
 
     @property
     def slot_size(self) -> int:
-        return (self.shape.head_size + self.shape.head_size_v) * self.dtype.size
+        return dense_slot_size(self.shape, self.dtype)
+
+    @property
+    def page_size_bytes(self) -> int:
+        return self._page_bytes or self.block_size * self.shape.num_kv_heads * self.slot_size
 
     def store(
-        self,
-        pages: Pages,
-        keys: mx.array,
-        values: mx.array,
-        metadata: DecodeMetadata | PrefillMetadata,
+        self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata
     ) -> Pages:
-        unit = self._unit(1)
-        rows = metadata.derived.once(("store_rows", self._geometry()), self._rows(metadata, unit))
+        unit = self._geometry.unit(1)
+        units = metadata.once(_token_units, self._geometry)
         keys, values = keys.astype(self.dtype), finite(values.astype(self.dtype))
         tokens = keys.shape[0]
         new = mx.concatenate([keys.flatten(1), values.flatten(1)], axis=1)
-        array = pages[0].reshape(-1, unit)
-        array[rows] = new.reshape(tokens, -1, unit)
-        return (array.reshape(pages[0].shape),)
+        array = pages.array.reshape(-1, unit)
+        array[units] = new.reshape(tokens, -1, unit)
+        return Pages(array.reshape(pages.array.shape))
 
-    def decode(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        metadata: DecodeMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def decode(self, pages: Pages, rows: Rows) -> mx.array:
+        queries, metadata = rows.queries, rows.metadata
         keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
         mask = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
-        if self._shared:
-            values = mx.where(mask.swapaxes(2, 3), values, 0)  # 0 times a NaN is one, too
+        if self._shared:  # what another layer left may read as NaN, and 0 * NaN is NaN
+            values = mx.where(mask.swapaxes(2, 3), values, 0)
         return mx.fast.scaled_dot_product_attention(
-            queries[:, :, None, :], keys, values, scale=scale, mask=mask, sinks=sinks
+            queries[:, :, None, :], keys, values, scale=rows.scale, mask=mask, sinks=rows.sinks
         )[:, :, 0, :]
 
-    def prefill(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        keys, values = self.fetch(pages, keys[None], values[None], metadata)
+    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
+        keys, values = self.fetch(pages, chunk.keys[None], chunk.values[None], chunk.metadata)
         window = self.shape.sliding_window
-        return causal_attention(queries[None], keys, values, scale, sinks, window)[0]
+        return causal_attention(
+            chunk.queries[None], keys, values, chunk.scale, chunk.sinks, window
+        )[0]
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
-        unit = self._unit(self.block_size)
-        units = pages[0].reshape(-1, unit)
-        indices = metadata.derived.once(
-            ("gathered_units", self._geometry()), self._head_units(metadata, unit)
-        )
+        units = pages.array.reshape(-1, self._geometry.unit(self.block_size))
+        keys, values = metadata.once(_block_units, self._geometry)
         batch, blocks = metadata.block_table.shape
         rows = batch, self.shape.num_kv_heads, blocks * self.block_size
-        sizes = self.shape.head_size, self.shape.head_size_v
-        return tuple(
-            units[index].reshape(*rows, size) for index, size in zip(indices, sizes, strict=True)
+        return (
+            units[keys].reshape(*rows, self.shape.head_size),
+            units[values].reshape(*rows, self.shape.head_size_v),
         )
 
-    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
-        return causal_chunk(query_len, seq_len, num_heads, self.shape.sliding_window)
+    def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
+        return causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window)
 
-    def _geometry(self) -> tuple[int, ...]:
-        """What the addresses of tokens depend on, beside their slots."""
-        shape = self.shape
-        sizes = shape.num_kv_heads, shape.head_size, shape.head_size_v
-        return *sizes, self.block_size, self.page_size_bytes
 
-    def _unit(self, tokens: int) -> int:
-        """Largest run of elements that divides keys and values of `tokens` tokens, and pages."""
-        sizes = tokens * self.shape.head_size, tokens * self.shape.head_size_v
-        return gcd(*sizes, self.page_size_bytes // self.dtype.size)
+@dataclass(frozen=True)
+class _Geometry:
+    """What addresses within the pages depend on; layers of equal geometry share index arrays."""
 
-    def _rows(self, metadata: AttentionMetadata, unit: int):
-        """Units that hold each token's keys, head by head, and then its values: [T, R]."""
+    num_kv_heads: int
+    head_sizes: tuple[int, int]
+    """Dk and Dv."""
+    block_size: int
+    page_elements: int
+    """Elements from one page to the next."""
 
-        def rows() -> mx.array:
-            slots = metadata.slot_mapping[:, None]
-            block, token = slots // self.block_size, slots % self.block_size
-            parts, begin = [], 0
-            for size in (self.shape.head_size, self.shape.head_size_v):
-                each = size // unit
-                units = mx.arange(self.shape.num_kv_heads * each)[None, :]
-                head = units // each if each else units
-                parts.append(begin + (head * self.block_size + token) * each + units - head * each)
-                begin += self.shape.num_kv_heads * self.block_size * each
-            first = block * (self.page_size_bytes // (unit * self.dtype.size))
-            return first + mx.concatenate(parts, axis=1)
+    def unit(self, tokens: int) -> int:
+        """The largest run of elements that divides keys and values of `tokens` tokens, and pages.
 
-        return rows
+        Runs of `tokens` tokens of one head are addressed in such units.
+        """
+        key_size, value_size = self.head_sizes
+        return gcd(tokens * key_size, tokens * value_size, self.page_elements)
 
-    def _head_units(self, metadata: AttentionMetadata, unit: int):
-        """Units of every block's keys and values, head by head: two of [B, H, N, R]."""
 
-        def units() -> tuple[mx.array, mx.array]:
-            stride = self.page_size_bytes // (unit * self.dtype.size)
-            first = (metadata.block_table * stride)[:, None, :, None]
-            parts, begin = [], 0
-            for size in (self.shape.head_size, self.shape.head_size_v):
-                each = self.block_size * size // unit
-                runs = mx.arange(self.shape.num_kv_heads * each)
-                runs = runs.reshape(self.shape.num_kv_heads, 1, each)
-                parts.append(first + begin + runs)
-                begin += self.shape.num_kv_heads * each
-            return tuple(parts)
+def _token_units(metadata: AttentionMetadata, geometry: _Geometry) -> mx.array:
+    """Units that hold each new token's keys, head by head, and then its values: [T, R]."""
+    unit, heads = geometry.unit(1), geometry.num_kv_heads
+    block_ids, offsets = split_slots(metadata.slot_mapping[:, None], geometry.block_size)
+    parts, begin = [], 0
+    for size in geometry.head_sizes:
+        each = size // unit
+        units = mx.arange(heads * each)[None, :]
+        head = units // each if each else units
+        parts.append(begin + (head * geometry.block_size + offsets) * each + units - head * each)
+        begin += heads * geometry.block_size * each
+    return block_ids * (geometry.page_elements // unit) + mx.concatenate(parts, axis=1)
 
-        return units
+
+def _block_units(metadata: AttentionMetadata, geometry: _Geometry) -> tuple[mx.array, mx.array]:
+    """Units of every block's keys, head by head, and of its values: [B, H, N, R] each."""
+    unit, heads = geometry.unit(geometry.block_size), geometry.num_kv_heads
+    first = (metadata.block_table * (geometry.page_elements // unit))[:, None, :, None]
+    keys, values = (geometry.block_size * size // unit for size in geometry.head_sizes)
+
+    def units(begin: int, each: int) -> mx.array:
+        return first + begin + mx.arange(heads * each).reshape(heads, 1, each)
+
+    return units(0, keys), units(heads * keys, values)

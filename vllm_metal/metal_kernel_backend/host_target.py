@@ -3,6 +3,10 @@
 For tests and for `vllm-metal doctor` on machines without a GPU. One threadgroup runs at a time and
 each of its threads is a fibre, so that simdgroup functions and barriers mean what they mean on a
 GPU. It is never chosen by itself: plain MLX operations serve faster.
+
+A kernel runs while its launch is built, and not, as on a GPU, when MLX evaluates what the launch
+returned. So this target cannot show a mistake in the order of a write and a read; the tests'
+`LazyTarget` runs the same programs when a GPU would.
 """
 
 import ctypes
@@ -13,7 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +37,28 @@ from vllm_metal.metal_kernel_backend.kernel_library import (
     shim_source,
     without_includes,
 )
+
+
+@dataclass(frozen=True)
+class HostProgram:
+    """One instantiation of a kernel: what decides the text that is compiled."""
+
+    kernel: Kernel
+    template: tuple[tuple[str, int | mx.Dtype], ...]
+    input_dtypes: tuple[mx.Dtype, ...]
+    output_dtypes: tuple[mx.Dtype, ...]
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Kernel,
+        inputs: Sequence[mx.array],
+        template: Template,
+        output_dtypes: Sequence[mx.Dtype],
+    ) -> "HostProgram":
+        """The program of a launch."""
+        dtypes = tuple(array.dtype for array in inputs)
+        return cls(kernel, tuple(template), dtypes, tuple(output_dtypes))
 
 
 class HostTarget(Target):
@@ -57,12 +85,12 @@ class HostTarget(Target):
                 np.empty(tuple(shape), _numpy_type(dtype))
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
-            dtypes = tuple(array.dtype for array in inputs)
-            launch = _compiled(kernel, tuple(template), dtypes, tuple(output_dtypes))
+            launch = compiled(HostProgram.of(kernel, inputs, template, output_dtypes))
             views = [_numpy_view(array) for array in inputs] + outputs
             buffers = (ctypes.c_void_p * len(views))(*(view.ctypes.data for view in views))
-            groups = (ctypes.c_uint * 3)(*(g // t for g, t in zip(grid, threadgroup, strict=True)))
-            if launch(buffers, groups, threadgroup[0]):
+            counts = (threads // each for threads, each in zip(grid, threadgroup, strict=True))
+            threadgroups = (ctypes.c_uint * 3)(*counts)
+            if launch(buffers, threadgroups, threadgroup[0]):
                 raise RuntimeError(
                     f"kernel {kernel.name}: a simdgroup function or a barrier was reached by only "
                     "some of its threads"
@@ -71,6 +99,29 @@ class HostTarget(Target):
                 mx.array(output).view(dtype) if dtype == mx.bfloat16 else mx.array(output)
                 for output, dtype in zip(outputs, output_dtypes, strict=True)
             ]
+
+        return run
+
+
+class ProgramRecorder(Target):
+    """Notes the programs that the host target would compile; every output is zeros."""
+
+    name = "host"
+
+    def __init__(self):
+        self.programs: list[HostProgram] = []
+
+    def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
+        def run(
+            inputs: Sequence[mx.array],
+            template: Template,
+            grid: tuple[int, int, int],
+            threadgroup: tuple[int, int, int],
+            output_shapes: Sequence[Sequence[int]],
+            output_dtypes: Sequence[mx.Dtype],
+        ) -> list[mx.array]:
+            self.programs.append(HostProgram.of(kernel, inputs, template, output_dtypes))
+            return [mx.zeros(*output) for output in zip(output_shapes, output_dtypes, strict=True)]
 
         return run
 
@@ -89,9 +140,9 @@ HOST_PROGRAM = """{shim}
 namespace metal {{
 
 {library}
-static void metal_host_body(void* arguments, uint3 group, uint thread_index) {{
+static void metal_host_body(void* arguments, uint3 position, uint thread_index) {{
   void* const* buffers = static_cast<void* const*>(arguments);
-  const uint3 threadgroup_position_in_grid = group;
+  const uint3 threadgroup_position_in_grid = position;
   const uint simdgroup_index_in_threadgroup = thread_index / 32;
   const uint thread_index_in_simdgroup = thread_index % 32;
 {declarations}
@@ -99,8 +150,8 @@ static void metal_host_body(void* arguments, uint3 group, uint thread_index) {{
 }}
 
 extern "C" __attribute__((visibility("default"))) int launch(
-    void* const* buffers, const uint* groups, uint threads) {{
-  return host::run_grid(groups, threads, metal_host_body, const_cast<void**>(buffers));
+    void* const* buffers, const uint* threadgroups, uint threads) {{
+  return host::run_grid(threadgroups, threads, metal_host_body, const_cast<void**>(buffers));
 }}
 
 }} // namespace metal
@@ -113,21 +164,17 @@ COMPILE_FLAGS = (
 """For every compiler and system. The program is read from standard input."""
 
 
-def host_source(
-    kernel: Kernel,
-    template: Template,
-    input_dtypes: Sequence[mx.Dtype],
-    output_dtypes: Sequence[mx.Dtype],
-) -> str:
-    """The C++ program of one instantiation."""
-    declarations = []
-    for name, value in template:
+def host_source(program: HostProgram) -> str:
+    """The C++ text of one instantiation."""
+    kernel, declarations = program.kernel, []
+    for name, value in program.template:
         if isinstance(value, mx.Dtype):
             declarations.append(f"  using {name} = {HOST_TYPES[value]};")
         else:
             declarations.append(f"  constexpr int {name} = {int(value)};")
     names = kernel.input_names + kernel.output_names
-    for i, (name, dtype) in enumerate(zip(names, (*input_dtypes, *output_dtypes), strict=True)):
+    dtypes = program.input_dtypes + program.output_dtypes
+    for i, (name, dtype) in enumerate(zip(names, dtypes, strict=True)):
         const = "const " if i < len(kernel.input_names) else ""
         kind = f"{const}{HOST_TYPES[dtype]}*"
         declarations.append(f"  {kind} {name} = static_cast<{kind}>(buffers[{i}]);")
@@ -139,18 +186,34 @@ def host_source(
     )
 
 
+_compilers = ThreadPoolExecutor(os.cpu_count() or 1, "host-kernels")
+
+
+def compile_ahead(programs: Iterable[HostProgram]) -> None:
+    """Begins to compile these programs, one on each core; `compiled` then finds them."""
+    for program in programs:
+        _compilation(program)
+
+
+def compiled(program: HostProgram) -> Callable[..., int]:
+    """The function `launch` of a program, compiled at its first use.
+
+    Raises RuntimeError where there is no C++ compiler, and where the program does not compile.
+    """
+    return _compilation(program).result()
+
+
 @cache
-def _compiled(
-    kernel: Kernel,
-    template: tuple[tuple[str, int | mx.Dtype], ...],
-    input_dtypes: tuple[mx.Dtype, ...],
-    output_dtypes: tuple[mx.Dtype, ...],
-) -> Callable[..., int]:
-    source = host_source(kernel, template, input_dtypes, output_dtypes)
+def _compilation(program: HostProgram) -> "Future[Callable[..., int]]":
+    return _compilers.submit(_compile, program)
+
+
+def _compile(program: HostProgram) -> Callable[..., int]:
+    source, name = host_source(program), program.kernel.name
     native = ["-march=native"] if platform.machine() == "x86_64" else []
     command = [*host_compiler(), *native, *COMPILE_FLAGS]
     key = hashlib.sha256("\0".join([*command, platform.node(), source]).encode()).hexdigest()[:24]
-    path = cache_folder() / "host-kernels" / f"{kernel.name}_{key}.so"
+    path = cache_folder() / "host-kernels" / f"{name}_{key}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
@@ -160,7 +223,7 @@ def _compiled(
         )
         if result.returncode:
             built.unlink()
-            raise RuntimeError(f"kernel {kernel.name} does not compile:\n{result.stderr[:4000]}")
+            raise RuntimeError(f"kernel {name} does not compile:\n{result.stderr[:4000]}")
         built.replace(path)
     launch = ctypes.CDLL(str(path)).launch
     launch.restype = ctypes.c_int

@@ -6,16 +6,17 @@ from dataclasses import replace
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
-from vllm_metal.attention.page_sizes import TOKEN_STEP, PageSize, TokenBytes, page_sizes
+from vllm_metal.attention.page_sizes import PageSize, TokenBytes, page_sizes
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.errors import UserError
-from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
+from vllm_metal.metal_kernel_backend.dense import DensePages, dense_slot_size
+from vllm_metal.metal_kernel_backend.kernel_library import available_target
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
-from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout, check_head_size
+from vllm_metal.metal_kernel_backend.turboquant.layout import check_head_size
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 Calibrate = Callable[[], Sequence[KeyConstants]]
 """Gives the constants of every layer; called only where a layer is compressed."""
@@ -42,56 +43,65 @@ def make_backends(
     Raises:
         UserError: a layer that is to be compressed cannot be; gives every reason.
     """
-    dense = frozenset(range(len(shapes)))
-    if turboquant is not None:
-        dense = turboquant.skipped(len(shapes))
-        _require_compressible(shapes, dense)
-    slot_sizes = [
-        (shape.head_size + shape.head_size_v) * dense_dtype.size
-        if layer in dense
-        else _compressed_slot_size(shape, turboquant)
-        for layer, shape in enumerate(shapes)
-    ]
+    formats = _formats_of_layers(shapes, turboquant)
     layers = [
-        TokenBytes(shape.num_kv_heads * slot_size, shape.sliding_window)
-        for shape, slot_size in zip(shapes, slot_sizes, strict=True)
+        TokenBytes(shape.num_kv_heads * _slot_size(shape, pair, dense_dtype), shape.sliding_window)
+        for shape, pair in zip(shapes, formats, strict=True)
     ]
     pages = page_sizes(layers, [state.page_bytes for state in states], block_size)
-    page_kinds = {
-        (replace(shape, sliding_window=None), layer in dense) for layer, shape in enumerate(shapes)
+    kinds = {
+        (replace(shape, sliding_window=None), pair)
+        for shape, pair in zip(shapes, formats, strict=True)
     }
-    shared = bool(states) or len(page_kinds) > 1
-    constants = calibrate() if len(dense) < len(shapes) else []
-    target = available_target()
+    shared = bool(states) or len(kinds) > 1
+    constants = calibrate() if any(formats) else []
+    make_compressed = _compressed_kind(turboquant is not None and turboquant.reproducible)
     return [
         DensePages(shape, page.block_size, dense_dtype, page.page_bytes, shared)
-        if layer in dense
-        else _compressed(shape, page, turboquant, constants[layer], target)
-        for layer, (shape, page) in enumerate(zip(shapes, pages, strict=True))
+        if pair is None
+        else make_compressed(shape, page, pair, constants[layer])
+        for layer, (shape, page, pair) in enumerate(zip(shapes, pages, formats, strict=True))
     ]
 
 
-def _compressed_slot_size(shape: LayerShape, turboquant: TurboQuantConfig) -> int:
-    return PageLayout(
-        *turboquant.formats, shape.head_size, shape.head_size_v, 1, TOKEN_STEP
-    ).slot_size
+def _formats_of_layers(
+    shapes: Sequence[LayerShape], turboquant: TurboQuantConfig | None
+) -> list[FormatPair | None]:
+    """The formats of every layer; None where its pages are dense."""
+    if turboquant is None:
+        return [None] * len(shapes)
+    dense = turboquant.skipped(len(shapes))
+    _require_compressible(shapes, dense)
+    return [None if layer in dense else turboquant.formats for layer in range(len(shapes))]
 
 
-def _compressed(
-    shape: LayerShape,
-    page: PageSize,
-    turboquant: TurboQuantConfig,
-    constants: KeyConstants,
-    target: Target | None,
-) -> AttentionBackend:
-    formats = turboquant.formats
-    if target is None:
-        return TurboQuantReference(
-            shape, page.block_size, formats, constants, turboquant.reproducible, page.page_bytes
+def _slot_size(shape: LayerShape, formats: FormatPair | None, dense_dtype: mx.Dtype) -> int:
+    """Bytes of one KV head of one token, as the layer's kind of pages has them."""
+    if formats is None:
+        return dense_slot_size(shape, dense_dtype)
+    return formats.slot_size(shape.head_size, shape.head_size_v)
+
+
+_MakeCompressed = Callable[[LayerShape, PageSize, FormatPair, KeyConstants], AttentionBackend]
+
+
+def _compressed_kind(reproducible: bool) -> _MakeCompressed:
+    """Compressed pages on the kernels, or on MLX operations where there are none."""
+    target = available_target()
+
+    def make(
+        shape: LayerShape, page: PageSize, formats: FormatPair, constants: KeyConstants
+    ) -> AttentionBackend:
+        size = page.block_size
+        if target is None:
+            return TurboQuantReference(
+                shape, size, formats, constants, reproducible, page.page_bytes
+            )
+        return TurboQuantFused(
+            shape, size, formats, constants, target, reproducible, page.page_bytes
         )
-    return TurboQuantFused(
-        shape, page.block_size, formats, constants, target, turboquant.reproducible, page.page_bytes
-    )
+
+    return make
 
 
 def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:

@@ -31,12 +31,20 @@ def load_model(
     Raises:
         UserError: the folder holds no model that mlx-lm can load.
     """
-    path = _local_folder(model, revision, _WEIGHT_FILES)
-    loaded = _load(path, trust_remote_code, strict=True)
+    loaded = _load(model_folder(model, revision), trust_remote_code, strict=True)
     _cast(loaded, mlx_dtype(dtype))
     loaded.eval()
     mx.eval(loaded.parameters())
     return loaded
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """The folder that `load_model` reads, on this machine.
+
+    Raises:
+        UserError: the model is neither a folder nor to be had from the Hugging Face hub.
+    """
+    return _local_folder(model, revision, _WEIGHT_FILES)
 
 
 def load_tokenizer(

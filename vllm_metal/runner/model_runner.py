@@ -1,7 +1,13 @@
 """One step of the engine: scheduled requests in, sampled tokens out.
 
-    execute_model   batch.update -> prefill chunks, each (1, L) -> decode rows as one (B, 1)
+    execute_model   batch.update -> decode rows as one (B, 1) -> prompt chunks, each (1, L)
     sample_tokens   logits -> tokens
+
+The order of the forward passes is one of dependence. vLLM offers a block to other requests as soon
+as its last token is scheduled, so a request that joins may read what others write in this very
+step. Requests that go on decoding read nothing but what earlier steps wrote: they come first.
+Prompt chunks follow in the scheduler's order, in which whoever fills a block precedes whoever was
+given it.
 
 A greedy step stays in MLX and is handed back before it is computed (`PendingTokens`): vLLM
 schedules the next step and its graph is built on the lazy tokens meanwhile. It is dispatched only
@@ -9,6 +15,7 @@ once the previous step is finished, so that every page array has one holder and 
 place (`kv_cache/cache.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,10 +29,11 @@ from vllm.v1.outputs import (
 )
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
-from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.kv_cache.spec import BlockTableSize
+from vllm_metal.model.model_binding import BoundModel
 from vllm_metal.runner import forward_inputs
-from vllm_metal.runner.dispatch import make_dispatch
+from vllm_metal.runner.decode_forward import DecodeForward
+from vllm_metal.runner.dispatch import Dispatch
 from vllm_metal.runner.pending_tokens import PendingTokens
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.runner.sampler import TorchSampler, greedy, to_torch
@@ -53,35 +61,30 @@ class ModelRunner:
 
     Args:
         vllm_config: vLLM's configuration.
-        binding: the model, bound to paged attention.
-        kv_cache: the pages.
-        max_num_blocks: length of a block table, for each KV group.
-        most_decode_tokens: that a decode forward may gather of a layer.
+        model: the model over its pages.
+        decode: how it decodes.
+        block_tables: sizes for each KV group.
+        dispatch: starts the evaluation of a step.
     """
 
     def __init__(
         self,
         vllm_config: "VllmConfig",
-        binding: ModelBinding,
-        kv_cache: KVCache,
-        max_num_blocks: list[int],
-        most_decode_tokens: int,
+        model: BoundModel,
+        decode: DecodeForward,
+        block_tables: Sequence[BlockTableSize],
+        dispatch: Dispatch,
     ):
-        self.binding = binding
-        self.kv_cache = kv_cache
-        block_sizes = [group.block_size for group in kv_cache.groups]
-        self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
-        self.most_decode_tokens = most_decode_tokens
-        self.batched_decode = True
-        """False where the architecture takes no array of offsets: decode goes row by row."""
-        self.forward_decode = binding.forward
-        """Replaced by `DecodeGraphs` where the model's decode can be traced."""
+        self.model = model
+        self.kv_cache = model.kv_cache
+        self.decode = decode
+        self.batch = RequestBatch(vllm_config, block_tables)
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
-        self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
-        self._dispatch = make_dispatch()
+        config = vllm_config.model_config
+        self._sampler = TorchSampler(config.logprobs_mode, config.use_fp64_gumbel)
+        self._dispatch = dispatch
         self._pending: PendingTokens | None = None
         self._step: _Step | None = None
-        binding.bind(kv_cache)
 
     def execute_model(self, scheduled: "SchedulerOutput") -> ModelRunnerOutput | None:
         """Runs the forward passes of one step; `sample_tokens` follows unless it was empty."""
@@ -96,15 +99,20 @@ class ModelRunner:
         if not scheduled.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         step = _Step(scheduled)
-        for req_id, row in self.batch.rows.req_id_to_index.items():
-            num_scheduled = scheduled.num_scheduled_tokens[req_id]
-            begins = self.batch.rows.num_computed_tokens_cpu[row] == 0
-            if num_scheduled > 1 or begins or self._wants_prompt_logprobs(req_id):
-                self._prefill(step, req_id, row, num_scheduled)
-            else:
+        chunks = []
+        for req_id, num_scheduled in scheduled.num_scheduled_tokens.items():
+            row = self.batch.rows.req_id_to_index[req_id]
+            if self.batch.decodes(req_id, scheduled):
                 step.decode_rows.append(row)
+            else:
+                chunks.append((req_id, row, num_scheduled))
         if step.decode_rows:
             self._decode(step, pending)
+            if chunks:
+                self._finish_pending()
+                self.kv_cache.evaluate(step.decode_logits)
+        for chunk in chunks:
+            self._prefill(step, *chunk)
         self._step = step
         return None
 
@@ -149,7 +157,7 @@ class ModelRunner:
         token_ids, metadata = forward_inputs.prefill_inputs(
             self.batch.rows, row, num_scheduled, self.kv_cache.groups
         )
-        logits = self.binding.forward(token_ids, metadata, all_rows=scored)[0]
+        logits = self.model.forward(token_ids, metadata, all_rows=scored)[0]
         if scored:
             self.kv_cache.evaluate(logits)
             self._score_prompt(step, req_id, num_scheduled, logits)
@@ -164,17 +172,13 @@ class ModelRunner:
         """Logits of the decode rows, lazily where the rows run as one forward."""
         rows, groups = self.batch.rows, self.kv_cache.groups
         step.decode_rows.sort()
-        parts = [[row] for row in step.decode_rows]
-        if self.batched_decode:
-            parts = forward_inputs.split_decode(
-                rows, step.decode_rows, groups, self.most_decode_tokens
-            )
+        parts = self.decode.parts(rows, step.decode_rows, groups)
         logits = []
         for part in parts:
             token_ids, metadata = forward_inputs.decode_inputs(
                 rows, part, groups, (pending.tokens, pending.index) if pending else None
             )
-            logits.append(self.forward_decode(token_ids, metadata)[:, -1])
+            logits.append(self.decode.run(token_ids, metadata)[:, -1])
             if len(parts) > 1 or self.kv_cache.shares_arrays:
                 self._finish_pending()
                 self.kv_cache.evaluate(logits[-1])

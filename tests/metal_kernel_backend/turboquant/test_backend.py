@@ -1,129 +1,74 @@
-"""TurboQuant's own promises beyond the contract of `tests/attention/test_backend.py`."""
+"""What all TurboQuant pages share: names, bytes, refusals, and exact first chunks."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from vllm_metal.attention.backend import LayerShape
-from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
-from vllm_metal.metal_kernel_backend.causal_attention import causal_attention
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
+from tests import reference
+from tests.pages import empty_pages
+from vllm_metal.attention.backend import Chunk, LayerShape
+from vllm_metal.attention.metadata import PrefillMetadata
+from vllm_metal.metal_kernel_backend.host_target import HostTarget
+from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.formats import (
-    KEY_FORMATS,
-    VALUE_FORMATS,
-    parse_pair,
-)
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
-H, G, D, BLOCK, T, CONTEXT = 2, 3, 64, 16, 41, 23
-SHAPE = LayerShape(H, D, D)
-TABLE = mx.array([[3, 1, 5]])
-SLOTS = mx.array([TABLE[0, t // BLOCK].item() * BLOCK + t % BLOCK for t in range(T)])
-SCALE = D**-0.5
+BLOCK, LENGTH = 16, 21
+SHAPE = LayerShape(num_kv_heads=2, head_size=64, head_size_v=64)
 
 
-def normal(*shape, seed):
-    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+def on_operations(pair: str, shape=SHAPE, block_size=BLOCK, page_bytes=0) -> TurboQuantAttention:
+    constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
+    formats = parse_pair(pair)
+    return TurboQuantReference(shape, block_size, formats, constants, page_bytes=page_bytes)
 
 
-KEYS = normal(T, H, D, seed=1) + 2 * normal(H, D, seed=2)
-VALUES = normal(T, H, D, seed=3)
-QUERIES = normal(H * G, T, D, seed=4)
-
-
-def backend(k_quant, v_quant, reproducible=False):
-    constants = KeyConstants(
-        2 * np.array(normal(H, D, seed=2)), np.exp(0.5 * np.array(normal(H, D, seed=5)))
+def on_kernels(pair: str, shape=SHAPE, block_size=BLOCK, page_bytes=0) -> TurboQuantAttention:
+    constants = KeyConstants.neutral(shape.num_kv_heads, shape.head_size)
+    formats = parse_pair(pair)
+    return TurboQuantFused(
+        shape, block_size, formats, constants, HostTarget(), page_bytes=page_bytes
     )
-    formats = parse_pair(f"{k_quant}/{v_quant}")
-    return TurboQuantReference(SHAPE, BLOCK, formats, constants, reproducible)
 
 
-def stored(layer):
-    """Pages with all tokens, and what the codec reads back: keys, values [H, T, D]."""
-    pages = layer.store(layer.allocate(6), KEYS, VALUES, chunk(0, T))
-    keys = layer.key_codec.dequantize(layer.key_codec.quantize(KEYS))
-    values = layer.value_codec.dequantize(layer.value_codec.quantize(VALUES))
-    return pages, keys.swapaxes(0, 1), values.swapaxes(0, 1)
+@pytest.fixture(params=[on_operations, on_kernels])
+def make(request):
+    return request.param
 
 
-def chunk(start, end):
-    return PrefillMetadata(TABLE, SLOTS[start:end], start, end - start)
+def test_names(make):
+    layer = make("uint4/q3_0")
+    assert layer.compressed and layer.format_names == ("uint4", "q3_0")
+    assert layer.name.startswith("turboquant uint4/q3_0")
 
 
-def attend(queries, keys, values, sinks=None):
-    return causal_attention(queries[None], keys[None], values[None], SCALE, sinks)[0]
+def test_the_layout_owns_the_bytes(make):
+    layer = make("q8_0/q3_0")
+    assert layer.slot_size == (64 + 2) + (24 + 2)
+    assert layer.page_size_bytes == layer.layout.page_size_bytes == BLOCK * 2 * 92
+    assert layer.bits_per_element == 8 * 92 / 128
+    assert make("q8_0/q3_0", page_bytes=4096).page_size_bytes == 4096
 
 
-def close(actual, expected):
-    np.testing.assert_allclose(np.array(actual), np.array(expected), atol=2e-4)
+def test_what_cannot_be_laid_out_is_refused(make):
+    with pytest.raises(ValueError, match="head size 72 has no rotation"):
+        make("q8_0/q3_0", LayerShape(2, 72, 64))
+    with pytest.raises(ValueError, match="block size 12"):
+        make("q8_0/q3_0", block_size=12)
 
 
-@pytest.mark.parametrize("k_quant", KEY_FORMATS)
-@pytest.mark.parametrize("v_quant", VALUE_FORMATS)
-def test_decode_attends_to_what_the_codec_reads_back(k_quant, v_quant):
-    layer = backend(k_quant, v_quant)
-    pages, keys, values = stored(layer)
-    metadata = DecodeMetadata(TABLE, mx.array([T]), SLOTS[-1:], T - 1, T)
-    actual = layer.decode(pages, QUERIES[None, :, -1], metadata, SCALE, None)
-    close(actual[0], attend(QUERIES[:, -1:], keys, values)[:, 0])
-
-
-def test_a_first_chunk_is_exact():
-    layer = backend("q3_0", "q2_0")
-    pages, _, _ = stored(layer)
-    keys, values = KEYS.swapaxes(0, 1), VALUES.swapaxes(0, 1)
-    actual = layer.prefill(pages, QUERIES, keys, values, chunk(0, T), SCALE, None)
-    close(actual, attend(QUERIES, keys, values))
-
-
-@pytest.mark.parametrize("k_quant", ["q8_0", "q4_0", "uint4"])
-def test_a_later_chunk_reads_its_context_compressed_and_itself_exactly(k_quant):
-    layer = backend(k_quant, "q3_0")
-    pages, keys, values = stored(layer)
-    own = KEYS[CONTEXT:].swapaxes(0, 1), VALUES[CONTEXT:].swapaxes(0, 1)
-    actual = layer.prefill(pages, QUERIES[:, CONTEXT:], *own, chunk(CONTEXT, T), SCALE, None)
-    keys = mx.concatenate([keys[:, :CONTEXT], own[0]], axis=1)
-    values = mx.concatenate([values[:, :CONTEXT], own[1]], axis=1)
-    close(actual, attend(QUERIES[:, CONTEXT:], keys, values))
-
-
-@pytest.mark.parametrize("start", [0, CONTEXT])
-def test_reproducible_reads_everything_compressed_however_it_is_cut(start):
-    layer = backend("q4_0", "q3_0", reproducible=True)
-    pages, keys, values = stored(layer)
-    own = KEYS[start:].swapaxes(0, 1), VALUES[start:].swapaxes(0, 1)
-    actual = layer.prefill(pages, QUERIES[:, start:], *own, chunk(start, T), SCALE, None)
-    close(actual, attend(QUERIES[:, start:], keys, values))
-
-
-def test_sinks_see_logits_with_the_centre():
-    sinks = normal(H * G, seed=6) * 3
-    layer = backend("q8_0", "q8_0")
-    pages, keys, values = stored(layer)
-    own = KEYS[CONTEXT:].swapaxes(0, 1), VALUES[CONTEXT:].swapaxes(0, 1)
-    metadata = DecodeMetadata(TABLE, mx.array([T]), SLOTS[-1:], T - 1, T)
-    decoded = layer.decode(pages, QUERIES[None, :, -1], metadata, SCALE, sinks)
-    close(decoded[0], attend(QUERIES[:, -1:], keys, values, sinks)[:, 0])
-    later = chunk(CONTEXT, T)
-    prefilled = layer.prefill(pages, QUERIES[:, CONTEXT:], *own, later, SCALE, sinks)
-    keys = mx.concatenate([keys[:, :CONTEXT], own[0]], axis=1)
-    values = mx.concatenate([values[:, :CONTEXT], own[1]], axis=1)
-    close(prefilled, attend(QUERIES[:, CONTEXT:], keys, values, sinks))
-
-
-def test_tokens_stored_singly_give_the_same_bytes():
-    layer = backend("q5_0", "q3_0")
-    together, _, _ = stored(layer)
-    pages = layer.allocate(6)
-    for token in range(T):
-        here = slice(token, token + 1)
-        pages = layer.store(pages, KEYS[here], VALUES[here], chunk(token, token + 1))
-    assert (pages[0] == together[0]).all().item()
-
-
-@pytest.mark.parametrize("k_quant", KEY_FORMATS)
-@pytest.mark.parametrize("v_quant", VALUE_FORMATS)
-def test_allocated_bytes_are_the_layouts(k_quant, v_quant):
-    layer = backend(k_quant, v_quant)
-    assert sum(array.nbytes for array in layer.allocate(7)) == 7 * layer.page_size_bytes
+def test_a_first_chunk_is_exact(make):
+    """Whatever the pages make of its keys and values."""
+    layer = make("q3_0/q2_0")
+    rng = np.random.default_rng(0)
+    queries, keys, values = (
+        rng.standard_normal((heads, LENGTH, 64)).astype(np.float32) for heads in (6, 2, 2)
+    )
+    metadata = PrefillMetadata(mx.array([[2, 1]]), mx.arange(LENGTH), 0, LENGTH)
+    chunk = Chunk(*map(mx.array, (queries, keys, values)), metadata, 0.125)
+    out = layer.prefill(empty_pages(layer, 3), chunk)
+    np.testing.assert_allclose(
+        np.array(out), reference.attention(queries, keys, values, 0.125), atol=2e-5
+    )

@@ -4,14 +4,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from vllm_metal.attention.backend import LayerShape
+from tests.pages import empty_pages
+from vllm_metal.attention.backend import Chunk, LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.turboquant import fused
-from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantReference
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 BLOCK, HEADS, GROUP, SIZE = 16, 2, 3, 64
 SHAPE = LayerShape(num_kv_heads=HEADS, head_size=SIZE, head_size_v=SIZE)
@@ -49,7 +50,7 @@ def prefill(backend, pages, start: int, end: int, sinks):
     pages = backend.store(pages, keys, values, metadata)
     queries = normal(3, HEADS * GROUP, 96, SIZE)[:, start:end]
     heads_first = keys.swapaxes(0, 1), values.swapaxes(0, 1)
-    out = backend.prefill(pages, queries, *heads_first, metadata, SIZE**-0.5, sinks)
+    out = backend.prefill(pages, Chunk(queries, *heads_first, metadata, SIZE**-0.5, sinks))
     mx.eval(pages, out)
     return pages, np.array(out)
 
@@ -63,7 +64,7 @@ def close(out: np.ndarray, expected: np.ndarray) -> None:
 def test_chunks_and_decode_match_the_reference_path(reproducible, sinks):
     results = []
     for backend in pair(reproducible):
-        pages, outputs = backend.allocate(7), []
+        pages, outputs = empty_pages(backend, 7), []
         for start, end in ((0, 21), (21, 22), (22, 70)):
             pages, out = prefill(backend, pages, start, end, sinks)
             outputs.append(out)
@@ -75,9 +76,10 @@ def test_chunks_and_decode_match_the_reference_path(reproducible, sinks):
             71,
         )
         pages = backend.store(pages, normal(7, 2, HEADS, SIZE), normal(8, 2, HEADS, SIZE), metadata)
-        out = backend.decode(pages, normal(9, 2, HEADS * GROUP, SIZE), metadata, 0.125, sinks)
+        rows = Rows(normal(9, 2, HEADS * GROUP, SIZE), metadata, 0.125, sinks)
+        out = backend.decode(pages, rows)
         outputs.append(np.array(out))
-        results.append((outputs, np.array(pages[0])))
+        results.append((outputs, np.array(pages.array)))
     (expected, expected_pages), (outputs, stored) = results
     np.testing.assert_array_equal(stored, expected_pages)
     for out, wanted in zip(outputs, expected, strict=True):
@@ -91,7 +93,7 @@ def test_what_is_read_back_matches_the_reference_path():
     )
     results = []
     for backend in pair():
-        pages, _ = prefill(backend, backend.allocate(7), 0, 70, None)
+        pages, _ = prefill(backend, empty_pages(backend, 7), 0, 70, None)
         results.append([*backend.read(pages, prefill_metadata(70, 71)), *backend.read(pages, rows)])
     for part, wanted in zip(*results, strict=True):
         assert part.shape == wanted.shape
@@ -102,10 +104,10 @@ def test_what_is_read_back_matches_the_reference_path():
 def test_a_tile_for_each_head_gives_what_one_tile_gives(monkeypatch, window):
     shape = LayerShape(HEADS, SIZE, SIZE, sliding_window=window)
     reference = TurboQuantReference(shape, BLOCK, FORMATS, constants())
-    pages, _ = prefill(reference, reference.allocate(7), 0, 70, None)
+    pages, _ = prefill(reference, empty_pages(reference, 7), 0, 70, None)
     _, expected = prefill(reference, pages, 70, 96, None)
     backend = TurboQuantFused(shape, BLOCK, FORMATS, constants(), TARGET)
-    pages, _ = prefill(backend, backend.allocate(7), 0, 70, None)
+    pages, _ = prefill(backend, empty_pages(backend, 7), 0, 70, None)
     assert len(backend._head_tiles(96, 4)) == 1
     _, out = prefill(backend, pages, 70, 96, None)
     close(out, expected)
@@ -125,20 +127,15 @@ def test_a_window_bounds_what_is_dequantised():
 def test_what_is_dequantised_at_a_time_is_bounded_until_one_head_alone_is_more():
     """In the plan, as tokens of all heads; 2^18 tokens of both heads fill a tile in 16 bits."""
     _, backend = pair()
-    assert backend.largest_chunk(64, 100, 6).tokens == 100
-    assert backend.largest_chunk(64, 1 << 18, 6).tokens == 1 << 18
-    assert backend.largest_chunk(64, 1 << 19, 6).tokens == 1 << 18
-    assert backend.largest_chunk(64, 1 << 21, 6).tokens == 1 << 20
+    assert backend.chunk_memory(64, 100, 6).whole_tokens == 100
+    assert backend.chunk_memory(64, 1 << 18, 6).whole_tokens == 1 << 18
+    assert backend.chunk_memory(64, 1 << 19, 6).whole_tokens == 1 << 18
+    assert backend.chunk_memory(64, 1 << 21, 6).whole_tokens == 1 << 20
 
 
 def test_rows_are_scored_in_tiles_of_the_heads_that_are_held():
     _, backend = pair()
-    whole = backend.largest_chunk(2048, 1 << 18, 6)
-    half = backend.largest_chunk(2048, 1 << 19, 6)
+    whole = backend.chunk_memory(2048, 1 << 18, 6)
+    half = backend.chunk_memory(2048, 1 << 19, 6)
     assert half.scored_rows == whole.scored_rows == 1
-    assert half.score_bytes == whole.score_bytes == 4 * 6
-
-
-def test_pages_hold_what_the_layout_says():
-    _, backend = pair()
-    assert sum(page.nbytes for page in backend.allocate(7)) == 7 * backend.page_size_bytes
+    assert half.held * half.score_bytes == whole.held * whole.score_bytes / 2 == 4 * 3

@@ -1,8 +1,8 @@
-"""TurboQuant pages behind the attention boundary.
+"""TurboQuant pages behind the attention boundary: what every path shares.
 
-`TurboQuantAttention` holds what every path shares: the layout, the codecs with the layer's
-calibrated constants, the pages. `TurboQuantReference` stores and attends on MLX operations; it is
-the path wherever no kernel target exists, and the kernels' meaning in readable form.
+`TurboQuantAttention` holds the page layout and the codecs with the layer's calibrated constants.
+`reference.TurboQuantReference` stores and attends on MLX operations, `fused.TurboQuantFused` on the
+kernels.
 
 A prefill chunk attends over its own exact keys and values and over its compressed context; a
 decode step reads everything compressed. That keeps a prompt that fits in one chunk free of loss,
@@ -15,26 +15,12 @@ from abc import abstractmethod
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, PrefillChunk
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from vllm_metal.metal_kernel_backend.causal_attention import (
-    causal_attention,
-    causal_chunk,
-    finite,
-    softmax_with_sinks,
-    valid_tokens,
-)
+from vllm_metal.attention.backend import AttentionBackend, Chunk, LayerShape, Pages
+from vllm_metal.metal_kernel_backend.causal_attention import attend_to_itself
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
-from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
+from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.products import (
-    PackedVectors,
-    output_matrix,
-    query_matrices,
-)
-from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
-from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
 
 
 class TurboQuantAttention(AttentionBackend):
@@ -52,7 +38,6 @@ class TurboQuantAttention(AttentionBackend):
         ValueError: the head size has no rotation, or the block size is not a multiple of 8.
     """
 
-    compressed = True
     page_dtype = mx.uint16
 
     def __init__(
@@ -64,158 +49,30 @@ class TurboQuantAttention(AttentionBackend):
         reproducible: bool = False,
         page_bytes: int = 0,
     ):
-        super().__init__(shape, block_size, page_bytes)
+        super().__init__(shape, block_size)
         self.formats = formats
+        self.format_names = formats.key.name, formats.value.name
         self.reproducible = reproducible
         self.layout = PageLayout(
             *formats, shape.head_size, shape.head_size_v, shape.num_kv_heads, block_size, page_bytes
         )
-        self.slots = Slots(self.layout)
         self.key_codec = KeyCodec(formats.key, constants.centre, constants.multiplier)
         self.value_codec = ValueCodec(formats.value, shape.head_size_v)
         self.name = f"turboquant {formats}"
 
     @property
-    def format_names(self) -> tuple[str, str]:
-        """Key and value format."""
-        return self.formats.key.name, self.formats.value.name
-
-    @property
     def slot_size(self) -> int:
         return self.layout.slot_size
 
-    def prefill(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        if not (self.reproducible or metadata.context_len):
-            own = queries[None], keys[None], values[None]
-            return causal_attention(*own, scale, sinks, self.shape.sliding_window)[0]
-        return self._prefill_compressed(pages, queries, keys, values, metadata, scale, sinks)
+    @property
+    def page_size_bytes(self) -> int:
+        return self.layout.page_size_bytes
+
+    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
+        if not (self.reproducible or chunk.metadata.context_len):
+            return attend_to_itself(chunk, self.shape.sliding_window)
+        return self._prefill_compressed(pages, chunk)
 
     @abstractmethod
-    def _prefill_compressed(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def _prefill_compressed(self, pages: Pages, chunk: Chunk) -> mx.array:
         """`prefill` of a chunk that reads compressed tokens: its context, or its own."""
-
-
-class TurboQuantReference(TurboQuantAttention):
-    """The plain MLX path."""
-
-    def __init__(
-        self,
-        shape: LayerShape,
-        block_size: int,
-        formats: FormatPair,
-        constants: KeyConstants,
-        reproducible: bool = False,
-        page_bytes: int = 0,
-    ):
-        super().__init__(shape, block_size, formats, constants, reproducible, page_bytes)
-        self._codec = TokenCodec(self.key_codec, self.value_codec)
-        self._keys = PackedVectors(formats[0], shape.head_size)
-        self._values = PackedVectors(formats[1], shape.head_size_v)
-        self._query_matrices = query_matrices(constants.multiplier, self._keys)
-        self._output_matrix = output_matrix(self._values, shape.head_size_v)
-
-    def store(
-        self,
-        pages: Pages,
-        keys: mx.array,
-        values: mx.array,
-        metadata: DecodeMetadata | PrefillMetadata,
-    ) -> Pages:
-        packed = self.slots.pack(self._codec.quantize(keys, finite(values)))
-        indices = metadata.derived.once(
-            ("slot_indices", self.layout), lambda: self.slots.indices(metadata.slot_mapping)
-        )
-        return (self.slots.store(pages[0], packed, indices),)
-
-    def decode(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        metadata: DecodeMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        indices = metadata.derived.once(
-            ("head_page_indices", self.shape.num_kv_heads),
-            lambda: self.slots.head_page_indices(metadata.block_table),
-        )
-        head_pages = self.slots.head_pages(pages[0], indices)
-        key_scales, *biases, value_scales = self.slots.numbers(head_pages)  # [B, H, 1, 1, S] each
-        batch, num_heads, size = queries.shape
-        rows = queries.astype(mx.float32).reshape(batch, self.shape.num_kv_heads, -1, 1, size)
-        rotated = rows @ self._query_matrices  # [B, H, G, 1, L]
-        keys = self.slots.key_halfwords(head_pages), self.slots.key_levels(head_pages)
-        scores = self._keys.products(rotated, *keys) * key_scales
-        if biases:
-            total = mx.sum(rotated, axis=-1, keepdims=True) / self._keys.gain
-            scores = scores + total * biases[0]
-        if sinks is not None:  # compared with logits of keys that are not centred
-            centre = self.key_codec.centre[:, None, None]
-            scores = scores + mx.sum(rows * centre, axis=-1, keepdims=True)
-        seen = valid_tokens(metadata, self.block_size, self.shape.sliding_window)[:, None]
-        scores = mx.where(seen, scores * scale, -mx.inf)
-        weights = softmax_with_sinks(scores, sinks) * value_scales
-        weights = mx.where(seen, weights, 0)  # the scale of a token not seen may be a NaN
-        out = self._values.weighted_sum(weights, self.slots.value_halfwords(head_pages))
-        return (out @ self._output_matrix).reshape(batch, num_heads, -1).astype(queries.dtype)
-
-    def _prefill_compressed(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        stored_keys, stored_values = self._stored(pages, metadata)  # [1, H, S, D] each
-        if not self.reproducible:
-            context = metadata.context_len
-            exact = self.key_codec.rotate_keys(keys.swapaxes(0, 1)).swapaxes(0, 1)[None]
-            stored_keys = mx.concatenate([stored_keys[:, :, :context], exact], axis=2)
-            exact = self.value_codec.rotate_values(values)[None]
-            stored_values = mx.concatenate([stored_values[:, :, :context], exact], axis=2)
-        if sinks is not None:  # compared with logits of keys that are not centred
-            stored_keys = stored_keys + self.key_codec.rotated_centre[:, None]
-        rotated = self.key_codec.rotate_queries(queries.swapaxes(0, 1)).swapaxes(0, 1)[None]
-        window = self.shape.sliding_window
-        out = causal_attention(rotated, stored_keys, stored_values, scale, sinks, window)[0]
-        return self.value_codec.unrotate_outputs(out).astype(queries.dtype)
-
-    def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
-        keys, values = self.slots.load(pages[0], metadata.block_table)
-        parts = keys.codes, keys.scales, keys.biases, keys.levels
-        tokens_first = (None if part is None else part.swapaxes(1, 2) for part in parts)
-        keys = self.key_codec.dequantize(Quantized(*tokens_first))
-        return keys.swapaxes(1, 2), self.value_codec.dequantize(values)
-
-    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
-        return causal_chunk(query_len, seq_len, num_heads, self.shape.sliding_window)
-
-    def _stored(
-        self, pages: Pages, metadata: PrefillMetadata
-    ) -> tuple[mx.array, mx.array]:  # [1, H, S, D] each
-        """Rotated keys and values of context and chunk as the pages have them."""
-        keys, values = self.slots.load(pages[0], metadata.block_table)
-        keys = self.key_codec.quantizer.dequantize(keys)
-        values = self.value_codec.quantizer.dequantize(values)
-        return keys[:, :, : metadata.seq_len], values[:, :, : metadata.seq_len]

@@ -208,6 +208,10 @@ class FormatPair(NamedTuple):
     key: Format
     value: Format
 
+    def slot_size(self, key_head_size: int, value_head_size: int) -> int:
+        """Bytes of one KV head of one token, key and value together."""
+        return self.key.vector_bytes(key_head_size) + self.value.vector_bytes(value_head_size)
+
     def __str__(self) -> str:
         return f"{self.key.name}/{self.value.name}"
 

@@ -7,14 +7,14 @@ tile is shared by all rows of the chunk and all query heads of its KV heads, and
 whole context of a head but of one head only, so nothing is merged.
 """
 
-from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import LayerShape, Pages, PrefillChunk
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from vllm_metal.metal_kernel_backend.causal_attention import causal_attention, causal_chunk
+from vllm_metal.attention.backend import Chunk, ChunkMemory, LayerShape, Pages, Rows
+from vllm_metal.attention.metadata import AttentionMetadata, PrefillMetadata
+from vllm_metal.metal_kernel_backend.causal_attention import causal_attention, causal_memory
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -58,93 +58,72 @@ class TurboQuantFused(TurboQuantAttention):
             self.value_codec.factors,
         )
 
-    def store(
-        self,
-        pages: Pages,
-        keys: mx.array,
-        values: mx.array,
-        metadata: DecodeMetadata | PrefillMetadata,
-    ) -> Pages:
-        array, *token = pages
-        arguments = array, keys, values, metadata.slot_mapping, self._constants
-        return array, self.launcher.store(*arguments, *token)
+    def first_token(self) -> mx.array:
+        return self.launcher.no_token()
 
-    def decode(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        metadata: DecodeMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        array, token = pages
+    def store(
+        self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata
+    ) -> Pages:
+        arguments = pages.array, keys, values, metadata.slot_mapping, self._constants
+        return Pages(pages.array, self.launcher.store(*arguments, pages.token))
+
+    def decode(self, pages: Pages, rows: Rows) -> mx.array:
+        metadata = rows.metadata
         return self.launcher.decode(
-            array,
-            queries[:, None],
+            pages.array,
+            rows.queries[:, None],
             metadata.block_table,
             metadata.seq_lens,
             self._constants,
-            scale,
+            rows.scale,
             metadata.max_seq_len,
-            token,
-            sinks,
+            _token(pages),
+            rows.sinks,
             self.shape.sliding_window or 0,
         )[:, 0]
 
-    def _prefill_compressed(
-        self,
-        pages: Pages,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        _, count = self._visible(metadata)
-        group = queries.shape[0] // self.shape.num_kv_heads
-        tiles = []
-        for heads in self._head_tiles(count, queries.dtype.size):
+    def _prefill_compressed(self, pages: Pages, chunk: Chunk) -> mx.array:
+        _, count = self._visible(chunk.metadata)
+        group = chunk.queries.shape[0] // self.shape.num_kv_heads
+        tiles: list[mx.array] = []
+        for heads in self._head_tiles(count, chunk.queries.dtype.size):
             rows = slice(heads.start * group, heads.stop * group)
-            tiles.append(
-                causal_attention(
-                    queries[None, rows],
-                    *self._plain(pages, keys, values, metadata, heads, queries.dtype),
-                    scale,
-                    None if sinks is None else sinks[rows],
-                    self.shape.sliding_window,
-                )[0]
-            )
-            mx.eval(tiles[-1])  # left to later, MLX would hold all tiles at a time
+            keys, values = self._plain(pages, chunk, heads)
+            tile = causal_attention(
+                chunk.queries[None, rows],
+                keys,
+                values,
+                chunk.scale,
+                None if chunk.sinks is None else chunk.sinks[rows],
+                self.shape.sliding_window,
+            )[0]
+            mx.eval(tile)  # left to later, MLX would hold all tiles at a time
+            tiles.append(tile)
         return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
-        array, token = pages
         batch, blocks = metadata.block_table.shape
         count = blocks * self.block_size
-        parts = self.launcher.dequantize(
-            array,
+        keys, values = self.launcher.dequantize(
+            pages.array,
             metadata.block_table.reshape(-1),
             self._constants,
             0,
             batch * count,
-            token,
+            _token(pages),
             mx.float32,
         )
-        return tuple(
-            part.reshape(self.shape.num_kv_heads, batch, count, -1).swapaxes(0, 1) for part in parts
-        )
 
-    def attended_chunk(self, query_len: int, seq_len: int, num_heads: int) -> PrefillChunk:
-        held = self._head_tiles(seq_len, itemsize=2)[0].stop
-        heads = self.shape.num_kv_heads
-        tile = causal_chunk(
-            query_len, seq_len, num_heads * held // heads, self.shape.sliding_window
-        )
-        # the plan counts tokens of all heads
-        return replace(
-            tile, tokens=-(-seq_len * held // heads), score_bytes=tile.score_bytes * heads // held
-        )
+        def requests_first(part: mx.array) -> mx.array:
+            heads = self.shape.num_kv_heads
+            return part.reshape(heads, batch, count, -1).swapaxes(0, 1)
+
+        return requests_first(keys), requests_first(values)
+
+    def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
+        first_tile = self._head_tiles(seq_len, itemsize=2)[0]
+        held = Fraction(first_tile.stop, self.shape.num_kv_heads)
+        return causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window, held)
 
     def _head_tiles(self, count: int, itemsize: int) -> list[slice]:
         """KV heads whose `count` plain tokens are held at a time."""
@@ -160,23 +139,28 @@ class TurboQuantFused(TurboQuantAttention):
         return first, metadata.seq_len - first
 
     def _plain(
-        self,
-        pages: Pages,
-        keys: mx.array,
-        values: mx.array,
-        metadata: PrefillMetadata,
-        heads: slice,
-        dtype: mx.Dtype,
-    ) -> list[mx.array]:  # [1, heads, S, Dk], [1, heads, S, Dv]
+        self, pages: Pages, chunk: Chunk, heads: slice
+    ) -> tuple[mx.array, mx.array]:  # [1, heads, S, Dk], [1, heads, S, Dv]
         """What the chunk sees of its context, dequantised, and the chunk: exact, or as stored."""
-        array, token = pages
+        metadata = chunk.metadata
         first, count = self._visible(metadata)
-        arguments = array, metadata.block_table[0], self._constants, first, count, token
-        plain = []
-        for stored, own in zip(
-            self.launcher.dequantize(*arguments, dtype, heads), (keys, values), strict=True
-        ):
-            if not self.reproducible:
-                stored[:, count - metadata.query_len :] = own[heads]
-            plain.append(stored[None])
-        return plain
+        keys, values = self.launcher.dequantize(
+            pages.array,
+            metadata.block_table[0],
+            self._constants,
+            first,
+            count,
+            _token(pages),
+            chunk.queries.dtype,
+            heads,
+        )
+        if not self.reproducible:
+            keys[:, count - metadata.query_len :] = chunk.keys[heads]
+            values[:, count - metadata.query_len :] = chunk.values[heads]
+        return keys[None], values[None]
+
+
+def _token(pages: Pages) -> mx.array:
+    """What a reader of the pages takes so that it runs after their last store."""
+    assert pages.token is not None, "these pages belong to a backend without tokens"
+    return pages.token

@@ -25,7 +25,7 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
     Format,
 )
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import (
-    LIMIT,
+    COORDINATE_LIMIT,
     MAX_SCALE,
     Quantized,
     multiples,
@@ -76,7 +76,9 @@ class GroupedQuantizer:
 
     def _quantize(self, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Vectors [N, D] to codes [N, D], scales [N] and levels [N, D / 16]."""
-        magnitude = mx.minimum(mx.abs(y), LIMIT).reshape(-1, 1, self.num_groups, 1, GROUP_SIZE)
+        magnitude = mx.minimum(mx.abs(y), COORDINATE_LIMIT).reshape(
+            -1, 1, self.num_groups, 1, GROUP_SIZE
+        )
         reach = mx.max(magnitude, axis=-1, keepdims=True)
         # axes: vector, candidate scale, group, level tried, coordinate
         scales = mx.max(reach, axis=2, keepdims=True) * self.factors

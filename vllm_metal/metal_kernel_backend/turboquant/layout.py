@@ -17,11 +17,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_metal.metal_kernel_backend.turboquant.formats import Format, key_format, value_format
+from vllm_metal.metal_kernel_backend.turboquant.formats import (
+    Format,
+    FormatPair,
+    key_format,
+    value_format,
+)
 
 MIN_POWER = 16
 MAX_HEAD_SIZE = 512
 ODD_FACTORS = (1, 3, 5, 7)
+
+BLOCK_SIZE_STEP = 8
+"""Tokens; the size of a block is a multiple."""
 
 
 def check_head_size(head_size: int) -> None:
@@ -62,8 +70,10 @@ class PageLayout:
     def __post_init__(self) -> None:
         check_head_size(self.key_head_size)
         check_head_size(self.value_head_size)
-        if self.block_size <= 0 or self.block_size % 8:
-            raise ValueError(f"block size {self.block_size} is not a positive multiple of 8")
+        if self.block_size <= 0 or self.block_size % BLOCK_SIZE_STEP:
+            raise ValueError(
+                f"block size {self.block_size} is not a positive multiple of {BLOCK_SIZE_STEP}"
+            )
         if self.num_kv_heads <= 0:
             raise ValueError(f"{self.num_kv_heads} KV heads; at least 1 is needed")
         unpadded = self.num_kv_heads * self.head_page_bytes
@@ -88,8 +98,8 @@ class PageLayout:
     @property
     def slot_size(self) -> int:
         """One token of one KV head, key and value."""
-        key = self.key_format.vector_bytes(self.key_head_size)
-        return key + self.value_format.vector_bytes(self.value_head_size)
+        formats = FormatPair(self.key_format, self.value_format)
+        return formats.slot_size(self.key_head_size, self.value_head_size)
 
     @property
     def head_page_bytes(self) -> int:

@@ -28,7 +28,7 @@ import numpy as np
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.rotation import tree_sum
 
-LIMIT = 2.0**24
+COORDINATE_LIMIT = 2.0**24
 """Rotated coordinates beyond it are cut: no float16 scale reaches them, and squares stay finite."""
 
 MAX_SCALE = 65504.0
@@ -102,10 +102,10 @@ class Quantizer:
         """
         biases = None
         if self.has_bias is not None:
-            y = mx.clip(y, -LIMIT, LIMIT)
+            y = mx.clip(y, -COORDINATE_LIMIT, COORDINATE_LIMIT)
             biases = mx.where(self.has_bias, _middle(y), mx.array(0, mx.float16))
             y = y - biases.astype(mx.float32)
-        magnitude = mx.minimum(mx.abs(y), LIMIT)
+        magnitude = mx.minimum(mx.abs(y), COORDINATE_LIMIT)
         steps = self._steps(magnitude, mx.max(magnitude, axis=-1, keepdims=True))
         along, energy = _sums(magnitude, self._polynomial(steps + 0.5))
         best = mx.argmax(along * along / energy, axis=-2, keepdims=True)

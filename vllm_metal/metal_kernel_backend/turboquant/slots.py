@@ -36,25 +36,27 @@ class Slots:
 
         The halfwords are in the order of `PageLayout.slot_columns`.
         """
-        numbers = tokens.scales
+        scales = tokens.scales
         if tokens.biases is not None:
-            key, value = numbers[..., :1], numbers[..., 1:]
-            numbers = mx.concatenate([key, tokens.biases, value], axis=-1)
-        parts = [self._pack_codes(tokens.codes), numbers.view(mx.uint16)]
+            key, value = scales[..., :1], scales[..., 1:]
+            scales = mx.concatenate([key, tokens.biases, value], axis=-1)
+        parts = [self._pack_codes(tokens.codes), scales.view(mx.uint16)]
         if tokens.levels is not None:
             parts.insert(1, pack_levels(tokens.levels))
         return mx.concatenate(parts, axis=-1)
 
-    def indices(self, slot_mapping: mx.array) -> tuple[mx.array, mx.array]:
-        """Where `store` writes the tokens of these slots: the same for all layers of a step.
+    def indices(self, block_ids: mx.array, offsets: mx.array) -> tuple[mx.array, mx.array]:
+        """Where `store` writes T tokens: the same for all layers of a step.
 
-        A slot is block * block_size + token, int32 [T]; one below 0 is padding and goes to the
-        null block, block 0. Blocks and columns, each [H, T, slot_size / 2].
+        Args:
+            block_ids: block of each token, int32 [T].
+            offsets: place of each token in its block, int32 [T].
+
+        Returns:
+            blocks and columns, each [H, T, slot_size / 2].
         """
-        slots = mx.maximum(slot_mapping, 0)
-        columns = self._columns[slots % self.layout.block_size].swapaxes(0, 1)
-        blocks = (slots // self.layout.block_size)[None, :, None]
-        return mx.broadcast_to(blocks, columns.shape), columns
+        columns = self._columns[offsets].swapaxes(0, 1)
+        return mx.broadcast_to(block_ids[None, :, None], columns.shape), columns
 
     def store(
         self, pages: mx.array, packed: mx.array, indices: tuple[mx.array, mx.array]
@@ -88,16 +90,16 @@ class Slots:
         layout = self.layout
         return self._halfwords(head_pages, layout.value_codes_offset, layout.value_codes_bytes)
 
-    def numbers(self, head_pages: mx.array) -> list[mx.array]:
+    def scales_and_biases(self, head_pages: mx.array) -> list[mx.array]:
         """Key scales, key biases where there are any, value scales.
 
         Each float16 [B, H, 1, 1, N * block_size].
         """
         batch, heads, _, end = head_pages.shape
         first, plane = self.layout.key_scales_offset // 2, self.layout.block_size
-        numbers = head_pages.view(mx.float16)
+        planes = head_pages.view(mx.float16)
         return [
-            numbers[..., begin : begin + plane].reshape(batch, heads, 1, 1, -1)
+            planes[..., begin : begin + plane].reshape(batch, heads, 1, 1, -1)
             for begin in range(first, end, plane)
         ]
 
@@ -117,7 +119,7 @@ class Slots:
         """The keys and values of blocks [B, N], each [B, H, N * block_size, D]."""
         head_pages = self.head_pages(pages, self.head_page_indices(block_table))
         key_scales, *biases, value_scales = (
-            plane.squeeze((2, 3)) for plane in self.numbers(head_pages)
+            plane.squeeze((2, 3)) for plane in self.scales_and_biases(head_pages)
         )
         levels = self.key_levels(head_pages)
         keys = unpack(self.key_halfwords(head_pages).squeeze(2), self.layout.key_format.bits)

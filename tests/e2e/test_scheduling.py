@@ -1,0 +1,103 @@
+"""Any mix of requests gives each its own answer, over pages that hold what was read.
+
+The pages are symbolic (`tests/symbolic_pages.py`): there is no model, and a forward pass that would
+read what was never written raises.
+"""
+
+import random
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.request import RequestStatus
+
+from tests.symbolic_pages import SymbolicServing, expected_tokens
+
+PAGE_BYTES = 4096
+MAX_MODEL_LEN = 128
+FULL = {"num_kv_heads": 1, "head_size": 16, "dtype": torch.float32, "page_size_padded": PAGE_BYTES}
+KINDS = {
+    "full": {"layers.0": FullAttentionSpec(block_size=16, **FULL)},
+    "window": {
+        "layers.0": FullAttentionSpec(block_size=16, **FULL),
+        "layers.1": SlidingWindowSpec(block_size=16, sliding_window=40, **FULL),
+    },
+    "states": {
+        "layers.0": FullAttentionSpec(block_size=16, **FULL),
+        "states.0": MambaSpec(
+            block_size=MAX_MODEL_LEN,
+            shapes=((64,),),
+            dtypes=(torch.uint8,),
+            page_size_padded=PAGE_BYTES,
+        ),
+    },
+}
+PREFIXES = [kind for kind in KINDS if kind != "states"]
+"""Kinds of caches whose prefixes are found again."""
+
+
+def prompt(rng: random.Random, length: int, vocab_size: int) -> list[int]:
+    return [rng.randrange(vocab_size) for _ in range(length)]
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize("length", [16, 32, 48])
+def test_a_prefix_that_another_request_completes_in_the_same_step(
+    make_config, kind, async_scheduling, length
+):
+    """vLLM offers a block to others when it schedules its last token, before that is computed."""
+    config = make_config(async_scheduling=async_scheduling, max_num_batched_tokens=length - 1)
+    serving = SymbolicServing(config, KINDS[kind], 64)
+    vocab_size = config.model_config.get_vocab_size()
+    shared = prompt(random.Random(0), length, vocab_size)
+    first = serving.add("first", shared, max_tokens=4)
+    serving.step()
+    longer = shared + prompt(random.Random(1), 10, vocab_size)
+    second = serving.add("second", longer, max_tokens=4)
+    serving.run()
+    hit = length if kind == "full" else length - 16  # a window is not matched to its last block
+    assert serving.cached_tokens["second"] == hit
+    assert list(first.output_token_ids) == expected_tokens(shared, 4, vocab_size)
+    assert list(second.output_token_ids) == expected_tokens(longer, 4, vocab_size)
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traffic(make_config, kind, async_scheduling, seed):
+    """Arrivals, shared prefixes, continued answers, chunks, scarce blocks and aborts."""
+    rng = random.Random(f"{kind} {seed}")
+    config = make_config(
+        async_scheduling=async_scheduling,
+        max_num_batched_tokens=rng.choice([15, 16, 17, 23, 31, 64, 256]),
+        enable_prefix_caching=kind in PREFIXES,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    serving = SymbolicServing(config, KINDS[kind], rng.choice([20, 30, 64]))
+    vocab_size = config.model_config.get_vocab_size()
+    prefixes = [prompt(rng, rng.choice([16, 17, 32, 48, 50]), vocab_size) for _ in range(3)]
+    requests = {}
+    for i in range(40):
+        token_ids = list(rng.choice(prefixes))
+        if rng.random() < 0.3:
+            token_ids = token_ids[: rng.randrange(1, len(token_ids) + 1)]
+        token_ids += prompt(rng, rng.choice([0, 0, 1, 9, 30]), vocab_size)
+        num_tokens = rng.randrange(1, 25)
+        if len(token_ids) < 60:  # a next turn goes on from the answer, which may still be computed
+            answer = expected_tokens(token_ids, num_tokens, vocab_size)
+            prefixes.append(token_ids + answer[: rng.randrange(num_tokens + 1)])
+        request = serving.add(str(i), token_ids, max_tokens=num_tokens)
+        requests[str(i)] = request, token_ids, num_tokens
+        for _ in range(rng.choice([0, 0, 1, 2, 5])):
+            serving.step()
+        if rng.random() < 0.1:
+            name = rng.choice(list(requests))
+            serving.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+    serving.run()
+    for name, (request, token_ids, num_tokens) in requests.items():
+        answer = list(request.output_token_ids)
+        right = expected_tokens(token_ids, num_tokens, vocab_size)
+        if request.status == RequestStatus.FINISHED_ABORTED:
+            right = right[: len(answer)]
+        assert answer == right, name
