@@ -23,9 +23,10 @@ def test_dense_pages_by_default(given, cache_dtype):
     assert parse(given, cache_dtype) is None
 
 
-def test_settings_that_are_no_mapping():
-    """vLLM accepts any object that it can hash."""
-    assert "additional_config: ['q8_0'] is not a mapping" in refusal(["q8_0"])
+@pytest.mark.parametrize("given", [["turboquant"], "turboquant", 1], ids=str)
+def test_what_is_no_object_is_refused(given):
+    """vLLM takes any object for its plugins."""
+    assert f"additional_config: {given!r} is not a JSON object" in refusal(given)
 
 
 def test_turboquant_with_its_default_formats():

@@ -9,7 +9,7 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from types import TracebackType
 
@@ -76,26 +76,32 @@ def user_errors_end_child_process() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+class _Excepthook:
+    """Prints a `UserError` as its message alone, and hands everything else to the hook before it.
+
+    In the `vllm` command, vLLM's report that an engine process failed is also printed as its
+    message, since that process has said why.
+    """
+
+    def __init__(self, previous: Callable[..., object]):
+        self._previous = previous
+        self._is_vllm_command = os.path.basename(sys.argv[0] if sys.argv else "") == "vllm"
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, stack: TracebackType | None
+    ) -> None:
+        failed_in_child = ENGINE_FAILED in str(error)
+        if isinstance(error, UserError) or (self._is_vllm_command and failed_in_child):
+            print(error, file=sys.stderr)
+        else:
+            self._previous(kind, error, stack)
+
+
 def show_user_errors_without_stack() -> None:
     """Installs an exception hook that prints a `UserError` as its message alone.
 
-    In the `vllm` command, vLLM's report that an engine process failed is also printed as its
-    message, since that process has said why. A second call does nothing.
+    A second call does nothing.
     """
     # patch: Python's hook for exceptions that nobody catches
-    if getattr(sys.excepthook, "shows_user_errors", False):
-        return
-    is_vllm_command = os.path.basename(sys.argv[0] if sys.argv else "") == "vllm"
-    previous = sys.excepthook
-
-    def excepthook(
-        kind: type[BaseException], error: BaseException, stack: TracebackType | None
-    ) -> None:
-        failed_in_child = is_vllm_command and ENGINE_FAILED in str(error)
-        if isinstance(error, UserError) or failed_in_child:
-            print(error, file=sys.stderr)
-        else:
-            previous(kind, error, stack)
-
-    excepthook.shows_user_errors = True  # type: ignore[attr-defined]
-    sys.excepthook = excepthook
+    if not isinstance(sys.excepthook, _Excepthook):
+        sys.excepthook = _Excepthook(sys.excepthook)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import torch
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_metal.attention.backend import ChunkMemory
@@ -54,6 +55,7 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def init_device(self) -> None:
         self.device = torch.device("cpu")
+        set_random_seed(self.model_config.seed)
         self.metal_device: Device = select_device()
         mx.set_memory_limit(self.metal_device.memory_limit)  # an earlier worker set it to its plan
         logger.info("MLX device: %s (%s)", self.metal_device.name, self.metal_device.kind)
@@ -199,8 +201,7 @@ class MetalWorker(WorkerBase):
         depends_on = dependencies.of_key_constants(encode(TEXT), max_model_len)
         return self.results.get(KEY_CONSTANTS, depends_on, measure)
 
-    @staticmethod
-    def _probe_decode(model: BoundModel, most_tokens: int) -> DecodeForward:
+    def _probe_decode(self, model: BoundModel, most_tokens: int) -> DecodeForward:
         """How decode rows run, found out with small forward passes."""
         started, name = time.perf_counter(), model.binding.model_type
         if not decode_probe.takes_batched_offsets(model):
@@ -210,6 +211,9 @@ class MetalWorker(WorkerBase):
                 name,
             )
             return DecodeForward(model.forward, False, most_tokens)
+        if self.model_config.enforce_eager:
+            logger.info("Decode runs without tracing (--enforce-eager)")
+            return DecodeForward(model.forward, True, most_tokens)
         graphs = decode_probe.traced_decode(model)
         if graphs is None:
             logger.info("%s decodes without a trace: its Python code runs in every step", name)
