@@ -95,13 +95,13 @@ class Report:
         return [
             ("device", f"{facts['device']}{architecture}"),
             ("GPU cores", str(facts["gpu_cores"] or "")),
-            ("memory limit", format_bytes(facts["memory_limit"])),
-            ("macOS", facts["macos"]),
-            ("system", facts["system"]),
-            ("Python", facts["python"]),
-            ("vllm-metal", facts["vllm_metal"]),
-            *((name, facts[name]) for name in PACKAGES),
-            ("kernels run by", facts["kernels"]),
+            ("memory limit", format_bytes(float(facts["memory_limit"]))),
+            ("macOS", str(facts["macos"])),
+            ("system", str(facts["system"])),
+            ("Python", str(facts["python"])),
+            ("vllm-metal", str(facts["vllm_metal"])),
+            *((name, str(facts[name])) for name in PACKAGES),
+            ("kernels run by", str(facts["kernels"])),
         ]
 
     def _timing(self) -> list[str]:
