@@ -33,8 +33,15 @@ from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.model_pages import ModelPages
 from vllm_metal.runner.model_runner import ModelRunner
 from vllm_metal.startup import decode_probe, dependencies, workspace_probe
+from vllm_metal.startup.crash_marker import CrashMarker
 from vllm_metal.startup.key_samples import collect_key_samples
-from vllm_metal.startup.result_cache import FORWARD_PEAKS, KEY_CONSTANTS, ResultCache
+from vllm_metal.startup.probe_requests import probe_prompts
+from vllm_metal.startup.result_cache import (
+    DECODE_ANSWERS,
+    FORWARD_PEAKS,
+    KEY_CONSTANTS,
+    ResultCache,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -60,16 +67,22 @@ class MetalWorker(WorkerBase):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config = self.model_config
         folder = model_loader.model_folder(config.model, config.revision)
-        self.results = ResultCache(
-            startup_cache_folder(),
-            dependencies.of_server(folder, config.dtype, self.metal_device),
-        )
+        depends_on = dependencies.of_server(folder, config.dtype, self.metal_device)
+        kept = startup_cache_folder()
+        self.results = ResultCache(kept, depends_on)
+        self.tracing = CrashMarker(kept and kept.with_name("tracing"), depends_on)
         model = model_loader.load_model(
             config.model, config.dtype, config.revision, config.trust_remote_code
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
         self.model_pages = self._make_cache()
+        self.prompts = self._probe_prompts()
+        self.decode_answers = self.results.get(
+            DECODE_ANSWERS,
+            dependencies.of_decode_answers(self.prompts),
+            lambda: decode_probe.ask(self.binding, self.prompts, self.tracing),
+        )
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -132,18 +145,27 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def compile_or_warm_up_model(self) -> CompilationTimes:
         started, name = time.perf_counter(), self.binding.model_type
-        batched = decode_probe.takes_batched_offsets(self.binding, self.kv_cache)
-        self.model_runner.batched_decode = batched
-        if batched and (graphs := decode_probe.traced_decode(self.binding, self.kv_cache)):
-            self.model_runner.forward_decode = graphs
+        answers = self.decode_answers
+        forward, traced = decode_probe.decode_forward(
+            self.binding, self.kv_cache, self.prompts, answers, self.tracing
+        )
+        self.model_runner.batched_decode = answers.batched.holds
+        self.model_runner.forward_decode = forward
+        if traced.holds:
             logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
-        elif batched:
-            logger.info("%s cannot be traced: decode is built anew each step", name)
-        else:
+        elif answers.batched.holds:
             logger.info(
-                "Decode of %s runs one request at a time: two together are not known to give "
-                "what each gives alone",
+                "Decode of %s is not traced: %s. Python builds every step anew, which takes some "
+                "milliseconds for a model of many layers",
                 name,
+                traced.reason,
+            )
+        else:
+            logger.warning(
+                "Decode of %s runs one request at a time: %s. A step of N requests takes about N "
+                "times as long as a step of one",
+                name,
+                answers.batched.reason,
             )
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
@@ -179,6 +201,14 @@ class MetalWorker(WorkerBase):
             self._log_loss(turboquant.formats)
         binding = self.binding
         return ModelPages.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
+
+    def _probe_prompts(self) -> list[list[int]]:
+        """Prompts that begin as the tokenizer begins one."""
+        tokenizer = cached_tokenizer_from_config(self.model_config)
+        if tokenizer is not None:
+            return probe_prompts(tokenizer.encode)
+        first = getattr(self.model_config.hf_text_config, "bos_token_id", None)
+        return probe_prompts(None, [first] if isinstance(first, int) else [])
 
     @staticmethod
     def _log_loss(formats: FormatPair) -> None:

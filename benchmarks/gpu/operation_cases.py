@@ -1,6 +1,6 @@
 """Cases of `crashing_operations.py`: operations, modules and steps, each a function of its own.
 
-Their shapes are those of the tiny deepseek_v3 of `tests/tiny_configs.py`: hidden size 64, 4 heads,
+Their shapes are those of the tiny deepseek_v3 of `scripts/tiny_architectures.json`: hidden size 64, 4 heads,
 latents of 32 elements, 4 experts in 2 groups of which 2 are taken.
 """
 
@@ -180,7 +180,7 @@ def experts_fused():
 
 
 def model():
-    from tests.tiny_models import tiny_model
+    from tiny_architectures import tiny_model
 
     return tiny_model("deepseek_v3")
 
@@ -217,7 +217,7 @@ def attention_of_a_prompt_traced():
 
 def decode_step(rows: int, traced: bool, model_type: str = "deepseek_v3"):
     """Three decode steps over dense pages, built or, from the second one on, replayed."""
-    from tests.tiny_models import tiny_model
+    from tiny_architectures import tiny_model
     from vllm_metal.kv_cache.cache import KVCache
     from vllm_metal.kv_cache.group_metadata import decode_metadata
     from vllm_metal.metal_kernel_backend.dense import DensePages

@@ -9,6 +9,7 @@ N is rounded up, so that a growing request keeps its graph for a while. A shape 
 comes a second time; the traces of the last `MAX_GRAPHS` shapes are kept.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,13 @@ from vllm_metal.model.model_binding import ModelBinding
 
 MAX_GRAPHS = 64
 """A trace takes about 1 KiB for each operation."""
+
+MOVES_ELEMENTS = frozenset(
+    "AsStrided Broadcast Concatenate Contiguous Copy Depends ExpandDims Flatten Full Gather "
+    "GatherAxis Pad Reshape Slice SliceUpdate Split Squeeze StopGradient Transpose Unflatten "
+    "View".split()
+)
+"""Operations of MLX that compute nothing; without elements, their kernels are not launched."""
 
 _Graph = Callable[..., tuple[mx.array, TakenArrays]]
 
@@ -44,13 +52,7 @@ class DecodeGraphs:
         metadata: Sequence[DecodeMetadata],
     ) -> mx.array:  # [B, 1, vocabulary]
         """As `ModelBinding.forward`."""
-        tables = [
-            _pad(group.block_table, rounded_blocks(group.block_table.shape[1]))
-            for group in metadata
-        ]
-        seq_lens = [group.seq_lens for group in metadata]
-        slots = [group.slot_mapping for group in metadata]
-        offset = mx.array(metadata[0].offset).reshape(-1)
+        token_ids, offset, tables, seq_lens, slots = _inputs(token_ids, metadata)
         graph = self._graph_of(tuple(table.shape for table in tables))
         pages = self._kv_cache.take()
         try:
@@ -58,6 +60,38 @@ class DecodeGraphs:
         finally:
             self._kv_cache.put(pages)
         return logits
+
+    def empty_operations(
+        self, token_ids: mx.array, metadata: Sequence[DecodeMetadata]
+    ) -> list[str]:
+        """Names of the step's operations that compute arrays without elements.
+
+        The step is traced and not run. Operations that only move elements are not named.
+
+        MLX's GPU backends launch what `mx.compile` has fused without asking whether there is
+        anything to compute. CUDA's divides by the number of elements, which ends the process
+        (MLX 0.32, `Compiled::eval_gpu` and `get_launch_args`).
+        """
+        token_ids, offset, *lists = _inputs(token_ids, metadata)
+        pages, groups = self._kv_cache.take(), len(metadata)
+        found: list[str] = []
+
+        def note(part: dict) -> None:
+            if part["type"] == "primitive" and part["name"] not in MOVES_ELEMENTS:
+                found.extend(part["name"] for _, shape, _ in part["outputs"] if 0 in shape)
+
+        def step(token_ids: mx.array, offset: mx.array, *rest: mx.array) -> list[mx.array]:
+            tables, seq_lens, slots = (list(rest[i * groups :][:groups]) for i in range(3))
+            given = TakenArrays(list(rest[3 * groups :]), pages.tokens)
+            logits, after = self._step(token_ids, offset, tables, seq_lens, slots, given)
+            return [logits, *after.regions]
+
+        try:
+            arrays = itertools.chain(*lists, pages.regions)
+            mx.export_function(note, step, token_ids, offset, *arrays)
+        finally:
+            self._kv_cache.put(pages)
+        return found
 
     def _graph_of(self, shapes: tuple[tuple[int, ...], ...]) -> _Graph:
         """The step itself for shapes never seen, its trace from then on."""
@@ -93,6 +127,18 @@ class DecodeGraphs:
         self._kv_cache.put(pages)
         logits = self._binding.forward(token_ids, metadata)
         return logits, self._kv_cache.take()
+
+
+def _inputs(
+    token_ids: mx.array, metadata: Sequence[DecodeMetadata]
+) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array], list[mx.array]]:
+    """What a graph is given beside the pages."""
+    tables = [
+        _pad(group.block_table, rounded_blocks(group.block_table.shape[1])) for group in metadata
+    ]
+    seq_lens = [group.seq_lens for group in metadata]
+    slots = [group.slot_mapping for group in metadata]
+    return token_ids, mx.array(metadata[0].offset).reshape(-1), tables, seq_lens, slots
 
 
 def _pad(block_table: mx.array, num_blocks: int) -> mx.array:
