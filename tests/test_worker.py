@@ -223,8 +223,23 @@ def test_the_size_of_blocks(make_config, block_size):
 
 
 def test_rows_are_decoded_together_where_the_model_allows(make_config):
-    runner = Serving(make_config()).runner
-    assert runner.batched_decode and isinstance(runner.forward_decode, DecodeGraphs)
+    assert Serving(make_config()).runner.decode.batched
+
+
+def test_decode_is_traced_unless_eager_execution_is_asked_for(make_config, monkeypatch):
+    assert isinstance(Serving(make_config()).runner.decode.run, DecodeGraphs)
+    said = messages_of(monkeypatch, "info")
+    runner = Serving(make_config(enforce_eager=True)).runner
+    assert runner.decode.batched and runner.decode.run == runner.model.forward
+    assert any("is not traced: --enforce-eager" in line for line in said)
+
+
+@pytest.mark.parametrize(("seed", "same"), [(1, True), (2, False)])
+def test_the_seed_decides_what_unseeded_requests_sample(make_config, seed, same):
+    sampled = [
+        Serving(make_config(seed=seed)).generate([PROMPT], temperature=1.0) for seed in (1, seed)
+    ]
+    assert (sampled[0] == sampled[1]) == same
 
 
 def messages_of(monkeypatch, level: str) -> list[str]:
@@ -239,7 +254,7 @@ def test_a_fallback_says_why_and_what_it_costs(make_config, monkeypatch, tmp_pat
     )
     said = messages_of(monkeypatch, "warning")
     serving = Serving(make_config(model=str(folder)))
-    assert not serving.runner.batched_decode
+    assert not serving.runner.decode.batched
     [line] = [line for line in said if line.startswith("Decode of gpt_bigcode runs one request")]
     assert "it takes one position for all rows" in line and "N times as long" in line
 
@@ -251,7 +266,7 @@ def test_a_step_that_is_not_traced_says_why(make_config, monkeypatch):
     monkeypatch.setattr(worker_module.decode_probe, "ask", lambda *_: answers)
     said = messages_of(monkeypatch, "info")
     runner = Serving(make_config()).runner
-    assert runner.batched_decode and runner.forward_decode == runner.binding.forward
+    assert runner.decode.batched and runner.decode.run == runner.model.forward
     assert any("is not traced: it looks at its numbers. Python builds" in line for line in said)
 
 

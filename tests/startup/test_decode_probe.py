@@ -15,7 +15,7 @@ from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_con
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.decode_graphs import DecodeGraphs
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.model.model_binding import BoundModel, ModelBinding
 from vllm_metal.startup import decode_probe
 from vllm_metal.startup.crash_marker import CrashMarker
 from vllm_metal.startup.decode_probe import (
@@ -23,7 +23,7 @@ from vllm_metal.startup.decode_probe import (
     Answer,
     DecodeAnswers,
     can_be_traced,
-    decode_forward,
+    decode_step,
     row_differences,
     takes_batched_offsets,
 )
@@ -43,7 +43,7 @@ def batched(model: nn.Module) -> Answer:
 
 
 @pytest.mark.parametrize(
-    "model_type", [*SERVED, *sorted({*FETCHED} - {"gemma2"}), "gemma4_text", "jamba"]
+    "model_type", [*SERVED, *(n for n in FETCHED if n != "gemma2"), "gemma4_shared", "jamba"]
 )
 def test_models_that_take_an_array_of_positions(model_type):
     assert batched(tiny_model(model_type)) == YES
@@ -121,11 +121,10 @@ def test_rounding_that_tips_codes_of_compressed_pages_does_not_count():
     backends = make_backends(
         binding.layers, 16, mx.float32, pages, neutral_constants(binding.layers)
     )
-    kv_cache, prompts = KVCache(backends, 4), ([3, 1, 4, 1, 5, 9, 2], [3, 1, 4, 1], [3, 1, 4, 1, 5])
-    binding.bind(kv_cache)
-    requests = ProbeRequests(binding, kv_cache, prompts, groups_apart=False)
-    alone = mx.concatenate([requests.decode_anew(binding.forward, [row]) for row in range(3)])
-    together = requests.decode_anew(binding.forward, range(3))
+    prompts = [3, 1, 4, 1, 5, 9, 2], [3, 1, 4, 1], [3, 1, 4, 1, 5]
+    requests = ProbeRequests(binding.bind(KVCache(backends, 4)), prompts, groups_apart=False)
+    alone = mx.concatenate([requests.decode_anew([row]) for row in range(3)])
+    together = requests.decode_anew(range(3))
     assert max(row_differences(together, alone)) > TOLERANCE
     assert takes_batched_offsets(binding, prompts) == YES
 
@@ -144,7 +143,7 @@ def test_rounding_that_tips_the_choice_of_an_expert_does_not_count():
     experts.gate = Seen()
     binding = ModelBinding(model)
     requests = decode_probe.on_dense_pages(binding, PROMPTS)
-    requests.decode_anew(binding.forward, [0])
+    requests.decode_anew([0])
     _, second, third, *_ = mx.argsort(-seen[-1].reshape(-1)).tolist()
     lead = (seen[-1].reshape(-1)[second] - seen[-1].reshape(-1)[third]).item()
     third = mx.arange(seen[-1].shape[-1]) == third
@@ -154,8 +153,8 @@ def test_rounding_that_tips_the_choice_of_an_expert_does_not_count():
             return gate(x) + third * (lead - 1e-4)
 
     experts.gate = RoundsByRows(Level(), lambda out: out + third * 2e-4)
-    alone = requests.decode_anew(binding.forward, [0])
-    differences = row_differences(requests.decode_anew(binding.forward, range(3))[:1], alone)
+    alone = requests.decode_anew([0])
+    differences = row_differences(requests.decode_anew(range(3))[:1], alone)
     assert differences[0] > TOLERANCE
     assert takes_batched_offsets(binding, PROMPTS) == YES
 
@@ -163,7 +162,7 @@ def test_rounding_that_tips_the_choice_of_an_expert_does_not_count():
 def test_logits_that_are_not_numbers_are_refused():
     model = tiny_model("llama")
     model.layers[2].mlp.up_proj.weight[0, 0] = mx.nan
-    with pytest.raises(UserError, match="'llama' computes logits that are not numbers"):
+    with pytest.raises(UserError, match="'llama' produces NaN logits"):
         batched(model)
 
 
@@ -171,13 +170,11 @@ def test_a_probed_model_serves_as_a_new_one():
     binding = ModelBinding(tiny_model("llama"))
     kv_cache = KVCache([DensePages(shape, 16, mx.float32) for shape in binding.layers], 8)
     metadata = PrefillMetadata(mx.array([[1]]), mx.arange(9) + 16, 0, 9)
-    binding.bind(kv_cache)
-    fresh = binding.forward(mx.arange(9)[None], [metadata])
-    mx.eval(fresh, kv_cache.arrays)
+    bound = binding.bind(kv_cache)
+    fresh = bound.evaluate(mx.arange(9)[None], [metadata])
     takes_batched_offsets(binding, PROMPTS)
     can_be_traced(binding, PROMPTS)
-    binding.bind(kv_cache)
-    assert mx.array_equal(fresh, binding.forward(mx.arange(9)[None], [metadata]))
+    assert mx.array_equal(fresh, bound.evaluate(mx.arange(9)[None], [metadata]))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "deepseek_v3", "gpt_oss"])
@@ -247,36 +244,37 @@ def test_on_a_gpu_a_step_with_arrays_without_elements_is_not_traced(monkeypatch)
     assert not answer.holds and answer.reason == "it computes arrays without elements (Multiply)"
 
 
-def server(num_blocks: int = 8, turboquant: str = "") -> tuple[ModelBinding, KVCache]:
-    """A model and the pages of a server."""
+def server(num_blocks: int = 8, turboquant: str = "") -> BoundModel:
+    """A model over the pages of a server."""
     binding = ModelBinding(tiny_model("llama"))
     pages = TurboQuantConfig(parse_pair(turboquant)) if turboquant else None
     backends = make_backends(
         binding.layers, 16, mx.float32, pages, neutral_constants(binding.layers)
     )
-    return binding, KVCache(backends, num_blocks)
+    return binding.bind(KVCache(backends, num_blocks))
 
 
 @pytest.mark.parametrize("turboquant", ["", "q2_0/q2_0"], ids=["dense", "few bits"])
 def test_the_servers_pages_are_warmed_up_for_one_row_and_two(marker, turboquant):
-    binding, kv_cache = server(turboquant=turboquant)
-    graphs, traced = decode_forward(binding, kv_cache, PROMPTS, DecodeAnswers(YES, YES), marker)
+    model = server(turboquant=turboquant)
+    graphs, traced = decode_step(model, PROMPTS, DecodeAnswers(YES, YES), marker)
     assert isinstance(graphs, DecodeGraphs) and traced == YES and len(graphs._graphs) == 2
-    assert all(array[1].any() and array[2].any() for array in kv_cache.arrays)
-    assert not any(array[0].any() or array[3:].any() for array in kv_cache.arrays)
+    arrays = model.kv_cache.arrays
+    assert all(array[1].any() and array[2].any() for array in arrays)
+    assert not any(array[0].any() or array[3:].any() for array in arrays)
 
 
 def test_requests_one_by_one_are_warmed_up_as_one_row(marker):
-    binding, kv_cache = server()
+    model = server()
     no = DecodeAnswers(Answer(False, "a reason"), Answer(False, "another"))
-    forward, traced = decode_forward(binding, kv_cache, PROMPTS, no, marker)
-    assert forward == binding.forward and traced.reason == "another"
+    step, traced = decode_step(model, PROMPTS, no, marker)
+    assert step == model.forward and traced.reason == "another"
 
 
 def test_too_few_blocks_are_left_alone(marker):
-    binding, kv_cache = server(num_blocks=2)
-    graphs, _ = decode_forward(binding, kv_cache, PROMPTS, DecodeAnswers(YES, YES), marker)
-    assert isinstance(graphs, DecodeGraphs) and not kv_cache.arrays[0].any()
+    model = server(num_blocks=2)
+    graphs, _ = decode_step(model, PROMPTS, DecodeAnswers(YES, YES), marker)
+    assert isinstance(graphs, DecodeGraphs) and not model.kv_cache.arrays[0].any()
 
 
 def test_pages_that_cannot_be_traced_are_served_without(marker, monkeypatch):
@@ -284,9 +282,9 @@ def test_pages_that_cannot_be_traced_are_served_without(marker, monkeypatch):
         raise RuntimeError("no tracers")
 
     monkeypatch.setattr(DecodeGraphs, "__call__", fails)
-    binding, kv_cache = server()
-    forward, traced = decode_forward(binding, kv_cache, PROMPTS, DecodeAnswers(YES, YES), marker)
-    assert forward == binding.forward and "on these pages (no tracers)" in traced.reason
+    model = server()
+    step, traced = decode_step(model, PROMPTS, DecodeAnswers(YES, YES), marker)
+    assert step == model.forward and "on these pages (no tracers)" in traced.reason
     assert not marker.left_behind
 
 
@@ -294,11 +292,11 @@ def test_after_a_start_that_tracing_ended_nothing_is_traced(marker):
     """Neither to find out whether it can be, nor on the server's pages."""
     marker.path.parent.mkdir(parents=True)
     marker.path.write_text("999999999 1.00\n{}\n")
-    binding, kv_cache = server()
-    answers = decode_probe.ask(binding, PROMPTS, marker)
+    model = server()
+    answers = decode_probe.ask(model.binding, PROMPTS, marker)
     assert answers.batched == YES and str(marker.path) in answers.traced.reason
-    forward, traced = decode_forward(binding, kv_cache, PROMPTS, DecodeAnswers(YES, YES), marker)
-    assert forward == binding.forward and str(marker.path) in traced.reason
+    step, traced = decode_step(model, PROMPTS, DecodeAnswers(YES, YES), marker)
+    assert step == model.forward and str(marker.path) in traced.reason
     assert marker.left_behind
 
 

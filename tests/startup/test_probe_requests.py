@@ -52,7 +52,7 @@ def test_no_block_has_two_owners(model_type, apart):
     binding = ModelBinding(tiny_model(model_type))
     backends = [DensePages(shape, BLOCK_SIZE, mx.float32) for shape in binding.layers]
     kv_cache = KVCache(backends, 8, binding.states)
-    requests = ProbeRequests(binding, kv_cache, probe_prompts(None), groups_apart=apart)
+    requests = ProbeRequests(binding.bind(kv_cache), probe_prompts(None), groups_apart=apart)
     assert len(kv_cache.groups) == 2
     assert requests.fit is True
     _, metadata = requests.decode_inputs([0, 1, 2])
@@ -68,6 +68,6 @@ def test_dense_pages_of_the_probe_hold_the_prompts():
     binding = ModelBinding(tiny_model("llama"))
     requests = on_dense_pages(binding, probe_prompts(None))
     assert requests.fit
-    logits = requests.decode_anew(binding.forward, [0, 2])
+    logits = requests.decode_anew([0, 2])
     assert logits.shape[0] == 2 and mx.isfinite(logits).all().item()
     assert all(array[1:].any() and not array[0].any() for array in requests.kv_cache.arrays)

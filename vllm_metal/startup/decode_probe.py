@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from vllm_metal.errors import UserError
-from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.model.decode_graphs import DecodeGraphs
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.model.model_binding import BoundModel, ModelBinding
 from vllm_metal.startup.crash_marker import CrashMarker
-from vllm_metal.startup.probe_requests import Forward, ProbeRequests, on_dense_pages
+from vllm_metal.startup.probe_requests import DecodeStep, ProbeRequests, on_dense_pages
 
 TOLERANCE = 0.1
 """Largest difference of a row's logits, in standard deviations: far above rounding in any
@@ -46,7 +45,7 @@ class DecodeAnswers:
 def ask(
     binding: ModelBinding, prompts: Sequence[Sequence[int]], tracing: CrashMarker
 ) -> DecodeAnswers:
-    """Both answers. The model is left bound to no pages.
+    """Both answers.
 
     Args:
         binding: the model.
@@ -68,36 +67,30 @@ def ask(
 def takes_batched_offsets(binding: ModelBinding, prompts: Sequence[Sequence[int]]) -> Answer:
     """Whether a `(B, 1)` decode with an array of offsets gives what B `(1, 1)` decodes give.
 
-    The model is left bound to no pages.
-
     Args:
         binding: the model.
         prompts: as `probe_prompts` makes them.
 
     Raises:
-        UserError: the model's logits are not numbers.
+        UserError: the model's logits are NaN.
     """
     if not binding.decodes_batches:
         return Answer(False, "its attention changes with the length of a request")
-    requests = on_dense_pages(binding, prompts)
-    rows = range(len(prompts))
+    requests, rows = on_dense_pages(binding, prompts), range(len(prompts))
+    alone = mx.concatenate([requests.decode_anew([row]) for row in rows])
+    _require_numbers(binding, alone)
     try:
-        alone = mx.concatenate([requests.decode_anew(binding.forward, [row]) for row in rows])
-        _require_numbers(binding, alone)
-        try:
-            together = requests.decode_anew(binding.forward, rows)
-        except (TypeError, ValueError) as error:
-            return Answer(False, f"it takes one position for all rows ({error})")
-        differences = row_differences(together, alone)
-        if max(differences) < TOLERANCE:
-            return Answer(True)
-        # Rounding, which is another one where there are more rows, may have tipped a choice of the
-        # model, as of an expert. Then a row gives the same in any company of as many rows.
-        in_other_company = mx.concatenate(
-            [requests.decode_anew(binding.forward, [row] * len(prompts))[:1] for row in rows]
-        )
-    finally:
-        binding.bind(None)
+        together = requests.decode_anew(rows)
+    except (TypeError, ValueError) as error:
+        return Answer(False, f"it takes one position for all rows ({error})")
+    differences = row_differences(together, alone)
+    if max(differences) < TOLERANCE:
+        return Answer(True)
+    # Rounding, which is another one where there are more rows, may have tipped a choice of the
+    # model, as of an expert. Then a row gives the same in any company of as many rows.
+    in_other_company = mx.concatenate(
+        [requests.decode_anew([row] * len(prompts))[:1] for row in rows]
+    )
     independent = max(row_differences(together, in_other_company)) < TOLERANCE
     if independent and min(differences) < TOLERANCE:
         return Answer(True)
@@ -111,13 +104,12 @@ def takes_batched_offsets(binding: ModelBinding, prompts: Sequence[Sequence[int]
 def can_be_traced(binding: ModelBinding, prompts: Sequence[Sequence[int]]) -> Answer:
     """Whether replayed traces of one row and of two give what the forward pass gives.
 
-    Follows `takes_batched_offsets`. The model is left bound to no pages.
+    Runs after `takes_batched_offsets`.
     """
     requests = on_dense_pages(binding, prompts)
     if requests.kv_cache.shares_arrays:
-        binding.bind(None)
         return Answer(False, "its recurrent states are read and written within a step")
-    graphs = DecodeGraphs(binding, requests.kv_cache)
+    graphs = DecodeGraphs(requests.model)
     try:
         requests.prefill()
         empty = graphs.empty_operations(*requests.decode_inputs([0]))
@@ -125,11 +117,11 @@ def can_be_traced(binding: ModelBinding, prompts: Sequence[Sequence[int]]) -> An
             return Answer(False, f"it computes arrays without elements ({', '.join(set(empty))})")
         for traced, replayed in (([0], ([1], [2])), ([0, 1], ([1, 2], [2, 0]))):
             for _ in range(2):  # a shape is traced when it comes a second time
-                requests.decode(graphs, traced)
+                requests.decode(traced, graphs)
             differences = []
             for rows in replayed:
-                logits = requests.decode(graphs, rows)
-                differences += row_differences(logits, requests.decode(binding.forward, rows))
+                logits = requests.decode(rows, graphs)
+                differences += row_differences(logits, requests.decode(rows))
             right = [difference < TOLERANCE for difference in differences]
             if 2 * sum(right) < len(right):  # rounding may tip a row; a wrong trace is all wrong
                 return Answer(
@@ -139,46 +131,41 @@ def can_be_traced(binding: ModelBinding, prompts: Sequence[Sequence[int]]) -> An
                 )
     except (TypeError, ValueError, RuntimeError) as error:
         return Answer(False, f"its forward pass cannot be traced ({error})")
-    finally:
-        binding.bind(None)
     return Answer(True)
 
 
-def decode_forward(
-    binding: ModelBinding,
-    kv_cache: KVCache,
+def decode_step(
+    model: BoundModel,
     prompts: Sequence[Sequence[int]],
     answers: DecodeAnswers,
     tracing: CrashMarker,
-) -> tuple[Forward, Answer]:
+) -> tuple[DecodeStep, Answer]:
     """What decodes on the server's pages, warm, and whether it replays traces.
 
     Prompts and decode steps of up to two rows have then run on the server's own pages: a model that
     would fail in its first request fails here, and what the first steps need is compiled. They use
     a block of each KV group for each row, which no request owns yet; nothing is run where there are
-    too few. The model is left bound to `kv_cache`.
+    too few.
 
     Args:
-        binding: the model.
-        kv_cache: the server's pages.
+        model: over the server's pages.
         prompts: as `probe_prompts` makes them.
-        answers: of the model.
+        answers: about the model.
         tracing: marks the time in which a fault of MLX would end the process.
 
     Raises:
-        UserError: the model's logits are not numbers.
+        UserError: the model's logits are NaN.
     """
-    binding.bind(kv_cache)
-    requests = ProbeRequests(binding, kv_cache, prompts[:2])
+    requests = ProbeRequests(model, prompts[:2])
     rows, traced = [[0], [0, 1]] if answers.batched.holds else [[0]], answers.traced
     if traced.holds and tracing.left_behind:
         traced = _ended_before(tracing)
-    if traced.holds and kv_cache.shares_arrays:
+    if traced.holds and model.kv_cache.shares_arrays:
         traced = Answer(False, "layers of several KV groups share memory, and a step waits for it")
     if requests.fit:
         requests.prefill()
     if traced.holds:
-        graphs = DecodeGraphs(binding, kv_cache)
+        graphs = DecodeGraphs(model)
         try:
             with tracing.trying():
                 _run(requests, graphs, rows)
@@ -187,8 +174,8 @@ def decode_forward(
             raise
         except (TypeError, ValueError, RuntimeError) as error:
             traced = Answer(False, f"its step cannot be traced on these pages ({error})")
-    _run(requests, binding.forward, rows)
-    return binding.forward, traced
+    _run(requests, model.forward, rows)
+    return model.forward, traced
 
 
 def _ended_before(tracing: CrashMarker) -> Answer:
@@ -196,21 +183,25 @@ def _ended_before(tracing: CrashMarker) -> Answer:
     return Answer(False, f"{reason}; delete {tracing.path} to try again")
 
 
-def _run(requests: ProbeRequests, forward: Forward, rows_of_steps: Sequence[list[int]]) -> None:
+def _run(requests: ProbeRequests, step: DecodeStep, rows_of_steps: Sequence[list[int]]) -> None:
     for rows in rows_of_steps if requests.fit else ():
         for _ in range(2):  # a shape is traced when it comes a second time
-            _require_numbers(requests.binding, requests.decode(forward, rows))
+            _require_numbers(requests.model.binding, requests.decode(rows, step))
 
 
 def row_differences(logits: mx.array, expected: mx.array) -> list[float]:
     """Largest difference in each row, in standard deviations; infinite where it is not a number."""
     largest = mx.abs(logits - expected).max(axis=-1) / mx.std(expected)
-    return mx.where(largest >= 0, largest, mx.inf).tolist()
+    differences: list[float] = mx.where(largest >= 0, largest, mx.inf).tolist()  # type: ignore[assignment]
+    return differences
 
 
 def _require_numbers(binding: ModelBinding, logits: mx.array) -> None:
     if mx.isnan(logits).any().item():
         raise UserError(
-            f"Model type {binding.model_type!r} computes logits that are not numbers",
-            ["its weights are damaged or do not suit --dtype, or its cache is used in a new way"],
+            f"Model type {binding.model_type!r} produces NaN logits",
+            [
+                "its weights are damaged or overflow in this --dtype, or the model uses its KV "
+                "cache in a way that was not noticed at load"
+            ],
         )

@@ -9,10 +9,10 @@ from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.model.model_binding import BoundModel, ModelBinding
 
-Forward = Callable[..., mx.array]
-"""`ModelBinding.forward`, or what stands in for it."""
+DecodeStep = Callable[[mx.array, Sequence[GroupMetadata]], mx.array]
+"""`BoundModel.forward` of a decode step, or a trace of it."""
 
 TEXTS = {
     "The harbour was quiet in the morning, and the boats lay still.": 7,
@@ -47,31 +47,25 @@ def on_dense_pages(binding: ModelBinding, prompts: Sequence[Sequence[int]]) -> "
     """The prompts in a cache of their own, which keeps keys and values as they are."""
     backends = [DensePages(shape, BLOCK_SIZE, mx.float32) for shape in binding.layers]
     kv_cache = KVCache(backends, 1 + len(prompts), binding.states)
-    binding.bind(kv_cache)
-    return ProbeRequests(binding, kv_cache, prompts, groups_apart=False)
+    return ProbeRequests(binding.bind(kv_cache), prompts, groups_apart=False)
 
 
 class ProbeRequests:
     """Short requests in a cache, each with a block of its own in every KV group.
 
     Args:
-        binding: the model, bound to `kv_cache`.
-        kv_cache: the pages.
+        model: over the pages.
         prompts: of the requests; none longer than a block.
         groups_apart: whether groups may share memory, so that a block is one group's alone.
     """
 
     def __init__(
-        self,
-        binding: ModelBinding,
-        kv_cache: KVCache,
-        prompts: Sequence[Sequence[int]],
-        groups_apart: bool = True,
+        self, model: BoundModel, prompts: Sequence[Sequence[int]], groups_apart: bool = True
     ):
-        self.binding = binding
-        self.kv_cache = kv_cache
+        self.model = model
+        self.kv_cache = model.kv_cache
         self.prompts = prompts
-        self._apart = len(kv_cache.groups) if groups_apart else 1
+        self._apart = len(self.kv_cache.groups) if groups_apart else 1
 
     @property
     def fit(self) -> bool:
@@ -83,16 +77,22 @@ class ProbeRequests:
         for request, prompt in enumerate(self.prompts):
             tables = [table[0] for table in self._tables([request])]
             metadata = prefill_metadata(self.kv_cache.groups, tables, 0, len(prompt) - 1)
-            self._evaluate(self.binding.forward, mx.array([list(prompt[:-1])]), metadata)
+            self.model.evaluate(mx.array([list(prompt[:-1])]), metadata)
 
-    def decode_anew(self, forward: Forward, requests: Sequence[int]) -> mx.array:
+    def decode_anew(self, requests: Sequence[int]) -> mx.array:
         """`decode` after `prefill`: a recurrent state moves on with every decode."""
         self.prefill()
-        return self.decode(forward, requests)
+        return self.decode(requests)
 
-    def decode(self, forward: Forward, requests: Sequence[int]) -> mx.array:
-        """Logits [B, vocabulary] of the last token of each request's prompt."""
-        return self._evaluate(forward, *self.decode_inputs(requests))
+    def decode(self, requests: Sequence[int], step: DecodeStep | None = None) -> mx.array:
+        """Logits [B, vocabulary], float32, of the last token of each request's prompt.
+
+        By the model's own forward pass, unless another `step` is given.
+        """
+        logits = (step or self.model.forward)(*self.decode_inputs(requests))
+        logits = logits[:, -1].astype(mx.float32)
+        self.kv_cache.evaluate(logits)
+        return logits
 
     def decode_inputs(self, requests: Sequence[int]) -> tuple[mx.array, tuple[GroupMetadata, ...]]:
         """Token ids [B, 1] and the metadata of each group."""
@@ -105,10 +105,3 @@ class ProbeRequests:
         """The block tables [B, 1] of each group."""
         first = 1 + self._apart * np.array(requests, np.int32)[:, None]
         return [first + group % self._apart for group in range(len(self.kv_cache.groups))]
-
-    def _evaluate(
-        self, forward: Forward, token_ids: mx.array, metadata: Sequence[GroupMetadata]
-    ) -> mx.array:
-        logits = forward(token_ids, metadata)[:, -1].astype(mx.float32)
-        self.kv_cache.evaluate(logits)
-        return logits
