@@ -31,7 +31,7 @@ text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", s
 .square { fill: var(--second) }
 """
 
-_CHARACTER = {"mono": 8.5, "soft": 6.9, "": 7.4}
+_CHARACTER = {"mono": 8.5, "soft": 7.2, "": 7.4}
 """A generous width of one character of each kind of text, in units."""
 
 
