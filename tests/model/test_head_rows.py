@@ -55,4 +55,5 @@ def test_the_head_is_spared_the_other_rows():
     metadata = PrefillMetadata(mx.array([[1, 2]]), mx.arange(12) + BLOCK, 0, 12)
     bound.forward(mx.zeros((1, 12), mx.int32), [metadata])
     bound.forward(mx.zeros((1, 12), mx.int32), [metadata], all_rows=True)
-    assert seen == [(1, 1, 64), (1, 12, 64)]
+    size = model.args.hidden_size
+    assert seen == [(1, 1, size), (1, 12, size)]

@@ -47,9 +47,9 @@ def test_queries_of_every_layer_that_shares_the_keys_are_taken():
     """gemma4_shared: two layers of their own keys, two that read those of the second."""
     binding = ModelBinding(tiny_model("gemma4_shared"))
     own, shared = collect_key_samples(binding, TOKENS, 7)
-    assert own[0].shape == (len(TOKENS), 4, 32)
-    assert shared[0].shape == (len(TOKENS), 3 * 4, 32)
-    assert own[1].shape == shared[1].shape == (len(TOKENS), 1, 32)
+    assert own[0].shape == (len(TOKENS), 4, 64)
+    assert shared[0].shape == (len(TOKENS), 3 * 4, 64)
+    assert own[1].shape == shared[1].shape == (len(TOKENS), 1, 64)
 
 
 def test_queries_go_with_the_kv_head_that_they_read():
@@ -69,5 +69,5 @@ def test_fetched_layers_keep_their_queries_to_themselves():
     samples = collect_key_samples(ModelBinding(tiny_model("gemma2")), TOKENS, 100)
     assert all(queries is None for queries, _ in samples)
     near = collect_key_samples(ModelBinding(tiny_model("gemma2")), TOKENS, 0)[0][1]
-    assert samples[0][1].shape == near.shape == (len(TOKENS), 2, 16)
+    assert samples[0][1].shape == near.shape == (len(TOKENS), 2, 32)
     assert np.abs(samples[0][1] - near).max() > 1e-3
