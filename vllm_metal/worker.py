@@ -50,6 +50,8 @@ logger = init_logger("vllm.metal.worker")
 class MetalWorker(WorkerBase):
     """One process, one MLX device. vLLM calls the methods in the order they stand here."""
 
+    model_runner: ModelRunner  # type: ignore[assignment]  # vLLM knows runners that are torch modules
+
     @user_errors_end_child_process()
     def init_device(self) -> None:
         self.device = torch.device("cpu")
@@ -165,7 +167,7 @@ class MetalWorker(WorkerBase):
         return set()
 
     def shutdown(self) -> None:
-        self.model_runner = None
+        self.model_runner = None  # type: ignore[assignment]
 
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
@@ -204,8 +206,8 @@ class MetalWorker(WorkerBase):
         started, name = time.perf_counter(), model.binding.model_type
         if not decode_probe.takes_batched_offsets(model):
             logger.info(
-                "%s decodes one request at a time: decoding two together did not give what each "
-                "gives alone",
+                "%s decodes one request at a time: a batched decode is not confirmed to give the "
+                "same result",
                 name,
             )
             return DecodeForward(model.forward, False, most_tokens)
@@ -220,7 +222,7 @@ class MetalWorker(WorkerBase):
         return DecodeForward(graphs, True, most_tokens)
 
     def _measure_steps(self) -> StepMemory:
-        """What steps take beside weights and pages."""
+        """Measures the memory that steps take in addition to weights and pages."""
         binding, backends = self.binding, self.model_pages.backends
         scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)

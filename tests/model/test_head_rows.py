@@ -1,12 +1,15 @@
 """The head multiplies the rows that are sampled, and no others."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from tests.tiny_models import SERVED, tiny_model
 from vllm_metal.attention.metadata import PrefillMetadata
+from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.model import head_rows
 from vllm_metal.model.head_rows import HeadRows
 from vllm_metal.model.model_binding import ModelBinding
 
@@ -57,3 +60,20 @@ def test_the_head_is_spared_the_other_rows():
     bound.forward(mx.zeros((1, 12), mx.int32), [metadata], all_rows=True)
     size = model.args.hidden_size
     assert seen == [(1, 1, size), (1, 12, size)]
+
+
+def test_a_module_whose_class_is_fixed_is_named():
+    class Fixed(nn.Module):
+        @property
+        def __class__(self):
+            return Fixed
+
+        @__class__.setter
+        def __class__(self, _):
+            raise TypeError("__class__ assignment only supported for mutable types")
+
+        def __call__(self, x):
+            return x
+
+    with pytest.raises(ChangedLibraryError, match=r"mlx .*Fixed\.__class__"):
+        head_rows._replace_call(Fixed(), lambda out: out)

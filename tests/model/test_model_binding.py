@@ -11,6 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from tests.tiny_models import FETCHED, LAYERS, ONE_AT_A_TIME, SERVED, SHARED, VOCABULARY, tiny_model
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.metal_kernel_backend.dense import DensePages
@@ -224,3 +225,18 @@ def test_unservable_models_are_refused_with_the_reason():
         ModelBinding(model)
     assert "Model type 'llama' cannot be served" in str(refusal.value)
     assert refusal.value.reasons[0] == "layer 0 needs chunked attention"
+
+
+def other_arguments(q, k, v, scale):
+    return q
+
+
+@pytest.mark.parametrize(
+    ("replacement", "change"),
+    [(None, "it does not exist"), (other_arguments, "its parameters are ['q', 'k', 'v', 'scale']")],
+)
+def test_an_mlx_lm_with_another_attention_is_named(monkeypatch, replacement, change):
+    monkeypatch.setattr(model_binding, "_mlx_lm_attention", replacement)
+    with pytest.raises(ChangedLibraryError, match="mlx-lm .*base.scaled_dot_product") as error:
+        ModelBinding(tiny_model("llama"))
+    assert error.value.reasons[0].startswith(change)

@@ -47,9 +47,9 @@ def test_queries_of_every_layer_that_shares_the_keys_are_taken():
     """gemma4_shared: two layers of their own keys, two that read those of the second."""
     binding = ModelBinding(tiny_model("gemma4_shared"))
     own, shared = collect_key_samples(binding, TOKENS, 7)
-    assert own[0].shape == (len(TOKENS), 4, 64)
-    assert shared[0].shape == (len(TOKENS), 3 * 4, 64)
-    assert own[1].shape == shared[1].shape == (len(TOKENS), 1, 64)
+    for shape, (queries, keys), layers in zip(binding.layers, (own, shared), (1, 3), strict=True):
+        assert queries.shape == (len(TOKENS), layers * 4, shape.head_size)
+        assert keys.shape == (len(TOKENS), 1, shape.head_size)
 
 
 def test_queries_go_with_the_kv_head_that_they_read():
@@ -66,8 +66,9 @@ def test_queries_go_with_the_kv_head_that_they_read():
 
 
 def test_fetched_layers_keep_their_queries_to_themselves():
-    samples = collect_key_samples(ModelBinding(tiny_model("gemma2")), TOKENS, 100)
+    binding = ModelBinding(tiny_model("gemma2"))
+    samples = collect_key_samples(binding, TOKENS, 100)
     assert all(queries is None for queries, _ in samples)
-    near = collect_key_samples(ModelBinding(tiny_model("gemma2")), TOKENS, 0)[0][1]
-    assert samples[0][1].shape == near.shape == (len(TOKENS), 2, 32)
+    near = collect_key_samples(binding, TOKENS, 0)[0][1]
+    assert samples[0][1].shape == near.shape == (len(TOKENS), 2, binding.layers[0].head_size)
     assert np.abs(samples[0][1] - near).max() > 1e-3

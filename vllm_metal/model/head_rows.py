@@ -11,7 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
+
+from vllm_metal.errors import ChangedLibraryError
 
 DryRun = Callable[[], mx.array]
 """One lazy forward of a few tokens, [1, L, vocabulary]."""
@@ -79,7 +81,7 @@ def _largest_descendants(module: nn.Module) -> list[nn.Module]:
 
 
 def _num_parameters(module: nn.Module) -> int:
-    return sum(array.size for _, array in tree_flatten(module.parameters()))
+    return tree_reduce(lambda total, array: total + array.size, module.parameters(), 0)
 
 
 def _replace_call(module: nn.Module, after: Callable[[Any], Any]) -> None:
@@ -90,7 +92,12 @@ def _replace_call(module: nn.Module, after: Callable[[Any], Any]) -> None:
     def call(self, *args, **kwargs):
         return after(original.__call__(self, *args, **kwargs))
 
-    module.__class__ = type(original.__name__, (original,), {"__call__": call})
+    # patch: the class of one module of the model
+    try:
+        module.__class__ = type(original.__name__, (original,), {"__call__": call})
+    except TypeError as error:
+        name = f"{original.__module__}.{original.__name__}.__class__"
+        raise ChangedLibraryError("mlx", name, str(error)) from error
 
 
 class _ObservedCalls:

@@ -11,9 +11,10 @@ and leaves all others to mlx-lm. `dry_forward` finds out at load what the model 
 cache.
 """
 
+import inspect
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models.cache import ArraysCache
 
 from vllm_metal.attention.metadata import GroupMetadata, StateMetadata
+from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.model.dry_forward import (
     UnsupportedModelError,
@@ -46,7 +48,8 @@ from vllm_metal.model.layer_kinds import (
 )
 from vllm_metal.model.layer_state import state_cache, state_shapes
 
-_mlx_lm_attention = mlx_lm_base.scaled_dot_product_attention
+_ATTENTION = "scaled_dot_product_attention"
+_mlx_lm_attention: Callable[..., mx.array] | None = getattr(mlx_lm_base, _ATTENTION, None)
 
 
 def scaled_dot_product_attention(
@@ -62,16 +65,29 @@ def scaled_dot_product_attention(
     layer = paged_layer(keys, values)
     if layer is not None:
         return layer.attend(queries, scale, mask, sinks)
+    assert _mlx_lm_attention is not None  # `_rebind_attention` has made sure
     return _mlx_lm_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
 
 def _rebind_attention(model: nn.Module) -> None:
-    """Rebinds the name in mlx-lm's base module and in every module that imported it."""
+    """Rebinds the name in mlx-lm's base module and in every module that imported it.
+
+    A module that has no such name computes attention itself, which the dry forward finds out.
+
+    Raises:
+        ChangedLibraryError: mlx-lm's function is gone or takes other arguments.
+    """
+    # patch: mlx-lm's attention
+    expected = list(inspect.signature(scaled_dot_product_attention).parameters)
+    found = _mlx_lm_attention and list(inspect.signature(_mlx_lm_attention).parameters)
+    if found != expected:
+        change = f"its parameters are {found}, not {expected}" if found else "it does not exist"
+        raise ChangedLibraryError("mlx-lm", f"{mlx_lm_base.__name__}.{_ATTENTION}", change)
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
     modules.append(sys.modules[type(model).__module__])
     for module in modules:
-        if getattr(module, "scaled_dot_product_attention", None) is _mlx_lm_attention:
-            module.scaled_dot_product_attention = scaled_dot_product_attention
+        if getattr(module, _ATTENTION, None) is _mlx_lm_attention:
+            setattr(module, _ATTENTION, scaled_dot_product_attention)
 
 
 class ModelBinding:
@@ -103,7 +119,7 @@ class ModelBinding:
 
         use = observe(dry_run, windows, self.model_type)
         self._shapes = use.shapes
-        """Of each attention cache; None where the model never uses it."""
+        """Shape of each attention cache; None where the model never uses the cache."""
         self.layers = [shape for shape in use.shapes if shape is not None]
         self.states = state_shapes(self._run, windows, num_arrays, self.model_type)
         self.decodes_batches = not use.changes_with_length
@@ -118,13 +134,13 @@ class ModelBinding:
     def run_over_pages(
         self, token_ids: mx.array, forward: ForwardPass, all_rows: bool
     ) -> mx.array:  # [B, 1 or L, vocabulary]
-        """One lazy forward pass, as `BoundModel.forward`."""
+        """One lazy forward pass; see `BoundModel.forward`."""
         recurrent = forward.kv_cache.states
         states = [state_cache(recurrent.old(state)) for state in range(len(self.states))]
         with self._head_rows.last_only(not all_rows):
             logits = self._run(token_ids, self._caches(forward), states)
         for state, cache in enumerate(states):
-            recurrent.keep(state, cache.cache)
+            recurrent.keep(state, list(cache.cache))
         return logits if all_rows else logits[:, -1:]
 
     def _caches(self, forward: ForwardPass) -> list[CachePositions]:
@@ -170,7 +186,7 @@ class BoundModel:
     def evaluate(
         self, token_ids: mx.array, metadata: Sequence[GroupMetadata], all_rows: bool = False
     ) -> mx.array:
-        """As `forward`, computed and with all pages written."""
+        """`forward`, evaluated, with all pages written."""
         logits = self.forward(token_ids, metadata, all_rows)
         self.kv_cache.evaluate(logits)
         return logits

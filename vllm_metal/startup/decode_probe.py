@@ -1,4 +1,4 @@
-"""Small forward passes before the first request: they check and compile.
+"""Small forward passes before the first request, which check the decode step and compile it.
 
 They run the real model through the real backend, so a model that would fail in its first request
 fails at start.
@@ -61,8 +61,8 @@ def takes_batched_offsets(model: BoundModel) -> bool:
 def traced_decode(model: BoundModel) -> DecodeGraphs | None:
     """Decode that replays traces, compiled for one row and for two.
 
-    Follows `takes_batched_offsets`, and uses its blocks. None where the model's forward cannot be
-    traced, gives something else when it is, or evaluates on its way.
+    Runs after `takes_batched_offsets`, and uses its blocks. None where the model's forward cannot
+    be traced, gives another result when it is, or evaluates arrays within the pass.
     """
     if model.kv_cache.shares_arrays:
         return None
@@ -91,7 +91,7 @@ def _tables(kv_cache: KVCache, requests: Sequence[int]) -> list[np.ndarray]:
 
 
 def _prefill_prompts(model: BoundModel) -> None:
-    """All but the last token of each prompt. A recurrent state moves on with every decode."""
+    """Prefills all but the last token of each prompt. Decoding changes a recurrent state."""
     groups = model.kv_cache.groups
     for request, prompt in enumerate(_PROMPTS):
         tables = [table[0] for table in _tables(model.kv_cache, [request])]

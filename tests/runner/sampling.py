@@ -1,4 +1,4 @@
-"""What vLLM's sampler may be asked for: fields of a request, fields of a batch, processors."""
+"""What is decided about vLLM's sampling, field for field, and logits processors to install."""
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
