@@ -122,8 +122,8 @@ def turboquant(shape: LayerShape) -> AttentionBackend:
 @pytest.mark.parametrize(
     ("model_type", "loss"),
     [
-        ("gemma4_shared", 0.3),
-        ("gemma2", 0.3),
+        ("gemma4_shared", 0.25),
+        ("gemma2", 0.25),
         ("stablelm", 0.15),
         ("afm7", 0.5),  # rounds its own keys and values to integers
     ],
@@ -176,7 +176,7 @@ def test_a_layer_is_what_the_model_caches(model_type, layers):
     assert ModelBinding(tiny_model(model_type)).layers == layers
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma4_shared"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma4_text"])
 def test_no_cache_outlives_its_forward(model_type, monkeypatch):
     """Or pages that a lazy read still holds are copied by the next write."""
     made = []
