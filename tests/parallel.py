@@ -27,7 +27,9 @@ def prepare_process() -> None:
         return
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    own = Path(tempfile.mkdtemp(prefix=f"{_WORKER}-"))  # short: vLLM's socket paths begin with it
+    own = Path(
+        tempfile.mkdtemp(prefix=f"{_WORKER}-", dir=_SHARED)
+    )  # short: vLLM's socket paths begin with it
     _link_libraries(_SHARED, own)
     os.environ["TMPDIR"] = str(own)
 
