@@ -267,7 +267,7 @@ def test_a_step_that_is_not_traced_says_why(make_config, monkeypatch):
     said = messages_of(monkeypatch, "info")
     runner = Serving(make_config()).runner
     assert runner.decode.batched and runner.decode.run == runner.model.forward
-    assert any("is not traced: it looks at its numbers. Python builds" in line for line in said)
+    assert any("is not traced: it looks at its numbers. Its Python code" in line for line in said)
 
 
 def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):

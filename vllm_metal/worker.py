@@ -220,7 +220,9 @@ class MetalWorker(WorkerBase):
         if tokenizer is not None:
             return probe_prompts(tokenizer.encode)
         first = getattr(self.model_config.hf_text_config, "bos_token_id", None)
-        return probe_prompts(None, [first] if isinstance(first, int) else [])
+        if isinstance(first, int) and 0 <= first < self.model_config.get_vocab_size():
+            return probe_prompts(None, [first])
+        return probe_prompts(None, [])  # none, or a default that lies outside the vocabulary
 
     def _decode_forward(self, model: BoundModel, most_tokens: int) -> DecodeForward:
         """How decode rows run, warm; logs why they do not run in the fastest way, if so."""
