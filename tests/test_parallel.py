@@ -49,7 +49,7 @@ def test_a_process_begins_with_the_libraries_of_others_and_leaves_its_own(monkey
     parallel.prepare_process()
     own = parallel.Path(os.environ["TMPDIR"])
     assert own.name.startswith("gw7-")
-    assert [path.name for path in own.rglob("*.*")] == ["libold.so"]
+    assert [path.name for path in own.rglob("*") if path.is_file()] == ["libold.so"]
     (own / "mlx" / "1.0" / "cpu" / "libnew.so").write_text("new")
 
     parallel.finish_process()
