@@ -11,7 +11,7 @@ READY := $(VENV)/.ready-demo
 READY_FOR_TESTS := $(VENV)/.ready-test
 INSTALLER := pyproject.toml packaging/install.sh packaging/stand_ins.py
 WORKERS := 2
-PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS)
 export PYTHON
 
 .PHONY: setup demo test test-all test-nightly lint format docs clean

@@ -17,6 +17,8 @@ parallel.prepare_process()
 load_fast_blas()  # before any test module imports MLX
 os.environ[STARTUP_CACHE_VARIABLE] = "off"  # a test measures; those of the cache switch it on
 
+import mlx.core as mx  # noqa: E402
+
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
 
 if TYPE_CHECKING:
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    parallel.group_by_module(items)
+    parallel.slow_ones_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    return parallel.make_scheduler(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -34,6 +41,22 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     garbage.take_imports_in()
     parallel.finish_process()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def mlx_limits() -> tuple[int, int]:
+    """MLX's own limits of memory and of its cache."""
+    limits = mx.set_memory_limit(0), mx.set_cache_limit(0)
+    mx.set_memory_limit(limits[0])
+    mx.set_cache_limit(limits[1])
+    return limits
+
+
+@pytest.fixture(autouse=True)
+def without_the_plan_of_earlier_workers(mlx_limits: tuple[int, int]) -> None:
+    """A worker holds MLX to its plan. A later test of the process has other arrays to hold."""
+    mx.set_memory_limit(mlx_limits[0])
+    mx.set_cache_limit(mlx_limits[1])
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 """Name of this process among several, e.g. gw0; None where it is the only one."""
 
@@ -29,7 +27,9 @@ def prepare_process() -> None:
         return
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    own = Path(tempfile.mkdtemp(prefix=f"{_WORKER}-"))  # short: vLLM's socket paths begin with it
+    own = Path(
+        tempfile.mkdtemp(prefix=f"{_WORKER}-", dir=_SHARED)
+    )  # short: vLLM's socket paths begin with it
     _link_libraries(_SHARED, own)
     os.environ["TMPDIR"] = str(own)
 
@@ -44,17 +44,51 @@ def finish_process() -> None:
     shutil.rmtree(own, ignore_errors=True)
 
 
-def group_by_module(items: list[pytest.Item]) -> None:
-    """Keeps the tests of a module in one process, as they share fixtures; the slow ones go first.
+def slow_ones_first(items: list[pytest.Item]) -> None:
+    """The order in which processes side by side take tests, so that they end at about one time.
 
-    Tests with a group of their own (`xdist_group`) stay in that.
+    A single process keeps the order in which tests are written.
     """
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            module = item.path.relative_to(TESTS).with_suffix("").as_posix()
-            item.add_marker(pytest.mark.xdist_group(module))
     if _WORKER is not None:
         items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
+def make_scheduler(config: pytest.Config, log: object) -> object:
+    """pytest-xdist's scheduler that keeps groups of tests together, with the groups of `group_of`.
+
+    Groups are given out in the order of the tests. (`--dist loadgroup` knows groups by a mark that
+    it adds to a test's id, which pytest 9.2 does not let it do.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """Tests of one group run in one process, because they share what is expensive to make.
+
+    That is a module by default; across modules the engines of the demo model, and within the tests
+    of all kinds of models the engine of each kind.
+    """
+    module, _, test = nodeid.partition("::")
+    if any(nodeid.startswith(prefix) for prefix in _WITH_DEMO_ENGINES):
+        return "demo engines"
+    if module == _ENGINE_FOR_EACH_KIND:
+        return test.partition("[")[2] or module
+    return module
+
+
+_WITH_DEMO_ENGINES = (
+    "tests/e2e/test_greedy_tokens.py",
+    "tests/e2e/test_sampling.py",
+    "tests/e2e/test_turboquant.py::test_eight_bits",
+)
+_ENGINE_FOR_EACH_KIND = "tests/e2e/test_models.py"
 
 
 def _link_libraries(source: Path, target: Path) -> None:

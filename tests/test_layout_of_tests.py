@@ -21,6 +21,7 @@ WITHOUT_MODULE = {
     "kernels/test_mlx_text.py",
     "kv_cache/test_memory.py",
     "test_layout_of_tests.py",
+    "test_parallel.py",
 }
 """Tests about the repository rather than one module; those in `e2e` are about all of them."""
 

@@ -29,7 +29,7 @@ def long_heads_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_engine(demo_model) -> Iterator[LLM]:
-    """The demo model as it is served by default. Tests with it are in the group "demo engines".
+    """The demo model as it is served by default. Tests with it are a group of `tests/parallel.py`.
 
     What is in its prefix cache is what earlier tests have left there.
     """

@@ -4,7 +4,7 @@ import pytest
 
 from tests.e2e import engine as e2e
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("demo engines")]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

@@ -158,14 +158,17 @@ def greedy(**more) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **more)
 
 
-def case_param(case: Case):
-    """The case, all of whose tests run in one process, as they share its engine."""
-    by_day = not case.compressed or str(case.kind) in COMPRESSED
-    marks = [pytest.mark.xdist_group(str(case)), *nightly_unless(by_day)]
-    return pytest.param(case, id=str(case), marks=marks)
-
-
-@pytest.fixture(scope="module", params=[case_param(case) for case in CASES])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            case,
+            id=str(case),
+            marks=nightly_unless(not case.compressed or str(case.kind) in COMPRESSED),
+        )
+        for case in CASES
+    ],
+)
 def served(request, tmp_path_factory) -> Iterator[Served]:
     case = request.param
     folder = case.kind.save(tmp_path_factory.mktemp("models") / case.kind.name)

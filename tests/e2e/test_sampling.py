@@ -9,7 +9,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.e2e import engine as e2e
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("demo engines")]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

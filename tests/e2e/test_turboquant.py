@@ -129,7 +129,6 @@ def test_tokens_grow_by_the_printed_ratio(make_config, reading_model, k_quant, v
 
 
 @pytest.mark.engine
-@pytest.mark.xdist_group("demo engines")
 @pytest.mark.parametrize(
     ("num_prompts", "num_tokens"), [(4, 32), pytest.param(8, 64, marks=pytest.mark.nightly)]
 )

@@ -130,8 +130,7 @@ def turboquant(shape: LayerShape) -> AttentionBackend:
 )
 def test_compressed_pages_serve_shared_and_fetched_layers(model_type, loss):
     """Close to dense but not it, so they are read; a batch gives what its requests give."""
-    sizes = {"hidden_size": 128, "hidden_dim": 128, "head_dim": 32}
-    model = tiny_model(model_type, **sizes)
+    model = tiny_model(model_type)
     logits = run(Engine(model, backend=turboquant), requests(), model_type in ROW_BY_ROW)
     alone = logits
     if model_type not in ROW_BY_ROW:
