@@ -12,6 +12,7 @@ from tests.tiny_models import LAYERS, save_checkpoint, save_tokenizer
 from vllm_metal import worker as worker_module
 from vllm_metal.errors import UserError
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
+from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.worker import MetalWorker
 
@@ -215,7 +216,22 @@ def test_the_size_of_blocks(make_config, block_size):
 
 
 def test_rows_are_decoded_together_where_the_model_allows(make_config):
-    assert Serving(make_config()).runner.batched_decode
+    assert Serving(make_config()).runner.decode.batched
+
+
+def test_decode_is_traced_unless_eager_execution_is_asked_for(make_config):
+    assert isinstance(Serving(make_config()).runner.forward_decode, DecodeGraphs)
+    serving = Serving(make_config(enforce_eager=True))
+    assert serving.runner.batched_decode
+    assert serving.runner.forward_decode == serving.worker.binding.forward
+
+
+@pytest.mark.parametrize(("seed", "same"), [(1, True), (2, False)])
+def test_the_seed_decides_what_unseeded_requests_sample(make_config, seed, same):
+    sampled = [
+        Serving(make_config(seed=seed)).generate([PROMPT], temperature=1.0) for seed in (1, seed)
+    ]
+    assert (sampled[0] == sampled[1]) == same
 
 
 def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):

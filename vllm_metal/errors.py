@@ -10,7 +10,11 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from types import TracebackType
+
+ENGINE_FAILED = "Engine core initialization failed"
+"""How vLLM's report begins that an engine process failed; it has no class of its own."""
 
 
 class UserError(RuntimeError):
@@ -34,6 +38,26 @@ class UserError(RuntimeError):
 
     def _arguments(self) -> tuple:
         return self.summary, self.reasons
+
+
+class ChangedLibraryError(UserError):
+    """A library has changed what this package replaces in it at run time.
+
+    Args:
+        library: the name under which pip knows it.
+        name: dotted name of what is replaced.
+        change: how it differs from what this package knows.
+    """
+
+    def __init__(self, library: str, name: str, change: str):
+        self._given = library, name, change
+        super().__init__(
+            f"{library} {version(library)} has changed {name}, which this package replaces",
+            [change, f"install a version of {library} that this version of vllm-metal supports"],
+        )
+
+    def _arguments(self) -> tuple:
+        return self._given
 
 
 @contextlib.contextmanager
@@ -66,7 +90,7 @@ class _Excepthook:
     def __call__(
         self, kind: type[BaseException], error: BaseException, stack: TracebackType | None
     ) -> None:
-        failed_in_child = "Engine core initialization failed" in str(error)
+        failed_in_child = ENGINE_FAILED in str(error)
         if isinstance(error, UserError) or (self._is_vllm_command and failed_in_child):
             print(error, file=sys.stderr)
         else:
@@ -78,5 +102,6 @@ def show_user_errors_without_stack() -> None:
 
     A second call does nothing.
     """
+    # patch: Python's hook for exceptions that nobody catches
     if not isinstance(sys.excepthook, _Excepthook):
         sys.excepthook = _Excepthook(sys.excepthook)
