@@ -71,7 +71,7 @@ class MetalWorker(WorkerBase):
             dependencies.of_server(folder, config.dtype, self.metal_device),
         )
         model = model_loader.load_model(
-            config.model, config.dtype, config.revision, config.trust_remote_code
+            str(folder), config.dtype, trust_remote_code=config.trust_remote_code
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
