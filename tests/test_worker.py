@@ -14,6 +14,7 @@ from vllm_metal.errors import UserError
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.dry_forward import UnsupportedModelError
+from vllm_metal.startup import decode_probe
 from vllm_metal.worker import MetalWorker
 
 PROMPT = list(range(90))
@@ -118,6 +119,10 @@ def make_compressed(make_config, tmp_path, monkeypatch):
     return make
 
 
+OF_THE_MODEL = ["key_constants", "decode_answers"]
+"""Results that do not depend on the server's limits."""
+
+
 def measured_before(worker: MetalWorker) -> list[str]:
     """What a later start of `worker` reads instead of measuring it."""
     worker.determine_available_memory()
@@ -133,7 +138,7 @@ def test_a_second_start_measures_nothing(make_compressed, monkeypatch, tmp_path)
     first = loaded(make_compressed())
     assert measured_before(first) == []
     names = {path.name.split("-")[0] for path in (tmp_path / "cache/vllm_metal/startup").iterdir()}
-    assert names == {"key_constants", "forward_peaks"}
+    assert names == {"key_constants", "decode_answers", "forward_peaks"}
 
     def unwanted(*_):
         raise AssertionError("measured although it was kept")
@@ -141,8 +146,10 @@ def test_a_second_start_measures_nothing(make_compressed, monkeypatch, tmp_path)
     monkeypatch.setattr(worker_module, "calibrate", unwanted)
     monkeypatch.setattr(worker_module.workspace_probe, "prefill_peaks", unwanted)
     monkeypatch.setattr(worker_module.workspace_probe, "decode_peaks", unwanted)
+    monkeypatch.setattr(worker_module.decode_probe, "ask", unwanted)
     second = loaded(make_compressed())
-    assert measured_before(second) == ["key_constants", "forward_peaks"]
+    assert measured_before(second) == ["key_constants", "decode_answers", "forward_peaks"]
+    assert second.decode_answers == first.decode_answers
     assert constants_of(second) == constants_of(first)
     assert second.step_memory == first.step_memory
     assert second.plan.workspace == first.plan.workspace
@@ -151,19 +158,19 @@ def test_a_second_start_measures_nothing(make_compressed, monkeypatch, tmp_path)
 def test_formats_share_the_constants_and_not_the_memory(make_compressed):
     measured_before(loaded(make_compressed()))
     other = {"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"}
-    assert measured_before(loaded(make_compressed(additional_config=other))) == ["key_constants"]
-    assert measured_before(loaded(make_compressed(additional_config={}))) == []
+    assert measured_before(loaded(make_compressed(additional_config=other))) == OF_THE_MODEL
+    assert measured_before(loaded(make_compressed(additional_config={}))) == ["decode_answers"]
 
 
 @pytest.mark.parametrize(
     ("settings", "shared"),
     [
-        ({"max_model_len": 96}, []),
+        ({"max_model_len": 96}, ["decode_answers"]),
         ({"dtype": "bfloat16"}, []),
-        ({"block_size": 32}, ["key_constants"]),
-        ({"max_num_seqs": 4}, ["key_constants"]),
-        ({"max_num_batched_tokens": 32}, ["key_constants"]),
-        ({"additional_config": {"turboquant": True, "skip_layers": [0]}}, ["key_constants"]),
+        ({"block_size": 32}, OF_THE_MODEL),
+        ({"max_num_seqs": 4}, OF_THE_MODEL),
+        ({"max_num_batched_tokens": 32}, OF_THE_MODEL),
+        ({"additional_config": {"turboquant": True, "skip_layers": [0]}}, OF_THE_MODEL),
     ],
     ids=str,
 )
@@ -219,11 +226,12 @@ def test_rows_are_decoded_together_where_the_model_allows(make_config):
     assert Serving(make_config()).runner.decode.batched
 
 
-def test_decode_is_traced_unless_eager_execution_is_asked_for(make_config):
-    assert isinstance(Serving(make_config()).runner.forward_decode, DecodeGraphs)
-    serving = Serving(make_config(enforce_eager=True))
-    assert serving.runner.batched_decode
-    assert serving.runner.forward_decode == serving.worker.binding.forward
+def test_decode_is_traced_unless_eager_execution_is_asked_for(make_config, monkeypatch):
+    assert isinstance(Serving(make_config()).runner.decode.run, DecodeGraphs)
+    said = messages_of(monkeypatch, "info")
+    runner = Serving(make_config(enforce_eager=True)).runner
+    assert runner.decode.batched and runner.decode.run == runner.model.forward
+    assert any("is not traced: --enforce-eager" in line for line in said)
 
 
 @pytest.mark.parametrize(("seed", "same"), [(1, True), (2, False)])
@@ -232,6 +240,34 @@ def test_the_seed_decides_what_unseeded_requests_sample(make_config, seed, same)
         Serving(make_config(seed=seed)).generate([PROMPT], temperature=1.0) for seed in (1, seed)
     ]
     assert (sampled[0] == sampled[1]) == same
+
+
+def messages_of(monkeypatch, level: str) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(worker_module.logger, level, lambda text, *args: said.append(text % args))
+    return said
+
+
+def test_a_fallback_says_why_and_what_it_costs(make_config, monkeypatch, tmp_path):
+    folder = save_checkpoint(
+        tmp_path / "model", "gpt_bigcode", architectures=["GPTBigCodeForCausalLM"]
+    )
+    said = messages_of(monkeypatch, "warning")
+    serving = Serving(make_config(model=str(folder)))
+    assert not serving.runner.decode.batched
+    [line] = [line for line in said if line.startswith("Decode of gpt_bigcode runs one request")]
+    assert "it takes one position for all rows" in line and "N times as long" in line
+
+
+def test_a_step_that_is_not_traced_says_why(make_config, monkeypatch):
+    answers = decode_probe.DecodeAnswers(
+        decode_probe.Answer(True), decode_probe.Answer(False, "it looks at its numbers")
+    )
+    monkeypatch.setattr(worker_module.decode_probe, "ask", lambda *_: answers)
+    said = messages_of(monkeypatch, "info")
+    runner = Serving(make_config()).runner
+    assert runner.decode.batched and runner.decode.run == runner.model.forward
+    assert any("is not traced: it looks at its numbers. Python builds" in line for line in said)
 
 
 def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):

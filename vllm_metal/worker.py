@@ -36,8 +36,15 @@ from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import make_dispatch
 from vllm_metal.runner.model_runner import ModelRunner
 from vllm_metal.startup import decode_probe, dependencies, workspace_probe
+from vllm_metal.startup.crash_marker import CrashMarker
 from vllm_metal.startup.key_samples import collect_key_samples
-from vllm_metal.startup.result_cache import FORWARD_PEAKS, KEY_CONSTANTS, ResultCache
+from vllm_metal.startup.probe_requests import probe_prompts
+from vllm_metal.startup.result_cache import (
+    DECODE_ANSWERS,
+    FORWARD_PEAKS,
+    KEY_CONSTANTS,
+    ResultCache,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -66,16 +73,22 @@ class MetalWorker(WorkerBase):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config = self.model_config
         folder = model_loader.model_folder(config.model, config.revision)
-        self.results = ResultCache(
-            startup_cache_folder(),
-            dependencies.of_server(folder, config.dtype, self.metal_device),
-        )
+        depends_on = dependencies.of_server(folder, config.dtype, self.metal_device)
+        kept = startup_cache_folder()
+        self.results = ResultCache(kept, depends_on)
+        self._tracing = CrashMarker(kept and kept.with_name("tracing"), depends_on)
         model = model_loader.load_model(
             str(folder), config.dtype, trust_remote_code=config.trust_remote_code
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
         self.model_pages = self._make_cache()
+        self._prompts = self._probe_prompts()
+        self.decode_answers = self.results.get(
+            DECODE_ANSWERS,
+            dependencies.of_decode_answers(self._prompts),
+            lambda: decode_probe.ask(self.binding, self._prompts, self._tracing),
+        )
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -137,7 +150,7 @@ class MetalWorker(WorkerBase):
         self.model_runner = ModelRunner(
             self.vllm_config,
             model,
-            self._probe_decode(model, most_tokens),
+            self._decode_forward(model, most_tokens),
             self._block_tables,
             self._dispatch,
         )
@@ -201,25 +214,38 @@ class MetalWorker(WorkerBase):
         depends_on = dependencies.of_key_constants(encode(TEXT), max_model_len)
         return self.results.get(KEY_CONSTANTS, depends_on, measure)
 
-    def _probe_decode(self, model: BoundModel, most_tokens: int) -> DecodeForward:
-        """How decode rows run, found out with small forward passes."""
-        started, name = time.perf_counter(), model.binding.model_type
-        if not decode_probe.takes_batched_offsets(model):
-            logger.info(
-                "%s decodes one request at a time: a batched decode is not confirmed to give the "
-                "same result",
-                name,
-            )
-            return DecodeForward(model.forward, False, most_tokens)
+    def _probe_prompts(self) -> list[list[int]]:
+        """Prompts that begin as the tokenizer begins one."""
+        tokenizer = cached_tokenizer_from_config(self.model_config)
+        if tokenizer is not None:
+            return probe_prompts(tokenizer.encode)
+        first = getattr(self.model_config.hf_text_config, "bos_token_id", None)
+        return probe_prompts(None, [first] if isinstance(first, int) else [])
+
+    def _decode_forward(self, model: BoundModel, most_tokens: int) -> DecodeForward:
+        """How decode rows run, warm; logs why they do not run in the fastest way, if so."""
+        started, name, answers = time.perf_counter(), model.binding.model_type, self.decode_answers
         if self.model_config.enforce_eager:
-            logger.info("Decode runs without tracing (--enforce-eager)")
-            return DecodeForward(model.forward, True, most_tokens)
-        graphs = decode_probe.traced_decode(model)
-        if graphs is None:
-            logger.info("%s decodes without a trace: its Python code runs in every step", name)
-            return DecodeForward(model.forward, True, most_tokens)
-        logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
-        return DecodeForward(graphs, True, most_tokens)
+            eager = decode_probe.Answer(False, "--enforce-eager")
+            answers = replace(answers, traced=eager)
+        step, traced = decode_probe.decode_step(model, self._prompts, answers, self._tracing)
+        if traced.holds:
+            logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
+        elif answers.batched.holds:
+            logger.info(
+                "Decode of %s is not traced: %s. Its Python code runs in every step, which takes "
+                "some milliseconds for a model of many layers",
+                name,
+                traced.reason,
+            )
+        else:
+            logger.warning(
+                "Decode of %s runs one request at a time: %s. A step of N requests takes about N "
+                "times as long as a step of one",
+                name,
+                answers.batched.reason,
+            )
+        return DecodeForward(step, answers.batched.holds, most_tokens)
 
     def _measure_steps(self) -> StepMemory:
         """Measures the memory that steps take in addition to weights and pages."""

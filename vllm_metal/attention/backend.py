@@ -211,7 +211,13 @@ def _joined(
     context_len: int,
     metadata: AttentionMetadata,
 ) -> mx.array:  # [B, H, S, D]
-    """The first `context_len` stored tokens, and after them the new ones that they lack."""
+    """The first `context_len` stored tokens, and after them the new ones that they lack.
+
+    Of a layer that caches one array, the values have no elements. They are not computed: MLX's
+    CUDA backend divides by the number of elements of a fused operation, which ends the process.
+    """
+    if not new.shape[-1]:
+        return mx.zeros((*new.shape[:2], metadata.max_seq_len, 0), new.dtype)
     stored = stored[:, :, :context_len].astype(new.dtype)
     if isinstance(metadata, PrefillMetadata):
         exact = new[:, :, context_len - metadata.context_len :]
