@@ -71,13 +71,12 @@ count_installed() {
 # What pip does, from its messages; pip says nothing more while it unpacks the packages.
 pip_step() {
     awk -v installed="$(($(count_installed) - installed_before))" '
-        /^(Collecting|Processing) / { found++; name = $2; sub(/.*\//, "", name)
-                                      step = "finding packages: " found ", now " name }
+        /^(Collecting|Processing) / { found++; last = $2; sub(/.*\//, "", last) }
         /^ *Downloading / && !/\.metadata / { sub(/^ *Downloading /, ""); sub(/^[^ ]*\//, "")
-                                              step = "downloading " $0 }
+                                              last = "download of " $0 }
         /^Installing collected packages: / { total = NF - 3 }
         END { if (total) print "installing packages: " (installed < total ? installed : total) " of " total
-              else if (step) print step }' "$LOG"
+              else if (found) print "finding packages: " found ", last " last }' "$LOG"
 }
 
 # A line every few seconds until it is killed, or the script is gone.

@@ -78,7 +78,7 @@ class MetalWorker(WorkerBase):
         self.results = ResultCache(kept, depends_on)
         self._tracing = CrashMarker(kept and kept.with_name("tracing"), depends_on)
         model = model_loader.load_model(
-            config.model, config.dtype, config.revision, config.trust_remote_code
+            str(folder), config.dtype, trust_remote_code=config.trust_remote_code
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)

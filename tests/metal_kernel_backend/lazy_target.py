@@ -10,7 +10,6 @@ It is for tests alone: it needs a C++ compiler that shares MLX's standard librar
 
 import ctypes
 import hashlib
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,11 +20,16 @@ import mlx.core as mx
 import pytest
 
 from vllm_metal.machine.cache_folder import cache_folder
-from vllm_metal.metal_kernel_backend.host_target import HostProgram, HostTarget, compiled
+from vllm_metal.metal_kernel_backend.host_target import (
+    HostProgram,
+    HostTarget,
+    compiled,
+    find_compiler,
+)
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Run, Template
 
 SOURCE = Path(__file__).with_name("lazy_launch.cpp")
-COMPILER = shutil.which("g++") or (shutil.which("c++") if sys.platform == "darwin" else None)
+COMPILER = find_compiler("g++") or (find_compiler("c++") if sys.platform == "darwin" else None)
 
 needs_lazy_target = pytest.mark.skipif(
     COMPILER is None, reason="a primitive of MLX needs g++ (clang on a Mac)"

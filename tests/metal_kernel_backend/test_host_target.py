@@ -180,6 +180,33 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
         host_target.host_compiler.cache_clear()
 
 
+@pytest.mark.parametrize("system", ["Linux", "Darwin"])
+@pytest.mark.parametrize("folder", ["/usr/bin", "/opt/homebrew/bin"])
+@pytest.mark.parametrize("tools", ["", "/no/such/folder", "existing"])
+def test_a_command_that_only_offers_to_install_the_compiler_is_none(
+    monkeypatch, tmp_path, system, folder, tools
+):
+    """`xcode-select` fails without Apple's tools; it may name a folder that has been deleted."""
+    printed = str(tmp_path) if tools == "existing" else tools
+    asked = []
+
+    def xcode_select(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0 if printed else 2, f"{printed}\n")
+
+    monkeypatch.setattr(host_target.platform, "system", lambda: system)
+    monkeypatch.setattr(host_target.shutil, "which", lambda name: f"{folder}/{name}")
+    monkeypatch.setattr(host_target.subprocess, "run", xcode_select)
+    on_trial = system == "Darwin" and folder == "/usr/bin"
+    compiles = not on_trial or tools == "existing"
+    assert host_target.find_compiler("c++") == (f"{folder}/c++" if compiles else None)
+    assert asked == ([["/usr/bin/xcode-select", "--print-path"]] if on_trial else [])
+
+
+def test_no_command_is_no_compiler():
+    assert host_target.find_compiler("no-such-compiler") is None
+
+
 @cache
 def kernel_programs() -> dict[str, str]:
     """The program of each kernel, for one layer of 2 KV heads of size 128."""

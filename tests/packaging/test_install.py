@@ -70,8 +70,8 @@ def test_progress_is_told_in_plain_lines(install):
     assert all(re.match(r"\[ *\d+ s\] ", line) for line in lines)
     told = list(dict.fromkeys(line.partition("] ")[2] for line in lines))
     assert told[0] == "making .venv with /usr/bin/python3.12"
-    assert "finding packages: 2, now torch==2.13.0+cpu" in told
-    assert "downloading torch-2.13.0.whl (190.5 MB)" in told
+    assert "finding packages: 2, last torch==2.13.0+cpu" in told
+    assert "finding packages: 2, last download of torch-2.13.0.whl (190.5 MB)" in told
     assert "installing packages: 2 of 3" in told
     assert told[-1].startswith("ready: .venv takes ")
     assert not any("metadata" in line or "1 of 3" in line for line in told)

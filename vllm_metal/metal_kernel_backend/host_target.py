@@ -237,13 +237,31 @@ def host_compiler() -> list[str]:
     Raises RuntimeError if there is none.
     """
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
+        if name and (path := find_compiler(name)):
             return [path]
     try:
-        import ziglang  # type: ignore[import-untyped]  # noqa: F401
+        import ziglang  # noqa: F401
     except ImportError:
-        raise RuntimeError("the host target needs a C++ compiler; install g++ or clang") from None
+        raise RuntimeError(
+            "the host target needs a C++ compiler; install g++ or clang "
+            "(on a Mac: xcode-select --install)"
+        ) from None
     return [sys.executable, "-m", "ziglang", "c++"]
+
+
+def find_compiler(name: str) -> str | None:
+    """The path of a compiler's command; None where there is none that compiles.
+
+    Every Mac has the commands in /usr/bin. Without Apple's Command Line Tools they compile nothing
+    and open a window that offers to install the tools; `xcode-select` tells without a window.
+    """
+    path = shutil.which(name)
+    if path and platform.system() == "Darwin" and Path(path).parent == Path("/usr/bin"):
+        command = ["/usr/bin/xcode-select", "--print-path"]
+        tools = subprocess.run(command, capture_output=True, text=True)
+        if tools.returncode or not Path(tools.stdout.strip()).is_dir():
+            return None
+    return path
 
 
 def _numpy_type(dtype: mx.Dtype) -> type:
