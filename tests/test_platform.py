@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import re
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 from transformers import WhisperConfig
 from vllm.config import CompilationMode, CUDAGraphMode, MultiModalConfig
+from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 
 from tests.tiny_models import config_of, save_checkpoint
 from vllm_metal import platform
 from vllm_metal.config import PRESETS
-from vllm_metal.errors import UserError
+from vllm_metal.errors import ChangedLibraryError, UserError
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.machine.device import DEVICE_VARIABLE
 from vllm_metal.platform import MetalPlatform, text_only, unsupported
@@ -284,3 +287,15 @@ def test_vllms_shutdown_leaves_the_accelerator_alone(make_config, monkeypatch, a
     make_config()
     torch.accelerator.empty_cache()
     torch.accelerator.empty_host_cache()
+
+
+def test_a_torch_without_these_functions_is_named(make_config, monkeypatch):
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")
+    with pytest.raises(ChangedLibraryError, match=r"torch .*torch\.accelerator\.empty_host_cache"):
+        make_config()
+
+
+def test_vllms_shutdown_calls_nothing_else_of_the_accelerator():
+    source = inspect.getsource(parallel_state.cleanup_dist_env_and_memory)
+    called = set(re.findall(r"torch\.accelerator\.(\w+)\(", source))
+    assert called == {"empty_cache", "empty_host_cache"}, f"vllm {version('vllm')}"

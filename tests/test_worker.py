@@ -216,7 +216,7 @@ def test_the_size_of_blocks(make_config, block_size):
 
 
 def test_rows_are_decoded_together_where_the_model_allows(make_config):
-    assert Serving(make_config()).runner.batched_decode
+    assert Serving(make_config()).runner.decode.batched
 
 
 def test_decode_is_traced_unless_eager_execution_is_asked_for(make_config):

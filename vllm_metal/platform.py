@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config
-from vllm_metal.errors import UserError
+from vllm_metal.errors import ChangedLibraryError, UserError
 from vllm_metal.machine import cache_folder, device
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.options import check
@@ -261,5 +261,12 @@ def _disable_accelerator_cache_release() -> None:
     torch stays on the CPU here. Emptying the caches of its accelerator fails where it has none, and
     on Apple's accelerator it crashes the process with torch 2.13.
     """
-    torch.accelerator.empty_cache = lambda: None
-    torch.accelerator.empty_host_cache = lambda: None
+    # patch: torch's functions that empty the caches of its accelerator
+    for name in ("empty_cache", "empty_host_cache"):
+        if not hasattr(torch.accelerator, name):
+            raise ChangedLibraryError("torch", f"torch.accelerator.{name}", "it does not exist")
+        setattr(torch.accelerator, name, _release_nothing)
+
+
+def _release_nothing() -> None:
+    """Takes the place of torch's functions."""

@@ -30,8 +30,10 @@ from vllm_metal.metal_kernel_backend.turboquant import measured_loss
 from vllm_metal.metal_kernel_backend.turboquant.calibration import TEXT, KeyConstants, calibrate
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model import model_loader
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.model.model_binding import BoundModel, ModelBinding
 from vllm_metal.model_pages import ModelPages
+from vllm_metal.runner.decode_forward import DecodeForward
+from vllm_metal.runner.dispatch import make_dispatch
 from vllm_metal.runner.model_runner import ModelRunner
 from vllm_metal.startup import decode_probe, dependencies, workspace_probe
 from vllm_metal.startup.key_samples import collect_key_samples
@@ -113,13 +115,8 @@ class MetalWorker(WorkerBase):
         self.kv_cache = KVCache(cache.backends, num_blocks, cache.states, layout)
         mx.set_cache_limit(self.plan.workspace)
         mx.set_memory_limit(mx.get_active_memory() + self.plan.workspace)
-        self.model_runner = ModelRunner(
-            self.vllm_config,
-            self.binding,
-            self.kv_cache,
-            block_table_sizes(self.vllm_config, kv_cache_config),
-            self.step_memory.decode_tokens(self.plan.workspace),
-        )
+        self._block_tables = block_table_sizes(self.vllm_config, kv_cache_config)
+        self._dispatch = make_dispatch()  # graphs from here on belong to the stream that it sets
         logger.info(
             planner.report(
                 self.plan,
@@ -133,22 +130,15 @@ class MetalWorker(WorkerBase):
 
     @user_errors_end_child_process()
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        started, name = time.perf_counter(), self.binding.model_type
-        batched = decode_probe.takes_batched_offsets(self.binding, self.kv_cache)
-        self.model_runner.batched_decode = batched
-        if batched and self.model_config.enforce_eager:
-            logger.info("Decode runs without tracing (--enforce-eager)")
-        elif batched and (graphs := decode_probe.traced_decode(self.binding, self.kv_cache)):
-            self.model_runner.forward_decode = graphs
-            logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
-        elif batched:
-            logger.info("%s cannot be traced: decode is built anew each step", name)
-        else:
-            logger.info(
-                "Decode of %s runs one request at a time: two together are not known to give "
-                "what each gives alone",
-                name,
-            )
+        model = self.binding.bind(self.kv_cache)
+        most_tokens = self.step_memory.decode_tokens(self.plan.workspace)
+        self.model_runner = ModelRunner(
+            self.vllm_config,
+            model,
+            self._probe_decode(model, most_tokens),
+            self._block_tables,
+            self._dispatch,
+        )
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def get_supported_tasks(self) -> tuple[str, ...]:
@@ -209,6 +199,26 @@ class MetalWorker(WorkerBase):
         depends_on = dependencies.of_key_constants(encode(TEXT), max_model_len)
         return self.results.get(KEY_CONSTANTS, depends_on, measure)
 
+    def _probe_decode(self, model: BoundModel, most_tokens: int) -> DecodeForward:
+        """How decode rows run, found out with small forward passes."""
+        started, name = time.perf_counter(), model.binding.model_type
+        if not decode_probe.takes_batched_offsets(model):
+            logger.info(
+                "%s decodes one request at a time: decoding two together did not give what each "
+                "gives alone",
+                name,
+            )
+            return DecodeForward(model.forward, False, most_tokens)
+        if self.model_config.enforce_eager:
+            logger.info("Decode runs without tracing (--enforce-eager)")
+            return DecodeForward(model.forward, True, most_tokens)
+        graphs = decode_probe.traced_decode(model)
+        if graphs is None:
+            logger.info("%s decodes without a trace: its Python code runs in every step", name)
+            return DecodeForward(model.forward, True, most_tokens)
+        logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
+        return DecodeForward(graphs, True, most_tokens)
+
     def _measure_steps(self) -> StepMemory:
         """What steps take beside weights and pages."""
         binding, backends = self.binding, self.model_pages.backends
@@ -216,23 +226,20 @@ class MetalWorker(WorkerBase):
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)
         num_heads = self.model_config.get_num_attention_heads(self.parallel_config)
         max_requests = scheduler.max_num_seqs
-        probed = KVCache(backends, workspace_probe.NUM_BLOCKS, binding.states)
-        binding.bind(probed)
+        model = binding.bind(KVCache(backends, workspace_probe.NUM_BLOCKS, binding.states))
         prefill, decode = self.results.get(
             FORWARD_PEAKS,
             dependencies.of_forward_peaks(self.vllm_config),
             lambda: (
-                workspace_probe.prefill_peaks(binding, probed, query_len, max_model_len),
-                workspace_probe.decode_peaks(binding, probed, max_requests, max_model_len),
+                workspace_probe.prefill_peaks(model, query_len, max_model_len),
+                workspace_probe.decode_peaks(model, max_requests, max_model_len),
             ),
         )
-        steps = StepMemory(
+        chunks = {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
+        return StepMemory(
             prefill,
-            {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
-            or {ChunkMemory(query_len, tokens=0, scored_rows=0)},
+            list(chunks) or [ChunkMemory(query_len, tokens=0, scored_rows=0)],
             decode,
             max_requests,
-            max(1, gathered_tokens(probed.groups, max_model_len)),
+            max(1, gathered_tokens(model.kv_cache.groups, max_model_len)),
         )
-        binding.bind(None)
-        return steps

@@ -18,8 +18,9 @@ METAL_FUNC void fold(thread float (&v)[N], int lane, int stride) {
       UNROLL
       for (int i = 0; i < N / 2; i++) {
         if (i < n) {
-          float kept = upper ? v[i + n] : v[i];
-          float sent = upper ? v[i] : v[i + n];
+          // Values, not elements: a choice between elements would keep v in memory.
+          float low = v[i], high = v[i + n];
+          float kept = upper ? high : low, sent = upper ? low : high;
           v[i] = kept + simd_shuffle_xor(sent, ushort(mask * stride));
         }
       }

@@ -38,6 +38,6 @@ def demo_engine(demo_model) -> Iterator[LLM]:
 
 @pytest.fixture(scope="session")
 def chunking_engine(demo_model) -> Iterator[LLM]:
-    """The demo model in chunks of 32 tokens, over pages for the longest prompt and little more."""
+    """The demo model in chunks of 64 tokens, over few pages."""
     with e2e.engine(demo_model, **e2e.CHUNKS_IN_FEW_BLOCKS) as llm:
         yield llm

@@ -59,7 +59,7 @@ KINDS = [
     # shared keys and values; afm7 is unknown to vLLM and decodes one request at a time
     Kind("afm7", "AFMForCausalLM"),
     # head sizes by layer, in windows and full attention: with shared layers, and with experts
-    Kind("gemma4_e2b", "Gemma4ForCausalLM", 19),
+    Kind("gemma4_shared", "Gemma4ForCausalLM", 19),
     Kind("gemma4_26b_a4b", "Gemma4ForCausalLM", 16),
     # another number of KV heads in every layer
     Kind("openelm", "OpenELMForCausalLM"),

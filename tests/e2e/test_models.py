@@ -68,7 +68,15 @@ CASES = [
 ]
 
 COMPRESSED = (
-    *("llama", "qwen3-heads of 128", "gemma3_text", "gpt_oss", "jamba", "gemma4_e2b", "minicpm3"),
+    *(
+        "llama",
+        "qwen3-heads of 128",
+        "gemma3_text",
+        "gpt_oss",
+        "jamba",
+        "gemma4_shared",
+        "minicpm3",
+    ),
 )
 """Kinds with compressed pages whose tests are not left to the night: plain, with levels, windows,
 windows with sinks, recurrent states, layers of two sizes of which some share, and keys and values

@@ -8,61 +8,17 @@ from itertools import product
 import mlx.core as mx
 import pytest
 
-from tests.kernels.metal_text import (
-    PrintingTarget,
-    compile_errors,
-    file_errors,
-    for_clang,
-    joined,
-    metal_text,
-)
+from tests.kernels.launched import LAYOUT, sources
+from tests.kernels.metal_text import compile_errors, file_errors, for_clang, joined
 from vllm_metal.metal_kernel_backend.kernel_library import KERNELS
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
-from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 pytest.importorskip("ziglang", reason="clang comes from the package ziglang (extra: test)")
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-LAYOUT = PageLayout.of("q8_0", "q3_0", 128, 2, 16)
-
 FILES = sorted(file for file in KERNELS.rglob("*") if file.is_file())
-
-
-def sources(
-    layout: PageLayout,
-    heads_per_kv_head: int = 4,
-    num_queries: int = 1,
-    dtype: mx.Dtype = mx.float16,
-    batch: int = 2,
-    settings: dict | None = None,
-    **options,
-) -> list[str]:
-    """Texts of store, decode, merge and dequantize for one layer and one shape of step."""
-    launcher = Launcher(layout, PrintingTarget(), num_cores=8, **options)
-    heads, key_size, value_size = layout.num_kv_heads, layout.key_head_size, layout.value_head_size
-
-    def step(pages, keys, values, slots, queries, table, lengths, key_factors, value_factors):
-        constants = LayerConstants(key_factors, key_factors, key_factors, value_factors)
-        token = launcher.store(pages, keys, values, slots, constants)
-        output = launcher.decode(
-            pages, queries, table, lengths, constants, 0.1, 40, token, **(settings or {})
-        )
-        return output, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtype)
-
-    return metal_text(
-        step,
-        mx.zeros(layout.pages_shape(4), mx.uint16),
-        mx.zeros((batch, heads, key_size), dtype),
-        mx.zeros((batch, heads, value_size), dtype),
-        mx.zeros((batch,), mx.int32),
-        mx.zeros((batch, num_queries, heads * heads_per_kv_head, key_size), dtype),
-        mx.zeros((batch, 3), mx.int32),
-        mx.zeros((batch,), mx.int32),
-        mx.zeros((heads, key_size)),
-        mx.zeros((value_size,)),
-    )
 
 
 def check(texts: list[str]) -> None:

@@ -43,10 +43,10 @@ class Decoder:
         constants = neutral_constants(self.binding.layers)
         backends = make_backends(self.binding.layers, BLOCK, mx.float32, turboquant, constants)
         self.kv_cache = KVCache(backends, num_blocks)
-        self.binding.bind(self.kv_cache)
+        self.model = self.binding.bind(self.kv_cache)
         rng = np.random.default_rng(0)
         self.blocks = rng.permutation(np.arange(1, num_blocks)).astype(np.int32)
-        self.graphs = DecodeGraphs(self.binding, self.kv_cache)
+        self.graphs = DecodeGraphs(self.model)
 
     def metadata(self, lens: list[int]) -> DecodeMetadata:
         """Requests of these lengths, each with blocks of its own."""
@@ -69,7 +69,7 @@ def difference(logits: mx.array, expected: mx.array) -> float:
 def store_somewhere(decoder: Decoder, lens: list[int]) -> None:
     """Fills the pages of requests of `lens` with the tokens of earlier steps."""
     for length in range(1, max(lens)):
-        decoder.run(decoder.binding.forward, [min(length, n) for n in lens], seed=length)
+        decoder.run(decoder.model.forward, [min(length, n) for n in lens], seed=length)
 
 
 @pytest.mark.parametrize(("model_type", "turboquant"), KINDS)
@@ -93,7 +93,7 @@ def test_lengths(turboquant, lens):
 def assert_replay_is_the_step(decoder: Decoder, lens: list[int]) -> None:
     if max(lens) < 100:
         store_somewhere(decoder, lens)
-    expected = decoder.run(decoder.binding.forward, lens, seed=0)
+    expected = decoder.run(decoder.model.forward, lens, seed=0)
     pages = [mx.array(array) for array in decoder.kv_cache.arrays]
     for _ in range(3):
         assert difference(decoder.run(decoder.graphs, lens, seed=0), expected) < 1e-4
@@ -106,7 +106,7 @@ def test_a_trace_serves_other_tokens_and_other_lengths():
     decoder = Decoder()
     store_somewhere(decoder, [24, 24])
     for lens in ([17, 20], [17, 20], [24, 18], [19, 23]):
-        expected = decoder.run(decoder.binding.forward, lens, seed=1)
+        expected = decoder.run(decoder.model.forward, lens, seed=1)
         assert difference(decoder.run(decoder.graphs, lens, seed=1), expected) < 1e-4
     assert len(decoder.graphs._graphs) == 1
 
@@ -116,7 +116,7 @@ def test_lazy_tokens_go_in():
     for _ in range(3):
         lazy = mx.argmax(mx.array([[0, 0, 0, 1.0]]), axis=-1)[:, None]
         logits = decoder.graphs(lazy, [decoder.metadata([5])])
-        expected = decoder.binding.forward(mx.array([[3]]), [decoder.metadata([5])])
+        expected = decoder.model.forward(mx.array([[3]]), [decoder.metadata([5])])
         assert difference(logits, expected) < 1e-4
 
 
@@ -127,7 +127,7 @@ def test_the_padding_of_the_table_is_not_seen():
     full = [mx.full(array.shape, 99.0) for array in taken.regions]
     decoder.kv_cache.put(taken._replace(regions=full))
     assert rounded_blocks(17) == 18
-    expected = decoder.run(decoder.binding.forward, [17 * BLOCK], seed=2)
+    expected = decoder.run(decoder.model.forward, [17 * BLOCK], seed=2)
     for _ in range(2):
         assert difference(decoder.run(decoder.graphs, [17 * BLOCK], seed=2), expected) < 1e-4
 

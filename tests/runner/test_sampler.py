@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -192,6 +193,22 @@ def test_rows_sample_as_their_requests_ask(batch):
     assert sampled[0, 0] == logits()[0].argmax()
     assert sampled[1, 0] == sampled[2, 0]
     assert sampled.shape == (3, 1)
+
+
+def test_temperature_is_the_spread_of_what_is_drawn(make_config):
+    """Of two tokens, one e^2 times as likely: e times at temperature 2, without a seed."""
+    batch = RequestBatch(make_config(), [16], [8])
+    requests = [new_request(f"r{i}", [1], [i + 1], temperature=2.0) for i in range(8)]
+    batch.update(scheduler_output(requests))
+    logits = torch.full((8, VOCABULARY), -torch.inf)
+    logits[:, 3], logits[:, 4] = 2.0, 0.0
+    sampler = TorchSampler("raw_logprobs")
+    draws = [sampler.sample(logits.clone(), batch.rows, []).sampled_token_ids for _ in range(250)]
+    drawn = torch.cat(draws)
+    assert set(drawn.flatten().tolist()) == {3, 4}
+    share = math.e / (1 + math.e)
+    deviation = math.sqrt(share * (1 - share) / drawn.numel())
+    assert (drawn == 3).double().mean() == pytest.approx(share, abs=4 * deviation)
 
 
 def test_an_unfinished_prompt_leaves_its_generator_as_it_was(batch):

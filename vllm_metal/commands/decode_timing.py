@@ -16,7 +16,7 @@ import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend, Pages, Rows
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.groups import AttentionGroup
 
 LAYERS = 28
 SHAPES = ((1, 1024), (1, 8192), (1, 32768), (8, 4096))
@@ -73,7 +73,7 @@ class DecodeStep:
         self._backend = backend
         self._key = mx.random.key(0)
         shape, blocks = backend.shape, -(-context // backend.block_size)
-        group = KVGroup(backend.block_size, layers=(0,))
+        group = AttentionGroup(backend.block_size, layers=(0,))
         order = 1 + np.random.default_rng(0).permutation(requests * blocks).astype(np.int32)
         tables = order.reshape(requests, blocks)
         page = backend.page_size_bytes // backend.page_dtype.size

@@ -9,6 +9,7 @@ from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.model.layer_cache import Observer
 from vllm_metal.model.model_binding import ModelBinding
 
 PREFILL_CHUNK = 512
@@ -26,12 +27,18 @@ class PagedSequence:
         binding: the model.
         backends: one for each layer.
         max_tokens: length the pages have room for.
+        observer: is told what passes through the layers.
     """
 
     def __init__(
-        self, binding: ModelBinding, backends: Sequence[AttentionBackend], max_tokens: int
+        self,
+        binding: ModelBinding,
+        backends: Sequence[AttentionBackend],
+        max_tokens: int,
+        observer: Observer | None = None,
     ):
         self.binding = binding
+        self._observer = observer
         self._backends = backends
         self._num_blocks = self._blocks_for(max_tokens)
         self.kv_cache = self._cache(self._num_blocks + bool(binding.states))
@@ -69,7 +76,7 @@ class PagedSequence:
         tokens = list(token_ids)
         generated: list[int] = []
         while True:
-            token = int(mx.argmax(logits[-1]).item())
+            token = int(np.argmax(np.array(logits[-1])))
             generated.append(token)
             if len(generated) == new_tokens:
                 break
@@ -118,10 +125,8 @@ class PagedSequence:
         metadata: Sequence[GroupMetadata],
         all_rows: bool = False,
     ) -> mx.array:
-        self.binding.bind(kv_cache)
-        logits = self.binding.forward(mx.array(token_ids), metadata, all_rows).astype(mx.float32)
-        kv_cache.evaluate(logits)
-        return logits
+        model = self.binding.bind(kv_cache, self._observer)
+        return model.evaluate(mx.array(token_ids), metadata, all_rows).astype(mx.float32)
 
     def _copy_state(self, source: int, destination: int) -> None:
         if self.binding.states:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.errors import UserError
-from vllm_metal.evaluation.attention_error import WithAttentionError, attention_error
+from vllm_metal.evaluation.attention_error import attention_error
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
@@ -95,8 +95,7 @@ def measure(
         sizes = {"bits_per_element": bits, "ratio": DENSE_BITS / bits}
         results[name] = sizes | fidelity[name].summary()
         progress(f"attention error: {name}")
-        observed = [WithAttentionError(backend) for backend in make()]
-        results[name]["attention_error"] = attention_error(binding, observed, windows[0])
+        results[name]["attention_error"] = attention_error(binding, make(), windows[0])
     if study.long_window_tokens:
         length = study.long_window_tokens
         candidates = _candidates(study, binding, encode, study.max_model_len or length)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from vllm_metal.attention.metadata import DecodeMetadata
-from vllm_metal.kv_cache.cache import KVCache, TakenArrays
-from vllm_metal.kv_cache.groups import rounded_blocks
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.attention.metadata import DecodeMetadata, GroupMetadata
+from vllm_metal.kv_cache.cache import TakenArrays
+from vllm_metal.kv_cache.groups import AttentionGroup, rounded_blocks
+from vllm_metal.model.model_binding import BoundModel
 
 MAX_GRAPHS = 64
 """A trace takes about 1 KiB for each operation."""
@@ -29,28 +29,30 @@ class DecodeGraphs:
     """The decode forward of a bound model, with its traces.
 
     Args:
-        binding: a model bound to `kv_cache`, that takes an array of offsets.
-        kv_cache: pages whose arrays are written once in a forward.
+        model: takes an array of offsets, and writes each array of its pages once in a forward.
     """
 
-    def __init__(self, binding: ModelBinding, kv_cache: KVCache):
-        self._binding = binding
-        self._kv_cache = kv_cache
+    def __init__(self, model: BoundModel):
+        self._model = model
+        self._kv_cache = model.kv_cache
+        self._block_sizes = [
+            group.block_size for group in model.kv_cache.groups if isinstance(group, AttentionGroup)
+        ]
         self._graphs: OrderedDict[tuple[tuple[int, ...], ...], _Graph] = OrderedDict()
 
     def __call__(
         self,
         token_ids: mx.array,  # [B, 1]
-        metadata: Sequence[DecodeMetadata],
+        metadata: Sequence[GroupMetadata],
     ) -> mx.array:  # [B, 1, vocabulary]
-        """As `ModelBinding.forward`."""
+        """As `BoundModel.forward`, of a decode step."""
+        groups = [told for told in metadata if isinstance(told, DecodeMetadata)]
         tables = [
-            _pad(group.block_table, rounded_blocks(group.block_table.shape[1]))
-            for group in metadata
+            _pad(told.block_table, rounded_blocks(told.block_table.shape[1])) for told in groups
         ]
-        seq_lens = [group.seq_lens for group in metadata]
-        slots = [group.slot_mapping for group in metadata]
-        offset = mx.array(metadata[0].offset).reshape(-1)
+        seq_lens = [told.seq_lens for told in groups]
+        slots = [told.slot_mapping for told in groups]
+        offset = mx.array(groups[0].offset).reshape(-1)
         graph = self._graph_of(tuple(table.shape for table in tables))
         pages = self._kv_cache.take()
         try:
@@ -84,14 +86,14 @@ class DecodeGraphs:
                 seq_lens=lens,
                 slot_mapping=slot_mapping,
                 offset=offset,
-                max_seq_len=table.shape[1] * group.block_size,
+                max_seq_len=table.shape[1] * block_size,
             )
-            for group, table, lens, slot_mapping in zip(
-                self._kv_cache.groups, tables, seq_lens, slots, strict=True
+            for block_size, table, lens, slot_mapping in zip(
+                self._block_sizes, tables, seq_lens, slots, strict=True
             )
         ]
         self._kv_cache.put(pages)
-        logits = self._binding.forward(token_ids, metadata)
+        logits = self._model.forward(token_ids, metadata)
         return logits, self._kv_cache.take()
 
 
@@ -99,4 +101,4 @@ def _pad(block_table: mx.array, num_blocks: int) -> mx.array:
     """Fills up with block 0, whose tokens no request sees."""
     if block_table.shape[1] == num_blocks:
         return block_table
-    return mx.pad(block_table, ((0, 0), (0, num_blocks - block_table.shape[1])))
+    return mx.pad(block_table, [(0, 0), (0, num_blocks - block_table.shape[1])])

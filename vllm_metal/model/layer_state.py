@@ -1,8 +1,8 @@
-"""The recurrent state of one layer as an mlx-lm model sees it, over blocks of the KV cache.
+"""The recurrent state of one layer as an mlx-lm model sees it.
 
 A model reads and replaces the entries of an `ArraysCache`, whose arrays have the requests of the
-forward pass as their first axis. Here the entries are read from the requests' blocks before the
-forward pass and written back after it (`KVCache`).
+forward pass as their first axis. The entries are read from the requests' blocks before the forward
+pass and written back after it (`kv_cache/recurrent_states.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,31 +13,16 @@ from mlx_lm.models.cache import ArraysCache
 
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.model.dry_forward import UnsupportedModelError, dry_forwards
-from vllm_metal.model.layer_cache import Forward
 
 
-class LayerState(ArraysCache):
-    """Speaks mlx-lm's protocol for one layer; models ask whether it is an `ArraysCache`.
+def state_cache(arrays: list[mx.array | None]) -> ArraysCache:
+    """mlx-lm's own cache object, with these arrays in it, for one forward pass.
 
-    Args:
-        state: its index.
-        shape: what the dry forward found.
-        forward: shared by all layers of the model.
+    The model replaces its entries; afterwards `cache` of the object has the new ones.
     """
-
-    def __init__(self, state: int, shape: StateShape, forward: Forward):
-        super().__init__(len(shape.shapes))
-        self._state = state
-        self._forward = forward
-
-    def begin_forward(self) -> None:
-        """Takes the states of the forward's requests; a request that begins has none."""
-        self.cache = self._forward.kv_cache.states.old(self._state)
-
-    def end_forward(self) -> None:
-        """Hands the new states over."""
-        arrays, self.cache = self.cache, [None] * len(self.cache)
-        self._forward.kv_cache.states.keep(self._state, arrays)
+    cache = ArraysCache(len(arrays))
+    cache.cache = arrays
+    return cache
 
 
 def state_shapes(
@@ -50,7 +35,7 @@ def state_shapes(
 
     Args:
         run: the model on token ids, attention caches and state caches.
-        windows: as for `layer_shapes`.
+        windows: sliding window of each attention cache; None: it keeps all tokens.
         num_arrays: entries of each state.
         model_type: for the refusal.
 

@@ -47,17 +47,15 @@ class Kind(Generic[_Result]):
 
 
 def _constants_to_bytes(constants: Sequence[KeyConstants]) -> bytes:
-    arrays = {f"centre.{i}": layer.centre for i, layer in enumerate(constants)}
-    arrays |= {f"multiplier.{i}": layer.multiplier for i, layer in enumerate(constants)}
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, *(array for layer in constants for array in (layer.centre, layer.multiplier)))
     return file.getvalue()
 
 
 def _constants_from_bytes(data: bytes) -> list[KeyConstants]:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        layers = range(len(arrays.files) // 2)
-        return [KeyConstants(arrays[f"centre.{i}"], arrays[f"multiplier.{i}"]) for i in layers]
+        centres = range(0, len(arrays.files), 2)
+        return [KeyConstants(arrays[f"arr_{i}"], arrays[f"arr_{i + 1}"]) for i in centres]
 
 
 def _peaks_to_bytes(peaks: tuple[ForwardPeaks, ForwardPeaks]) -> bytes:

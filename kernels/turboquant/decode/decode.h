@@ -54,6 +54,12 @@ struct Decode {
   static constant constexpr int SUMS = R * DV > WEIGHTS ? R * DV : WEIGHTS;
   static constant constexpr int SCRATCH = SUMS + 3 * R + 2 * SIMDGROUPS * R;  // ... and float
 
+  // The row of a score, or the last row: R may be no power of 2. Without `min`, whose result the
+  // compiler does not know: an index that it knows keeps an array in registers.
+  static METAL_FUNC constexpr int row_of(int score) {
+    return score / TOKENS < R ? score / TOKENS : R - 1;
+  }
+
   template <typename T, typename Table, typename Lengths>
   static METAL_FUNC void run(
       const device ushort* pages, const device T* queries, const device float* query_factors,
@@ -208,11 +214,10 @@ struct Decode {
       float scores[LEFT];
       UNROLL
       for (int i = 0; i < LEFT; i += 2) {
-        half2 dot = dots[min(i / TOKENS, R - 1)][i % TOKENS / 2];
+        half2 dot = dots[row_of(i)][i % TOKENS / 2];
         if (NEIGHBOURS == 2) {
           int other = i + LEFT;
-          dot = fold_halves(
-              dot, dots[min(other / TOKENS, R - 1)][other % TOKENS / 2], lane, LANES / 2);
+          dot = fold_halves(dot, dots[row_of(other)][other % TOKENS / 2], lane, LANES / 2);
         }
         scores[i] = float(dot.x);
         scores[i + 1] = float(dot.y);
