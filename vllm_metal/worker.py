@@ -1,6 +1,7 @@
 """vLLM's worker: device, model, memory question, pages; the steps are the model runner's."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,11 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.config import parse
 from vllm_metal.errors import user_errors_end_child_process
-from vllm_metal.kv_cache import planner
+from vllm_metal.kv_cache import planner, remedies
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.capacity import Capacity
 from vllm_metal.kv_cache.group_metadata import gathered_tokens
+from vllm_metal.kv_cache.remedies import MemorySettings
 from vllm_metal.kv_cache.spec import (
     KV_CACHE_LAYOUT,
     block_table_sizes,
@@ -86,24 +89,13 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def determine_available_memory(self) -> int:
         """Bytes for pages; nothing is kept."""
-        cache, model = self.cache_config, self.model_config
-        plan = planner.MemoryPlan(
-            device=self.metal_device,
-            utilization=cache.gpu_memory_utilization,
-            weights=self.weights,
-            workspace=0,
-            requested_bytes=cache.kv_cache_memory_bytes,
-        )
-        self.step_memory = self._measure_steps()
+        settings = MemorySettings.of(self.vllm_config)
+        steps = self._measure_steps()
         if self.results.read:
             results = " and ".join(self.results.read).replace("_", " ")
             logger.info("Read from %s, not measured anew: %s", self.results.folder, results)
-        most = self.model_pages.capacity(plan.page_bytes, model.max_model_len)
-        workspace = self.step_memory.workspace(plan.page_bytes, most.pooled_tokens)
-        self.plan = replace(plan, workspace=workspace)
-        if model.original_max_model_len != -1:
-            planned = self.model_pages.capacity(self.plan.page_bytes, model.max_model_len)
-            self.plan.require(model.max_model_len, planned)
+        self.step_memory = steps(settings)
+        self.plan = remedies.require(settings, lambda other: self._plan(other, steps(other)))
         return self.plan.page_bytes
 
     def update_max_model_len(self, max_model_len: int) -> None:
@@ -219,8 +211,28 @@ class MetalWorker(WorkerBase):
         logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
         return DecodeForward(graphs, True, most_tokens)
 
-    def _measure_steps(self) -> StepMemory:
-        """What steps take beside weights and pages."""
+    def _plan(
+        self, settings: MemorySettings, steps: StepMemory
+    ) -> tuple[planner.MemoryPlan, Capacity]:
+        """The memory plan under these settings, and what its pages hold."""
+        plan = planner.MemoryPlan(
+            device=self.metal_device,
+            utilization=settings.gpu_memory_utilization,
+            weights=self.weights,
+            workspace=0,
+            requested_bytes=settings.kv_cache_memory_bytes,
+        )
+        most = self.model_pages.capacity(plan.page_bytes, settings.max_model_len)
+        workspace = steps.workspace(plan.page_bytes, most.pooled_tokens)
+        plan = replace(plan, workspace=workspace)
+        return plan, self.model_pages.capacity(plan.page_bytes, settings.max_model_len)
+
+    def _measure_steps(self) -> Callable[[MemorySettings], StepMemory]:
+        """Measures forward passes; gives what steps take beside weights and pages.
+
+        The answer holds for this server's settings, and for the smaller ones that are tried where
+        memory is too little.
+        """
         binding, backends = self.binding, self.model_pages.backends
         scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)
@@ -235,11 +247,18 @@ class MetalWorker(WorkerBase):
                 workspace_probe.decode_peaks(model, max_requests, max_model_len),
             ),
         )
-        chunks = {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
-        return StepMemory(
-            prefill,
-            list(chunks) or [ChunkMemory(query_len, tokens=0, scored_rows=0)],
-            decode,
-            max_requests,
-            max(1, gathered_tokens(model.kv_cache.groups, max_model_len)),
-        )
+        groups = model.kv_cache.groups
+
+        def steps(settings: MemorySettings) -> StepMemory:
+            length = settings.max_model_len
+            query_len = min(settings.max_num_batched_tokens, length)
+            chunks = {b.chunk_memory(query_len, length, num_heads) for b in backends}
+            return StepMemory(
+                prefill,
+                list(chunks) or [ChunkMemory(query_len, tokens=0, scored_rows=0)],
+                decode,
+                settings.max_num_seqs,
+                max(1, gathered_tokens(groups, length)),
+            )
+
+        return steps
