@@ -17,7 +17,6 @@ from vllm_metal.config import parse
 from vllm_metal.errors import user_errors_end_child_process
 from vllm_metal.kv_cache import planner, remedies
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.kv_cache.capacity import Capacity
 from vllm_metal.kv_cache.group_metadata import gathered_tokens
 from vllm_metal.kv_cache.remedies import MemorySettings
 from vllm_metal.kv_cache.spec import (
@@ -39,8 +38,15 @@ from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import make_dispatch
 from vllm_metal.runner.model_runner import ModelRunner
 from vllm_metal.startup import decode_probe, dependencies, workspace_probe
+from vllm_metal.startup.crash_marker import CrashMarker
 from vllm_metal.startup.key_samples import collect_key_samples
-from vllm_metal.startup.result_cache import FORWARD_PEAKS, KEY_CONSTANTS, ResultCache
+from vllm_metal.startup.probe_requests import probe_prompts
+from vllm_metal.startup.result_cache import (
+    DECODE_ANSWERS,
+    FORWARD_PEAKS,
+    KEY_CONSTANTS,
+    ResultCache,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -52,6 +58,8 @@ logger = init_logger("vllm.metal.worker")
 
 class MetalWorker(WorkerBase):
     """One process, one MLX device. vLLM calls the methods in the order they stand here."""
+
+    model_runner: ModelRunner  # type: ignore[assignment]  # vLLM knows runners that are torch modules
 
     @user_errors_end_child_process()
     def init_device(self) -> None:
@@ -67,16 +75,22 @@ class MetalWorker(WorkerBase):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config = self.model_config
         folder = model_loader.model_folder(config.model, config.revision)
-        self.results = ResultCache(
-            startup_cache_folder(),
-            dependencies.of_server(folder, config.dtype, self.metal_device),
-        )
+        depends_on = dependencies.of_server(folder, config.dtype, self.metal_device)
+        kept = startup_cache_folder()
+        self.results = ResultCache(kept, depends_on)
+        self._tracing = CrashMarker(kept and kept.with_name("tracing"), depends_on)
         model = model_loader.load_model(
             config.model, config.dtype, config.revision, config.trust_remote_code
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
         self.model_pages = self._make_cache()
+        self._prompts = self._probe_prompts()
+        self.decode_answers = self.results.get(
+            DECODE_ANSWERS,
+            dependencies.of_decode_answers(self._prompts),
+            lambda: decode_probe.ask(self.binding, self._prompts, self._tracing),
+        )
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -95,7 +109,10 @@ class MetalWorker(WorkerBase):
             results = " and ".join(self.results.read).replace("_", " ")
             logger.info("Read from %s, not measured anew: %s", self.results.folder, results)
         self.step_memory = steps(settings)
-        self.plan = remedies.require(settings, lambda other: self._plan(other, steps(other)))
+        plan_of = remedies.plan_of(
+            self.metal_device, self.weights, steps, self.model_pages.capacity
+        )
+        self.plan = remedies.require(settings, plan_of)
         return self.plan.page_bytes
 
     def update_max_model_len(self, max_model_len: int) -> None:
@@ -127,7 +144,7 @@ class MetalWorker(WorkerBase):
         self.model_runner = ModelRunner(
             self.vllm_config,
             model,
-            self._probe_decode(model, most_tokens),
+            self._decode_forward(model, most_tokens),
             self._block_tables,
             self._dispatch,
         )
@@ -157,7 +174,7 @@ class MetalWorker(WorkerBase):
         return set()
 
     def shutdown(self) -> None:
-        self.model_runner = None
+        self.model_runner = None  # type: ignore[assignment]
 
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
@@ -191,41 +208,40 @@ class MetalWorker(WorkerBase):
         depends_on = dependencies.of_key_constants(encode(TEXT), max_model_len)
         return self.results.get(KEY_CONSTANTS, depends_on, measure)
 
-    def _probe_decode(self, model: BoundModel, most_tokens: int) -> DecodeForward:
-        """How decode rows run, found out with small forward passes."""
-        started, name = time.perf_counter(), model.binding.model_type
-        if not decode_probe.takes_batched_offsets(model):
-            logger.info(
-                "%s decodes one request at a time: decoding two together did not give what each "
-                "gives alone",
-                name,
-            )
-            return DecodeForward(model.forward, False, most_tokens)
-        if self.model_config.enforce_eager:
-            logger.info("Decode runs without tracing (--enforce-eager)")
-            return DecodeForward(model.forward, True, most_tokens)
-        graphs = decode_probe.traced_decode(model)
-        if graphs is None:
-            logger.info("%s decodes without a trace: its Python code runs in every step", name)
-            return DecodeForward(model.forward, True, most_tokens)
-        logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
-        return DecodeForward(graphs, True, most_tokens)
+    def _probe_prompts(self) -> list[list[int]]:
+        """Prompts that begin as the tokenizer begins one."""
+        tokenizer = cached_tokenizer_from_config(self.model_config)
+        if tokenizer is not None:
+            return probe_prompts(tokenizer.encode)
+        first = getattr(self.model_config.hf_text_config, "bos_token_id", None)
+        if isinstance(first, int) and 0 <= first < self.model_config.get_vocab_size():
+            return probe_prompts(None, [first])
+        return probe_prompts(None, [])  # none, or a default that lies outside the vocabulary
 
-    def _plan(
-        self, settings: MemorySettings, steps: StepMemory
-    ) -> tuple[planner.MemoryPlan, Capacity]:
-        """The memory plan under these settings, and what its pages hold."""
-        plan = planner.MemoryPlan(
-            device=self.metal_device,
-            utilization=settings.gpu_memory_utilization,
-            weights=self.weights,
-            workspace=0,
-            requested_bytes=settings.kv_cache_memory_bytes,
-        )
-        most = self.model_pages.capacity(plan.page_bytes, settings.max_model_len)
-        workspace = steps.workspace(plan.page_bytes, most.pooled_tokens)
-        plan = replace(plan, workspace=workspace)
-        return plan, self.model_pages.capacity(plan.page_bytes, settings.max_model_len)
+    def _decode_forward(self, model: BoundModel, most_tokens: int) -> DecodeForward:
+        """How decode rows run, warm; logs why they do not run in the fastest way, if so."""
+        started, name, answers = time.perf_counter(), model.binding.model_type, self.decode_answers
+        if self.model_config.enforce_eager:
+            eager = decode_probe.Answer(False, "--enforce-eager")
+            answers = replace(answers, traced=eager)
+        step, traced = decode_probe.decode_step(model, self._prompts, answers, self._tracing)
+        if traced.holds:
+            logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
+        elif answers.batched.holds:
+            logger.info(
+                "Decode of %s is not traced: %s. Its Python code runs in every step, which takes "
+                "some milliseconds for a model of many layers",
+                name,
+                traced.reason,
+            )
+        else:
+            logger.warning(
+                "Decode of %s runs one request at a time: %s. A step of N requests takes about N "
+                "times as long as a step of one",
+                name,
+                answers.batched.reason,
+            )
+        return DecodeForward(step, answers.batched.holds, most_tokens)
 
     def _measure_steps(self) -> Callable[[MemorySettings], StepMemory]:
         """Measures forward passes; gives what steps take beside weights and pages.

@@ -1,7 +1,7 @@
 """Cases of `crashing_operations.py`: operations, modules and steps, each a function of its own.
 
-Their shapes are those of the tiny deepseek_v3 of `tests/tiny_configs.py`: hidden size 64, 4 heads,
-latents of 32 elements, 4 experts in 2 groups of which 2 are taken.
+Their shapes are those of the tiny deepseek_v3 of `scripts/tiny_architectures.json`: hidden size
+64, 4 heads, latents of 32 elements, 4 experts in 2 groups of which 2 are taken.
 """
 
 from collections.abc import Callable
@@ -180,7 +180,7 @@ def experts_fused():
 
 
 def model():
-    from tests.tiny_models import tiny_model
+    from tiny_architectures import tiny_model
 
     return tiny_model("deepseek_v3")
 
@@ -217,7 +217,8 @@ def attention_of_a_prompt_traced():
 
 def decode_step(rows: int, traced: bool, model_type: str = "deepseek_v3"):
     """Three decode steps over dense pages, built or, from the second one on, replayed."""
-    from tests.tiny_models import tiny_model
+    from tiny_architectures import tiny_model
+
     from vllm_metal.kv_cache.cache import KVCache
     from vllm_metal.kv_cache.group_metadata import decode_metadata
     from vllm_metal.metal_kernel_backend.dense import DensePages
@@ -226,8 +227,8 @@ def decode_step(rows: int, traced: bool, model_type: str = "deepseek_v3"):
 
     binding = ModelBinding(tiny_model(model_type))
     kv_cache = KVCache([DensePages(shape, 16, mx.float32) for shape in binding.layers], 8)
-    binding.bind(kv_cache)
-    forward = DecodeGraphs(binding, kv_cache) if traced else binding.forward
+    bound = binding.bind(kv_cache)
+    forward = DecodeGraphs(bound) if traced else bound.forward
     table = 1 + np.arange(rows, dtype=np.int32)[:, None]
     for step in range(3):
         positions = np.full(rows, step, np.int32)

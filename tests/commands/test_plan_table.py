@@ -31,9 +31,7 @@ def rows_of(binding: ModelBinding, max_model_len: int = 8192) -> dict[tuple[str,
 
 @pytest.fixture
 def llama(tmp_path) -> ModelBinding:
-    return binding_of(
-        tmp_path, "llama", head_dim=64, num_key_value_heads=2, num_hidden_layers=3
-    )
+    return binding_of(tmp_path, "llama", head_dim=64, num_key_value_heads=2, num_hidden_layers=3)
 
 
 def test_a_line_for_dense_pages_and_every_pair(llama):
@@ -63,9 +61,7 @@ def test_one_group_is_what_vllm_makes_of_one_kind_of_layer(tmp_path, monkeypatch
     assert table(binding, BYTES, 16, 100, None)[0] == alone
 
 
-def test_without_torch_layers_of_several_kinds_are_left_to_another_process(
-    tmp_path, monkeypatch
-):
+def test_without_torch_layers_of_several_kinds_are_left_to_another_process(tmp_path, monkeypatch):
     binding = binding_of(tmp_path, "gemma3_text")
     monkeypatch.setitem(plan_table.sys.modules, "torch", None)
     with pytest.raises(plan_table.NeedsVLLM):
@@ -103,9 +99,7 @@ def test_layers_that_share_memory_are_planned_as_the_server_does(tmp_path, model
 @pytest.mark.parametrize(
     ("name", "reason"), [("deepseek_v3", "(MLA)"), ("mamba", "it has no keys and values")]
 )
-def test_a_model_that_turboquant_refuses_has_its_dense_line_and_the_reason(
-    tmp_path, name, reason
-):
+def test_a_model_that_turboquant_refuses_has_its_dense_line_and_the_reason(tmp_path, name, reason):
     rows, refusal = table(binding_of(tmp_path, name), BYTES, 16, 8192, None)
     assert [row.k_quant for row in rows] == ["dense"]
     assert isinstance(refusal, UserError)

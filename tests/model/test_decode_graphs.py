@@ -111,6 +111,30 @@ def test_a_trace_serves_other_tokens_and_other_lengths():
     assert len(decoder.graphs._graphs) == 1
 
 
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v32", "longcat_flash"])
+def test_no_step_computes_arrays_without_elements(model_type):
+    """Not even where a layer caches one array, whose values have none."""
+    decoder = Decoder(model_type)
+    arguments = mx.array([[3], [4]]), [decoder.metadata([5, 9])]
+    assert decoder.graphs.empty_operations(*arguments) == []
+    expected = decoder.run(decoder.model.forward, [5, 9], seed=0)
+    assert difference(decoder.run(decoder.graphs, [5, 9], seed=0), expected) < 1e-4
+
+
+def test_operations_on_arrays_without_elements_are_named(monkeypatch):
+    decoder = Decoder()
+    forward = decoder.model.forward
+
+    def with_nothing(*arguments):
+        logits = forward(*arguments)
+        nothing = logits[..., :0]
+        return mx.concatenate([logits, nothing * 2 + 1, nothing], axis=-1)
+
+    monkeypatch.setattr(decoder.model, "forward", with_nothing)
+    found = decoder.graphs.empty_operations(mx.array([[3]]), [decoder.metadata([5])])
+    assert sorted(found) == ["Add", "Multiply"]
+
+
 def test_lazy_tokens_go_in():
     decoder = Decoder()
     for _ in range(3):

@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
             return _print_plan(args)
         except NeedsVLLM:
             pass
-    print("Layers of several kinds share the pages: asking vLLM how it groups them", file=sys.stderr)
+    print(
+        "Layers of several kinds share the pages: asking vLLM how it groups them", file=sys.stderr
+    )
     process = multiprocessing.get_context("spawn").Process(target=_end_with_plan, args=(args,))
     process.start()
     process.join()
@@ -177,8 +179,9 @@ def parse_size(text: str) -> int:
     units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": GIB}
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?)(i?b)?\s*", text.lower())
     try:
-        return int(float(match[1]) * units[match[2]])
-    except (TypeError, ValueError):
+        number, unit = match.group(1, 2) if match else (text, "")
+        return int(float(number) * units[unit])
+    except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a size (examples: 16GiB, 512MiB, 17179869184)"
         ) from None

@@ -3,7 +3,7 @@
 memory limit x utilization          what vllm_metal may use
   - held by other processes         only where memory is shared with them (CPU)
   - weights
-  - workspace                       what the largest step takes beside them (`workspace`)
+  - workspace                       what the largest step takes in addition (`workspace`)
   = bytes for pages
 """
 
@@ -38,7 +38,7 @@ class MemoryPlan:
 
     @property
     def budget(self) -> int:
-        """What vllm_metal may use in all."""
+        """Bytes that vllm_metal may use in all."""
         allowed = int(self.device.memory_limit * self.utilization)
         return min(allowed, self.device.memory_limit - self.device.memory_in_use)
 

@@ -1,7 +1,7 @@
-"""Too little memory: which term is the largest, and which options help, each with a value that fits.
+"""Too little memory: which term is the largest, and which options help.
 
-A value is tried in the arithmetic of the memory plan before it is named, so no option is named that
-does not help.
+Each is offered with a value that fits: it is tried in the arithmetic of the memory plan before it is
+named.
 """
 
 from bisect import bisect_left
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import Capacity
 from vllm_metal.kv_cache.planner import MemoryPlan, format_bytes
+from vllm_metal.kv_cache.workspace import StepMemory
+from vllm_metal.machine.device import Device
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,6 +54,38 @@ class MemorySettings:
 
 PlanOf = Callable[[MemorySettings], tuple[MemoryPlan, Capacity]]
 """The memory plan under these settings, and what its pages hold."""
+
+
+def plan_of(
+    device: Device,
+    weights: int,
+    steps: Callable[[MemorySettings], StepMemory],
+    capacity: Callable[[int, int], Capacity],
+) -> PlanOf:
+    """The plans of a model on a device.
+
+    Args:
+        device: that serves.
+        weights: in bytes.
+        steps: what steps take beside weights and pages, under these settings.
+        capacity: what a number of bytes holds, for requests of a number of tokens.
+    """
+
+    def plan_under(settings: MemorySettings) -> tuple[MemoryPlan, Capacity]:
+        length = settings.max_model_len
+        plan = MemoryPlan(
+            device,
+            settings.gpu_memory_utilization,
+            weights,
+            workspace=0,
+            requested_bytes=settings.kv_cache_memory_bytes,
+        )
+        most = capacity(plan.page_bytes, length)
+        workspace = steps(settings).workspace(plan.page_bytes, most.pooled_tokens)
+        plan = replace(plan, workspace=workspace)
+        return plan, capacity(plan.page_bytes, length)
+
+    return plan_under
 
 
 def require(settings: MemorySettings, plan_of: PlanOf) -> MemoryPlan:

@@ -1,16 +1,18 @@
-"""Decode steps that are traced once and replayed, instead of built anew in Python.
+"""Decode steps that are traced once and replayed, instead of run in Python each time.
 
 A decode step of B requests with N blocks each has the same thousands of operations every time.
 `mx.compile` records them for one (B, N) and replays them with other arrays, which takes a fraction
 of the time that the model's Python code takes, and fuses what is element-wise. The pages go in and
-come out: nobody else holds them, so MLX still writes them in place.
+come out: they have no other holder, so MLX still writes them in place.
 
 N is rounded up, so that a growing request keeps its graph for a while. A shape is traced when it
 comes a second time; the traces of the last `MAX_GRAPHS` shapes are kept.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,6 +23,13 @@ from vllm_metal.model.model_binding import BoundModel
 
 MAX_GRAPHS = 64
 """A trace takes about 1 KiB for each operation."""
+
+MOVES_ELEMENTS = frozenset(
+    "AsStrided Broadcast Concatenate Contiguous Copy Depends ExpandDims Flatten Full Gather "
+    "GatherAxis Pad Reshape Slice SliceUpdate Split Squeeze StopGradient Transpose Unflatten "
+    "View".split()
+)
+"""Operations of MLX that compute nothing; without elements, their kernels are not launched."""
 
 _Graph = Callable[..., tuple[mx.array, TakenArrays]]
 
@@ -46,13 +55,7 @@ class DecodeGraphs:
         metadata: Sequence[GroupMetadata],
     ) -> mx.array:  # [B, 1, vocabulary]
         """As `BoundModel.forward`, of a decode step."""
-        groups = [told for told in metadata if isinstance(told, DecodeMetadata)]
-        tables = [
-            _pad(told.block_table, rounded_blocks(told.block_table.shape[1])) for told in groups
-        ]
-        seq_lens = [told.seq_lens for told in groups]
-        slots = [told.slot_mapping for told in groups]
-        offset = mx.array(groups[0].offset).reshape(-1)
+        token_ids, offset, tables, seq_lens, slots = _inputs(token_ids, metadata)
         graph = self._graph_of(tuple(table.shape for table in tables))
         pages = self._kv_cache.take()
         try:
@@ -60,6 +63,36 @@ class DecodeGraphs:
         finally:
             self._kv_cache.put(pages)
         return logits
+
+    def empty_operations(self, token_ids: mx.array, metadata: Sequence[GroupMetadata]) -> list[str]:
+        """Names of the step's operations that compute arrays without elements.
+
+        The step is traced and not run. Operations that only move elements are not named.
+
+        MLX's GPU backends launch what `mx.compile` has fused without asking whether there is
+        anything to compute. CUDA's divides by the number of elements, which ends the process
+        (MLX 0.32, `Compiled::eval_gpu` and `get_launch_args`).
+        """
+        token_ids, offset, *lists = _inputs(token_ids, metadata)
+        pages, count = self._kv_cache.take(), len(self._block_sizes)
+        found: list[str] = []
+
+        def note(part: dict[str, Any]) -> None:
+            if part["type"] == "primitive" and part["name"] not in MOVES_ELEMENTS:
+                found.extend(part["name"] for _, shape, _ in part["outputs"] if 0 in shape)
+
+        def step(token_ids: mx.array, offset: mx.array, *rest: mx.array) -> list[mx.array]:
+            tables, seq_lens, slots = (list(rest[i * count :][:count]) for i in range(3))
+            given = TakenArrays(list(rest[3 * count :]), pages.tokens)
+            logits, after = self._step(token_ids, offset, tables, seq_lens, slots, given)
+            return [logits, *after.regions]
+
+        try:
+            arrays = itertools.chain(*lists, pages.regions)
+            mx.export_function(note, step, token_ids, offset, *arrays)
+        finally:
+            self._kv_cache.put(pages)
+        return found
 
     def _graph_of(self, shapes: tuple[tuple[int, ...], ...]) -> _Graph:
         """The step itself for shapes never seen, its trace from then on."""
@@ -97,8 +130,19 @@ class DecodeGraphs:
         return logits, self._kv_cache.take()
 
 
+def _inputs(
+    token_ids: mx.array, metadata: Sequence[GroupMetadata]
+) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array], list[mx.array]]:
+    """What a graph is given beside the pages."""
+    groups = [told for told in metadata if isinstance(told, DecodeMetadata)]
+    tables = [_pad(told.block_table, rounded_blocks(told.block_table.shape[1])) for told in groups]
+    seq_lens = [told.seq_lens for told in groups]
+    slots = [told.slot_mapping for told in groups]
+    return token_ids, mx.array(groups[0].offset).reshape(-1), tables, seq_lens, slots
+
+
 def _pad(block_table: mx.array, num_blocks: int) -> mx.array:
-    """Fills up with block 0, whose tokens no request sees."""
+    """Fills the table up with block 0, whose tokens no request sees."""
     if block_table.shape[1] == num_blocks:
         return block_table
     return mx.pad(block_table, [(0, 0), (0, num_blocks - block_table.shape[1])])

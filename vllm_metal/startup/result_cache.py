@@ -19,7 +19,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from vllm_metal.kv_cache.workspace import ForwardPeaks
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.startup.decode_probe import Answer, DecodeAnswers
 
 logger = logging.getLogger("vllm.metal.startup")
 
@@ -89,6 +90,19 @@ FORWARD_PEAKS: Kind[tuple[ForwardPeaks, ForwardPeaks]] = Kind(
     "forward_peaks", _peaks_to_bytes, _peaks_from_bytes
 )
 """The memory of a prefill and of a decode step, as `workspace_probe` gives them."""
+
+
+def _answers_to_bytes(answers: DecodeAnswers) -> bytes:
+    return json.dumps(asdict(answers)).encode()
+
+
+def _answers_from_bytes(data: bytes) -> DecodeAnswers:
+    found = json.loads(data)
+    return DecodeAnswers(Answer(**found["batched"]), Answer(**found["traced"]))
+
+
+DECODE_ANSWERS: Kind[DecodeAnswers] = Kind("decode_answers", _answers_to_bytes, _answers_from_bytes)
+"""How decode runs, as `decode_probe.ask` gives it."""
 
 
 class ResultCache:
