@@ -59,6 +59,12 @@ def offers(text: str) -> list[dict[str, float]]:
     ]
 
 
+def accepted(settings: MemorySettings, offer: dict[str, float]) -> MemorySettings:
+    """The settings of a user who takes an offer."""
+    fits_length = settings.fits_length and "max_model_len" not in offer
+    return replace(settings, **offer, fits_length=fits_length)
+
+
 WAYS = {
     "a long request": (
         machine(),
@@ -87,12 +93,12 @@ WAYS = {
     ),
     "weights that exceed the memory": (machine(weights=17 * GIB), {}, ("the weights", [])),
     "large prefill chunks": (
-        machine(row=5 * MIB),
+        machine(row=7 * MIB),
         {"gpu_memory_utilization": 1.0},
         ("the workspace", ["max_num_batched_tokens", "max_model_len"]),
     ),
     "scores of a long context": (
-        machine(score=2048),
+        machine(score=256),
         {"max_model_len": 1 << 17, "max_num_batched_tokens": 8192},
         ("the workspace", ["max_num_batched_tokens", "max_model_len"]),
     ),
@@ -102,7 +108,7 @@ WAYS = {
         ("what other processes hold", ["max_num_batched_tokens", "max_model_len"]),
     ),
     "a length to fit that has no room": (
-        machine(score=2048, memory=8 * GIB),
+        machine(score=256, memory=8 * GIB),
         {"max_model_len": 1 << 17, "fits_length": True},
         ("the workspace", ["max_num_batched_tokens", "max_model_len"]),
     ),
@@ -121,16 +127,16 @@ def test_what_is_offered_helps(way):
     assert f"the largest term is {term}" in text
     found = offers(text)
     assert [next(iter(offer)) for offer in found][: len(first)] == first
-    settings = replace(SETTINGS, **changes, fits_length=False)
+    settings = replace(SETTINGS, **changes)
     for offer in found:
-        require(replace(settings, **offer), plan_of)
+        require(accepted(settings, offer), plan_of)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_more_is_asked_for_than_is_needed(way):
     """A token more, or the next step of a setting, no longer fits."""
     plan_of, changes, _ = WAYS[way]
-    settings = replace(SETTINGS, **changes, fits_length=False)
+    settings = replace(SETTINGS, **changes)
     for offer in offers(refusal(plan_of, **changes)):
         more = {
             "max_model_len": lambda length: round(1.15 * length) + 16,
@@ -142,7 +148,7 @@ def test_no_more_is_asked_for_than_is_needed(way):
         for name, value in offer.items():
             if name != "max_num_seqs":
                 with pytest.raises(UserError):
-                    require(replace(settings, **(offer | {name: more[name](value)})), plan_of)
+                    require(accepted(settings, offer | {name: more[name](value)}), plan_of)
 
 
 def test_an_option_that_does_not_help_is_not_named():

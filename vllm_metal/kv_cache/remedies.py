@@ -1,7 +1,7 @@
 """Too little memory: which term is the largest, and which options help.
 
-Each is offered with a value that fits: it is tried in the arithmetic of the memory plan before it is
-named.
+Each is offered with a value that fits: it is tried in the arithmetic of the memory plan before it
+is named.
 """
 
 from bisect import bisect_left
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SLACK = 1 / 16
 """Part of a workspace that is kept free where a value changes it: a server that is started with the
 value measures its workspace anew."""
+
+USEFUL_LENGTH = 1024
+"""Tokens that a request should have at least where vLLM fits its length."""
 
 SHORTEST = 16
 """No value below is named for a length or a number of tokens."""
@@ -132,22 +135,25 @@ def _terms(plan: MemoryPlan, needed: int) -> dict[str, int]:
     return terms
 
 
-def _fits(settings: MemorySettings, capacity: Capacity) -> bool:
-    return capacity.requests(1 if settings.fits_length else settings.max_model_len) >= 1
+def _fits(settings: MemorySettings, capacity: Capacity, fitted: int = 1) -> bool:
+    """Whether a request fits: of `max_model_len` tokens, or of `fitted` where vLLM fits it."""
+    length = min(fitted, settings.max_model_len) if settings.fits_length else settings.max_model_len
+    return capacity.requests(length) >= 1
 
 
 def _remedies(
     settings: MemorySettings, plan_of: PlanOf, plan: MemoryPlan, capacity: Capacity, term: str
 ) -> Iterator[str]:
-    """What helps, each alone; what concerns the largest term comes first."""
+    """What helps; what concerns the largest term comes first."""
 
     def helps(**changes) -> bool:
-        changed = replace(settings, fits_length=False, **changes)
+        fits_length = settings.fits_length and "max_model_len" not in changes
+        changed = replace(settings, fits_length=fits_length, **changes)
         new, holds = plan_of(changed)
         if new.requested_bytes is None and new.workspace != plan.workspace:
             free = new.page_bytes - round(SLACK * new.workspace)
             holds = replace(holds, page_bytes=free)
-        return _fits(changed, holds)
+        return _fits(changed, holds, USEFUL_LENGTH)
 
     if settings.kv_cache_memory_bytes is not None:
         needed = capacity.bytes_for(settings.max_model_len) + capacity.bytes_per_block
@@ -159,7 +165,7 @@ def _remedies(
         _REQUEST: list(_length(settings, helps)),
         _WEIGHTS: list(_utilization(settings, helps)),
     }
-    if not any(found.values()):
+    if not found[_WORKSPACE] and (term == _WORKSPACE or not any(found.values())):
         found[_WORKSPACE] = list(_chunk_and_length(settings, helps))
     options = [*found.pop(term, []), *(option for others in found.values() for option in others)]
     if term == _OTHERS:
@@ -203,8 +209,11 @@ def _chunk(settings: MemorySettings, helps: Callable[..., bool]) -> Iterator[str
 
 
 def _chunk_and_length(settings: MemorySettings, helps: Callable[..., bool]) -> Iterator[str]:
-    for changes in _chunks(settings):
-        if length := _longest(settings, helps, **changes):
+    """The longest chunks with which the length is at least half of what the shortest leave."""
+    lengths = [(_longest(settings, helps, **changes), changes) for changes in _chunks(settings)]
+    most = max((length for length, _ in lengths), default=0)
+    for length, changes in lengths:
+        if most and length >= most / 2:
             yield _options(changes | {"max_model_len": length})
             return
 
