@@ -18,9 +18,9 @@ from vllm_metal.machine.device import Device
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SLACK = 1 / 16
-"""Part of a workspace that is kept free where a value changes it: a server that is started with the
-value measures its workspace anew."""
+SLACK = 1 / 4
+"""Part of a workspace that is kept free where a value changes it. A server that is started with the
+value measures its workspace anew, with other small forward passes."""
 
 USEFUL_LENGTH = 1024
 """Tokens that a request should have at least where vLLM fits its length."""
@@ -177,7 +177,7 @@ def _remedies(
 
 def _length(settings: MemorySettings, helps: Callable[..., bool]) -> Iterator[str]:
     if length := _longest(settings, helps):
-        instead = " in place of -1" if settings.fits_length else " or less (-1 fits it)"
+        instead = " in place of -1" if settings.fits_length else " or less (-1 finds the longest)"
         yield f"--max-model-len {length}{instead}"
 
 
@@ -219,7 +219,7 @@ def _chunk_and_length(settings: MemorySettings, helps: Callable[..., bool]) -> I
 
 
 def _options(changes: dict[str, int]) -> str:
-    return " with ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
 
 
 def _utilization(settings: MemorySettings, helps: Callable[..., bool]) -> Iterator[str]:
