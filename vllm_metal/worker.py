@@ -1,6 +1,7 @@
 """vLLM's worker: device, model, memory question, pages; the steps are the model runner's."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.config import parse
 from vllm_metal.errors import user_errors_end_child_process
-from vllm_metal.kv_cache import planner
+from vllm_metal.kv_cache import planner, remedies
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import gathered_tokens
+from vllm_metal.kv_cache.remedies import MemorySettings
 from vllm_metal.kv_cache.spec import (
     KV_CACHE_LAYOUT,
     block_table_sizes,
@@ -101,24 +103,16 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def determine_available_memory(self) -> int:
         """Bytes for pages; nothing is kept."""
-        cache, model = self.cache_config, self.model_config
-        plan = planner.MemoryPlan(
-            device=self.metal_device,
-            utilization=cache.gpu_memory_utilization,
-            weights=self.weights,
-            workspace=0,
-            requested_bytes=cache.kv_cache_memory_bytes,
-        )
-        self.step_memory = self._measure_steps()
+        settings = MemorySettings.of(self.vllm_config)
+        steps = self._measure_steps()
         if self.results.read:
             results = " and ".join(self.results.read).replace("_", " ")
             logger.info("Read from %s, not measured anew: %s", self.results.folder, results)
-        most = self.model_pages.capacity(plan.page_bytes, model.max_model_len)
-        workspace = self.step_memory.workspace(plan.page_bytes, most.pooled_tokens)
-        self.plan = replace(plan, workspace=workspace)
-        if model.original_max_model_len != -1:
-            planned = self.model_pages.capacity(self.plan.page_bytes, model.max_model_len)
-            self.plan.require(model.max_model_len, planned)
+        self.step_memory = steps(settings)
+        plan_of = remedies.plan_of(
+            self.metal_device, self.weights, steps, self.model_pages.capacity
+        )
+        self.plan = remedies.require(settings, plan_of)
         return self.plan.page_bytes
 
     def update_max_model_len(self, max_model_len: int) -> None:
@@ -249,8 +243,12 @@ class MetalWorker(WorkerBase):
             )
         return DecodeForward(step, answers.batched.holds, most_tokens)
 
-    def _measure_steps(self) -> StepMemory:
-        """Measures the memory that steps take in addition to weights and pages."""
+    def _measure_steps(self) -> Callable[[MemorySettings], StepMemory]:
+        """Measures forward passes; gives what steps take beside weights and pages.
+
+        The answer holds for this server's settings, and for the smaller ones that are tried where
+        memory is too little.
+        """
         binding, backends = self.binding, self.model_pages.backends
         scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)
@@ -265,11 +263,18 @@ class MetalWorker(WorkerBase):
                 workspace_probe.decode_peaks(model, max_requests, max_model_len),
             ),
         )
-        chunks = {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
-        return StepMemory(
-            prefill,
-            list(chunks) or [ChunkMemory(query_len, tokens=0, scored_rows=0)],
-            decode,
-            max_requests,
-            max(1, gathered_tokens(model.kv_cache.groups, max_model_len)),
-        )
+        groups = model.kv_cache.groups
+
+        def steps(settings: MemorySettings) -> StepMemory:
+            length = settings.max_model_len
+            query_len = min(settings.max_num_batched_tokens, length)
+            chunks = {b.chunk_memory(query_len, length, num_heads) for b in backends}
+            return StepMemory(
+                prefill,
+                list(chunks) or [ChunkMemory(query_len, tokens=0, scored_rows=0)],
+                decode,
+                settings.max_num_seqs,
+                max(1, gathered_tokens(groups, length)),
+            )
+
+        return steps

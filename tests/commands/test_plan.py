@@ -1,18 +1,19 @@
-"""`vllm-metal plan`: the table from the config file alone."""
+"""`vllm-metal plan`: which machine it is asked about, and how it answers in little time."""
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
-from vllm.engine.arg_utils import EngineArgs
 
-from tests.tiny_models import config_of, save_checkpoint, save_tokenizer
+from tests.tiny_models import config_of
 from vllm_metal.commands import plan
+from vllm_metal.commands.plan_table import SHOWN_PAIRS
 from vllm_metal.errors import UserError
-from vllm_metal.metal_kernel_backend.selection import neutral_constants
-from vllm_metal.model import model_loader
-from vllm_metal.model.model_binding import ModelBinding
-from vllm_metal.model_pages import ModelPages
+from vllm_metal.machine.device import Device
+
+GIB = 1 << 30
 
 
 @pytest.fixture
@@ -30,30 +31,44 @@ def run(folder, *arguments):
     return args.run(args)
 
 
-def test_the_table_needs_no_weights(folder, capsys):
-    assert run(folder, "--memory", "1GiB", "--json") == 0
-    formats = json.loads(capsys.readouterr().out)["formats"]
-    rows = {(row["k_quant"], row["v_quant"]): row for row in formats}
-    dense = rows["dense", "float16"]
-    assert dense["bytes_per_request"] == 8192 * 3 * 2 * (64 + 64) * 2
-    default = rows["q8_0", "q3_0"]
-    assert default["bytes_per_request"] == 8192 * 3 * 2 * 92
-    assert default["ratio"] == pytest.approx(256 / 92, abs=1e-3)
-    assert default["tokens"] / dense["tokens"] == pytest.approx(256 / 92, rel=0.01)
+def kv_cache_bytes(folder, capsys, *arguments) -> int:
+    assert run(folder, *arguments, "--weights", "1GiB", "--json") == 0
+    return json.loads(capsys.readouterr().out)["kv_cache_bytes"]
 
 
-def test_more_bytes_never_mean_more_tokens(folder, capsys):
-    run(folder, "--memory", "1GiB", "--json")
-    formats = json.loads(capsys.readouterr().out)["formats"]
-    tokens = [row["tokens"] for row in sorted(formats, key=lambda row: row["bits_per_element"])]
-    assert tokens == sorted(tokens, reverse=True)
+def test_memory_is_the_ram_of_a_mac(folder, capsys):
+    """Its GPU may use part of it only."""
+    for ram, working_set in ((16, 16 * GIB * 2 // 3), (64, 48 * GIB)):
+        found = kv_cache_bytes(folder, capsys, "--memory", f"{ram}GiB")
+        assert found == int(working_set * 0.92) - GIB - plan.WORKSPACE
 
 
-def test_text_table_has_a_line_for_every_pair(folder, capsys):
+def test_the_working_set_may_be_named(folder, capsys):
+    found = kv_cache_bytes(folder, capsys, "--memory", "16GiB", "--working-set", "12GiB")
+    assert found == int(12 * GIB * 0.92) - GIB - plan.WORKSPACE
+
+
+def test_the_machine_at_hand_is_planned_for_by_default(folder, capsys, monkeypatch):
+    """As a server on it does: others hold a part."""
+    device = Device("cpu", "a small machine", 8 * GIB, 4 * GIB)
+    monkeypatch.setattr(plan, "select_device", lambda: device)
+    assert kv_cache_bytes(folder, capsys) == 4 * GIB - GIB - plan.WORKSPACE
+    run(folder)
+    text = capsys.readouterr().out
+    assert "memory of a small machine" in text and "held by other processes 4.00 GiB" in text
+
+
+def test_the_text(folder, capsys):
+    """The plan's terms, a line for every pair, and what the losses were measured on."""
     run(folder, "--memory", "2GiB", "--max-model-len", "1000")
     lines = capsys.readouterr().out.splitlines()
-    assert "x 1,000" in lines[3]
-    assert len(lines) == 4 + 1 + len(plan.SHOWN_PAIRS)
+    assert lines[0] == f"{folder}: 3 attention layers"
+    assert lines[1] == "    memory of a Mac with 2.00 GiB of RAM"
+    assert "    workspace 512.00 MiB (assumed)" in lines
+    table = lines[lines.index("") + 1 :]
+    assert "x 1,000" in table[0]
+    assert table[2 + len(SHOWN_PAIRS)] == ""
+    assert "measured on SmolLM2-135M-Instruct" in table[3 + len(SHOWN_PAIRS)]
 
 
 def test_weights_that_leave_no_room_are_an_error_with_the_sum(folder):
@@ -61,53 +76,42 @@ def test_weights_that_leave_no_room_are_an_error_with_the_sum(folder):
         run(folder, "--memory", "256MiB")
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "jamba", "falcon_h1"])
-def test_layers_that_share_memory_are_planned_as_the_server_does(tmp_path, model_type, capsys):
-    """The figures of a worker that is given these bytes; not the ratio of attention layers."""
-    changes = {"head_dim": 64}
-    if model_type == "gemma3_text":
-        changes = {"architectures": ["Gemma3ForCausalLM"]}
-    folder = save_checkpoint(tmp_path / "model", model_type, **changes)
-    save_tokenizer(folder)
-    run(folder, "--memory", "1GiB", "--max-model-len", "128", "--json")
-    planned = json.loads(capsys.readouterr().out)
-    config = EngineArgs(
-        str(folder),
-        runner="generate",
-        dtype="bfloat16",
-        max_model_len=128,
-        kv_cache_memory_bytes=planned["kv_cache_bytes"],
-        additional_config={"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"},
-    ).create_engine_config()
-    binding = ModelBinding(model_loader.load_structure(str(folder)))
-    layers = binding.layers
-    served = ModelPages.of(config, layers, binding.states, neutral_constants(layers))
-    capacity = served.capacity(planned["kv_cache_bytes"], 128)
-    [row] = [r for r in planned["formats"] if (r["k_quant"], r["v_quant"]) == ("q4_0", "q4_0")]
-    assert row["tokens"] == capacity.tokens
-    assert row["requests"] == pytest.approx(capacity.requests(128), abs=0.01)
-    assert row["ratio"] == pytest.approx(served.ratio(128), abs=1e-3)
-    if binding.states:
-        assert row["ratio"] < 16 / row["bits_per_element"]
+def in_a_process_of_its_own(*arguments) -> subprocess.CompletedProcess:
+    """The command as a shell starts it; ends with the names of the large modules it loaded."""
+    program = (
+        "import sys\n"
+        "from vllm_metal.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "print([name for name in ('torch', 'vllm') if name in sys.modules])\n"
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, "plan", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_a_model_that_turboquant_refuses_has_its_dense_line_and_the_reason(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(config_of("deepseek_v3")))
-    assert run(tmp_path, "--memory", "1GiB") == 0
-    text = capsys.readouterr().out
-    assert "dense" in text and "q8_0" not in text
-    assert "TurboQuant cannot compress this model" in text and "(MLA)" in text
-    run(tmp_path, "--memory", "1GiB", "--json")
-    facts = json.loads(capsys.readouterr().out)
-    assert len(facts["formats"]) == 1 and "(MLA)" in facts["turboquant_refused"][0]
+def test_layers_of_one_kind_need_neither_torch_nor_vllm(folder):
+    done = in_a_process_of_its_own(folder, "--memory", "16GiB")
+    assert done.returncode == 0, done.stderr
+    assert "q8_0    q3_0" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_model_without_keys_and_values(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(config_of("mamba")))
-    assert run(tmp_path, "--memory", "1GiB") == 0
-    text = capsys.readouterr().out
-    assert "0 attention layers, 4 recurrent states" in text
-    assert "it has no keys and values" in text
+def test_layers_of_several_kinds_are_grouped_by_vllm(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("gemma3_text")))
+    done = in_a_process_of_its_own(tmp_path, "--memory", "16GiB")
+    assert done.returncode == 0, done.stderr
+    assert "asking vLLM how it groups them" in done.stderr
+    assert "of them in a sliding window" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_refusal_in_that_process_is_shown_as_elsewhere(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("gemma3_text")))
+    plan.configure(parser := argparse.ArgumentParser())
+    args = parser.parse_args([str(tmp_path), "--memory", "16MiB"])
+    with pytest.raises(SystemExit) as end:
+        plan._end_with_plan(args)
+    assert end.value.code == 2
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,18 @@
 """Blocks, tokens and requests from bytes."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
 from vllm_metal.attention.backend import LayerShape
-from vllm_metal.kv_cache.capacity import CacheSummary, Capacity, elements_per_token
+from vllm_metal.attention.state_shape import StateShape
+from vllm_metal.kv_cache.capacity import (
+    CacheSummary,
+    Capacity,
+    elements_per_token,
+    has_one_group,
+)
 from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
 from vllm_metal.metal_kernel_backend.dense import DensePages
 
@@ -22,6 +30,22 @@ def test_the_null_block_takes_bytes_and_holds_no_token():
 def test_no_room_is_no_token(page_bytes):
     capacity = Capacity(page_bytes, 100, 16)
     assert (capacity.num_blocks, capacity.tokens, capacity.requests(1)) == (0, 0, 0)
+
+
+def test_layers_of_one_group_have_a_page_each_in_a_block():
+    backends = [DensePages(SHAPE, 16, mx.float16), DensePages(SHAPE, 16, mx.float32)]
+    page = 16 * 2 * (64 + 32)
+    assert Capacity.of_one_group(backends, 1 << 20) == Capacity(1 << 20, page * 2 + page * 4, 16)
+
+
+def test_layers_are_of_one_group_where_all_attend_over_a_whole_request():
+    window = replace(SHAPE, sliding_window=32)
+    state = StateShape(((1, 8),), (mx.float32,))
+    assert has_one_group([SHAPE, SHAPE], [])
+    assert not has_one_group([SHAPE, window], [])
+    assert not has_one_group([window, window], [])
+    assert not has_one_group([SHAPE], [state])
+    assert not has_one_group([], [])
 
 
 def test_dense_16_bit_pages_have_ratio_one():

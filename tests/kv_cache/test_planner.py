@@ -2,7 +2,6 @@
 
 import pytest
 
-from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
 from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
 from vllm_metal.kv_cache.planner import (
@@ -48,65 +47,28 @@ def test_other_processes_take_what_utilization_leaves_first():
     assert plan(in_use=6 * GIB).page_bytes == 6 * GIB
 
 
-def capacity(memory: MemoryPlan) -> Capacity:
-    """Blocks of 16 tokens that take 1 MiB each."""
-    return Capacity(memory.page_bytes, bytes_per_block=MIB, block_size=16)
-
-
-def refusal(memory: MemoryPlan, max_model_len: int) -> str:
-    with pytest.raises(UserError) as error:
-        memory.require(max_model_len, capacity(memory))
-    return str(error.value)
-
-
 def test_pages_may_not_fit_at_all():
-    memory = plan(in_use=13 * GIB)
-    assert memory.page_bytes == -GIB
-    assert "Too little memory for one request of 16 tokens" in refusal(memory, 16)
+    assert plan(in_use=13 * GIB).page_bytes == -GIB
 
 
 def test_the_user_may_name_the_bytes_for_pages():
     assert plan(in_use=13 * GIB, requested=5 * MIB).page_bytes == 5 * MIB
+    assert plan(requested=MIB).lines() == ["KV cache 1.00 MiB (--kv-cache-memory-bytes)"]
 
 
-@pytest.mark.parametrize("max_model_len", [1, 49, 64])
-def test_one_request_fits_beside_the_null_block(max_model_len):
-    memory = plan(requested=5 * MIB)
-    memory.require(max_model_len, capacity(memory))
+@pytest.mark.parametrize(("in_use", "limited"), [(4 * GIB, False), (4 * GIB + 1, True)])
+def test_who_decides_the_budget(in_use, limited):
+    assert plan(in_use=in_use).is_limited_by_others == limited
 
 
-@pytest.mark.parametrize(("requested", "max_model_len"), [(5 * MIB, 65), (5 * MIB - 1, 64)])
-def test_one_token_or_one_byte_short(requested, max_model_len):
-    assert "remedy" in refusal(plan(requested=requested), max_model_len)
-
-
-def test_too_little_memory_names_numbers_and_remedy():
-    text = refusal(plan(), 1 << 20)
-    for part in (
-        "Too little memory for one request of 1048576 tokens",
-        "one request of 1048576 tokens needs 64.00 GiB (64.00 KiB per token)",
+def test_the_sum_term_by_term():
+    assert plan().lines() == [
         "memory limit 16.00 GiB x 0.75 (--gpu-memory-utilization)",
+        "usable 12.00 GiB",
         "weights 3.00 GiB",
         "workspace 1.00 GiB",
         "left for the KV cache 8.00 GiB",
-        "--max-model-len 131056 or less (or -1 to fit it)",
-        "--kv-cache-memory-bytes",
-    ):
-        assert part in text
-    assert "held by other processes" not in text
-
-
-def test_the_length_that_is_offered_fits_and_is_the_largest():
-    memory = plan()
-    offered = int(refusal(memory, 1 << 20).split("--max-model-len ")[1].split(" ")[0])
-    memory.require(offered, capacity(memory))
-    refusal(memory, offered + 1)
-
-
-def test_no_length_is_offered_where_none_fits():
-    text = refusal(plan(requested=MIB), 64)
-    assert "--max-model-len" not in text
-    assert "KV cache 1.00 MiB (--kv-cache-memory-bytes)" in text
+    ]
 
 
 def test_memory_of_other_processes_is_shown():

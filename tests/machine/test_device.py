@@ -8,6 +8,7 @@ from vllm_metal.errors import UserError
 from vllm_metal.machine import device
 from vllm_metal.machine.device import (
     DEVICE_VARIABLE,
+    mac_working_set,
     machine_memory,
     requested_device,
     select_device,
@@ -87,3 +88,11 @@ def test_memory_of_a_container(monkeypatch, tmp_path, text, limited):
     monkeypatch.setattr(device, "_CGROUP_LIMITS", paths)
     expected = 1 << 30 if limited else psutil.virtual_memory().total
     assert machine_memory() == expected
+
+
+@pytest.mark.parametrize(
+    ("ram", "reported"), [(16, 16 * 2 / 3), (32, 21845.34 / 1024), (64, 48), (96, 72)]
+)
+def test_a_macs_working_set(ram, reported):
+    """As Macs have reported it."""
+    assert mac_working_set(ram << 30) / 2**30 == pytest.approx(reported, rel=1e-5)

@@ -1,66 +1,53 @@
 """`vllm-metal plan`: how much context each format pair gives on a machine, without a server.
 
 The model's config file is enough: the model is built without weights and run dry, so the layers,
-sliding windows and recurrent states are those that the server will see. The figures come from the
-functions that the server uses (`ModelPages`), with vLLM's own grouping of the layers.
+sliding windows and recurrent states are those that the server will see.
+
+mlx-lm imports transformers for its tokenizers, and transformers imports torch where it finds it.
+Both take most of the time, and no text is read here, so torch is kept out of the process.
 """
 
 import argparse
 import json
-import logging
+import multiprocessing
 import re
-from dataclasses import asdict, dataclass
-
-import mlx.core as mx
-from vllm.config import VllmConfig
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from vllm_metal.errors import UserError
-from vllm_metal.kv_cache.planner import GIB, format_bytes
-from vllm_metal.metal_kernel_backend.selection import neutral_constants
-from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
-from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
-from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS, measured_loss
-from vllm_metal.model import model_loader
-from vllm_metal.model.model_binding import ModelBinding
-from vllm_metal.model_pages import ModelPages
+from vllm_metal.kv_cache.planner import GIB, MemoryPlan, format_bytes
+from vllm_metal.machine.device import Device, mac_working_set, select_device
+
+if TYPE_CHECKING:
+    from vllm_metal.model.model_binding import ModelBinding
 
 WORKSPACE = GIB // 2
 """Bytes that are assumed for a step's temporary memory; a server measures its own."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    k_quant: str
-    v_quant: str
-    bits_per_element: float | None
-    """Stored bits of a key or value element; None where a model has no keys and values."""
-    ratio: float
-    """Requests of `max_model_len` tokens that fit, relative to dense 16-bit pages."""
-    bytes_per_request: int
-    """Bytes of a request of `max_model_len` tokens."""
-    tokens: int
-    """Length of the one request that fills the cache."""
-    max_context: int
-    """Longest request: `tokens`, bounded by the model's own length."""
-    requests: float
-    """Requests of `max_model_len` tokens that fit at the same time."""
-    kld: float | None
-    """Measured mean KL divergence in nats; None for dense pages, and for pairs not measured."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("model", help="model folder or Hugging Face name")
     parser.add_argument(
-        "--memory", required=True, type=parse_size, help="memory limit of the device, e.g. 16GiB"
+        "--memory",
+        type=parse_size,
+        help="RAM of a Mac, e.g. 16GiB (default: this machine). Its GPU may use about two thirds "
+        "of it up to 36 GiB, and three quarters of more",
+    )
+    parser.add_argument(
+        "--working-set",
+        type=parse_size,
+        help="memory that the device may use, in place of what follows from --memory; on a Mac, "
+        "what Metal recommends",
     )
     parser.add_argument(
         "--gpu-memory-utilization",
         type=float,
         default=0.92,
-        help="part of the memory to use, as in vLLM (default: 0.92)",
+        help="part of that memory to use, as in vLLM (default: 0.92)",
     )
     parser.add_argument(
         "--max-model-len",
@@ -84,42 +71,95 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns the exit code."""
+    if "torch" in sys.modules:
+        return _print_plan(args)
+    with _torch_left_out():
+        from vllm_metal.commands.plan_table import NeedsVLLM
+
+        try:
+            return _print_plan(args)
+        except NeedsVLLM:
+            pass
+    print(
+        "Layers of several kinds share the pages: asking vLLM how it groups them", file=sys.stderr
+    )
+    process = multiprocessing.get_context("spawn").Process(target=_end_with_plan, args=(args,))
+    process.start()
+    process.join()
+    return process.exitcode or 0
+
+
+@contextmanager
+def _torch_left_out() -> Iterator[None]:
+    """`import torch` fails, as where it is not installed."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+def _end_with_plan(args: argparse.Namespace) -> None:
+    """In a process of its own."""
+    try:
+        code = _print_plan(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        code = 2
+    raise SystemExit(code)
+
+
+def _print_plan(args: argparse.Namespace) -> int:
+    from vllm_metal.commands.plan_table import measured_models, render, table
+    from vllm_metal.model import model_loader
+    from vllm_metal.model.model_binding import ModelBinding
+
     model = model_loader.load_structure(args.model, args.revision, args.trust_remote_code)
     binding = ModelBinding(model)
     weights = args.weights or model_loader.weight_bytes_on_disk(args.model)
     if weights is None:
         weights = model_loader.weight_bytes(model)
-    page_bytes = int(args.memory * args.gpu_memory_utilization) - weights - WORKSPACE
-    if page_bytes <= 0:
-        raise UserError(
-            f"{args.model!r} leaves no memory for the KV cache",
-            [
-                f"{format_bytes(args.memory)} x {args.gpu_memory_utilization} - weights "
-                f"{format_bytes(weights)} - workspace {format_bytes(WORKSPACE)} "
-                f"= {format_bytes(page_bytes)}"
-            ],
-        )
+    plan = MemoryPlan(_device(args), args.gpu_memory_utilization, weights, WORKSPACE)
+    if plan.page_bytes <= 0:
+        raise UserError(f"{args.model!r} leaves no memory for the KV cache", _lines(plan))
     longest = getattr(model.args, "max_position_embeddings", None)
-    rows, refusal = table(binding, page_bytes, args.block_size, args.max_model_len, longest)
+    rows, refusal = table(binding, plan.page_bytes, args.block_size, args.max_model_len, longest)
     if args.json:
-        facts = {"weights": weights, "workspace": WORKSPACE, "kv_cache_bytes": page_bytes}
-        refused = refusal.reasons if refusal else None
-        facts |= {"formats": [asdict(row) for row in rows], "turboquant_refused": refused}
+        facts = {
+            "device": asdict(plan.device),
+            "weights": weights,
+            "workspace": WORKSPACE,
+            "kv_cache_bytes": plan.page_bytes,
+            "formats": [asdict(row) for row in rows],
+            "kld_measured_on": measured_models(),
+            "turboquant_refused": refusal.reasons if refusal else None,
+        }
         print(json.dumps(facts, indent=2))
-    else:
-        print(f"{args.model}: {_layers(binding)}")
-        print(
-            f"KV cache {format_bytes(page_bytes)} = {format_bytes(args.memory)} x "
-            f"{args.gpu_memory_utilization} - weights {format_bytes(weights)} - workspace "
-            f"{format_bytes(WORKSPACE)} (assumed)\n"
-        )
-        print(render(rows, args.max_model_len))
-        if refusal:
-            print(f"\n{refusal}")
+        return 0
+    print(f"{args.model}: {_layers(binding)}", *_lines(plan), sep="\n    ", end="\n\n")
+    print(render(rows, args.max_model_len))
+    if refusal:
+        print(f"\n{refusal}")
     return 0
 
 
-def _layers(binding: ModelBinding) -> str:
+def _device(args: argparse.Namespace) -> Device:
+    """The machine that is asked about."""
+    if args.working_set is not None:
+        return Device("metal", "the device", args.working_set, 0)
+    if args.memory is not None:
+        name = f"a Mac with {format_bytes(args.memory)} of RAM"
+        return Device("metal", name, mac_working_set(args.memory), 0)
+    return select_device()
+
+
+def _lines(plan: MemoryPlan) -> list[str]:
+    """The memory plan, one term a line."""
+    lines = [f"{line} (assumed)" if "workspace" in line else line for line in plan.lines()]
+    return [f"memory of {plan.device.name}", *lines]
+
+
+def _layers(binding: "ModelBinding") -> str:
     """The layers that the cache serves, in words."""
     windows = sum(shape.sliding_window is not None for shape in binding.layers)
     parts = [f"{len(binding.layers)} attention layers"]
@@ -128,93 +168,6 @@ def _layers(binding: ModelBinding) -> str:
     if binding.states:
         parts.append(f"{len(binding.states)} recurrent states")
     return ", ".join(parts)
-
-
-def table(
-    binding: ModelBinding,
-    page_bytes: int,
-    block_size: int,
-    max_model_len: int,
-    longest: int | None,
-) -> tuple[list[Row], UserError | None]:
-    """A row for dense pages and for every shown pair, in the order of their bytes.
-
-    Where TurboQuant refuses the model, the row of dense pages alone and the refusal.
-    """
-    vllm_config = _quiet_config()
-    vllm_config.cache_config.block_size = block_size
-    rows: list[Row] = []
-    for pair in (None, *SHOWN_PAIRS):
-        try:
-            cache = ModelPages.with_pages(
-                vllm_config,
-                binding.layers,
-                binding.states,
-                mx.float16,
-                None if pair is None else TurboQuantConfig(pair),
-                neutral_constants(binding.layers),
-            )
-        except UserError as refusal:
-            return rows, refusal
-        rows.append(_row(cache, pair, page_bytes, max_model_len, longest))
-    return rows, None
-
-
-def _quiet_config() -> VllmConfig:
-    """vLLM's default configuration, without the log lines of its construction."""
-    logger = logging.getLogger("vllm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return VllmConfig()
-    finally:
-        logger.setLevel(level)
-
-
-def _row(
-    cache: ModelPages,
-    pair: FormatPair | None,
-    page_bytes: int,
-    max_model_len: int,
-    longest: int | None,
-) -> Row:
-    capacity = cache.capacity(page_bytes, max_model_len)
-    return Row(
-        *((pair.key.name, pair.value.name) if pair else ("dense", "float16")),
-        bits_per_element=round(cache.summary.bits_per_element, 3) if cache.backends else None,
-        ratio=round(cache.ratio(max_model_len), 3),
-        bytes_per_request=capacity.bytes_for(max_model_len),
-        tokens=capacity.tokens,
-        max_context=min(capacity.tokens, longest or capacity.tokens),
-        requests=round(capacity.requests(max_model_len), 2),
-        kld=loss.kld if pair and (loss := measured_loss(pair)) else None,
-    )
-
-
-def render(rows: list[Row], max_model_len: int) -> str:
-    """The table as text."""
-    heads = ("keys", "values", "bits", "ratio", "tokens", "longest", f"x {max_model_len:,}", "KLD")
-    lines = [
-        (
-            row.k_quant,
-            row.v_quant,
-            "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}",
-            f"{row.ratio:.2f}x",
-            f"{row.tokens:,}",
-            f"{row.max_context:,}",
-            f"{row.requests:.1f}",
-            "-" if row.kld is None else f"{row.kld:.4f}",
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (heads, *lines)
-    )
 
 
 def parse_size(text: str) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup
 
 
@@ -26,6 +27,12 @@ class Capacity:
     """Groups that draw blocks of their own from the pool; by default one of full attention."""
     step_tokens: int = 0
     """Tokens that a request may hold in addition to a window while a step runs."""
+
+    @classmethod
+    def of_one_group(cls, backends: Sequence[AttentionBackend], page_bytes: int) -> "Capacity":
+        """Where all layers are of one group (`has_one_group`): a block is a page in each."""
+        bytes_per_block = sum(backend.page_size_bytes for backend in backends)
+        return cls(page_bytes, bytes_per_block, backends[0].block_size)
 
     @property
     def num_blocks(self) -> int:
@@ -78,6 +85,11 @@ class Capacity:
 def _most_tokens(group: KVGroup) -> int:
     """Tokens of a request that one block covers at most."""
     return group.block_size if isinstance(group, AttentionGroup) else group.max_tokens or 0
+
+
+def has_one_group(layers: Sequence[LayerShape], states: Sequence[StateShape]) -> bool:
+    """Whether all layers attend over a whole request: vLLM then puts them into one group."""
+    return bool(layers) and not states and all(shape.sliding_window is None for shape in layers)
 
 
 DENSE_BITS = 16

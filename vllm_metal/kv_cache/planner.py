@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
 from vllm_metal.machine.device import Device
 
@@ -50,28 +49,11 @@ class MemoryPlan:
             return self.requested_bytes
         return self.budget - self.weights - self.workspace
 
-    def require(self, max_model_len: int, capacity: Capacity) -> None:
-        """Checks that one request of `max_model_len` tokens fits, and vLLM's null block with it.
-
-        Raises:
-            UserError: it does not; names the sum and the largest `max_model_len` that fits.
-        """
-        if capacity.requests(max_model_len) >= 1:
-            return
-        request = capacity.bytes_for(max_model_len)
-        needed = request + capacity.bytes_per_block
-        remedy = "give more memory with --gpu-memory-utilization or --kv-cache-memory-bytes"
-        if capacity.tokens:
-            remedy = f"set --max-model-len {capacity.tokens} or less (or -1 to fit it), or {remedy}"
-        raise UserError(
-            f"Too little memory for one request of {max_model_len} tokens",
-            [
-                *self.lines(),
-                f"one request of {max_model_len} tokens needs {format_bytes(needed)} "
-                f"({format_bytes(request / max_model_len)} per token)",
-                f"remedy: {remedy}",
-            ],
-        )
+    @property
+    def is_limited_by_others(self) -> bool:
+        """Whether what other processes hold decides the budget, and not the utilization."""
+        others = self.device.memory_limit - self.device.memory_in_use
+        return others < int(self.device.memory_limit * self.utilization)
 
     def lines(self) -> list[str]:
         """The sum, one term a line."""

@@ -1,0 +1,176 @@
+"""The table of `vllm-metal plan`: what a number of bytes holds with each pair of formats.
+
+The figures come from the functions that the server uses. Where layers of different kinds share the
+pages, vLLM groups them, which needs vLLM; a model with one kind of layer needs neither vLLM nor
+torch.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from vllm_metal.attention.backend import AttentionBackend
+from vllm_metal.errors import UserError
+from vllm_metal.kv_cache.capacity import CacheSummary, Capacity, has_one_group
+from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS, measured_loss
+from vllm_metal.model.model_binding import ModelBinding
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class NeedsVLLM(Exception):
+    """The layers have to be grouped by vLLM, and torch is kept out of this process."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    k_quant: str
+    v_quant: str
+    bits_per_element: float | None
+    """Stored bits of a key or value element; None where a model has no keys and values."""
+    ratio: float
+    """Requests of `max_model_len` tokens that fit, relative to dense 16-bit pages."""
+    bytes_per_request: int
+    """Bytes of a request of `max_model_len` tokens."""
+    tokens: int
+    """Length of the one request that fills the cache."""
+    max_context: int
+    """Longest request: `tokens`, bounded by the model's own length."""
+    requests: float
+    """Requests of `max_model_len` tokens that fit at the same time."""
+    kld: float | None
+    """Measured mean KL divergence in nats; None for dense pages, and for pairs not measured."""
+
+
+def table(
+    binding: ModelBinding,
+    page_bytes: int,
+    block_size: int,
+    max_model_len: int,
+    longest: int | None,
+) -> tuple[list[Row], UserError | None]:
+    """A row for dense pages and for every shown pair, in the order of their bytes.
+
+    Where TurboQuant refuses the model, the row of dense pages alone and the refusal.
+
+    Raises:
+        NeedsVLLM: see there.
+    """
+    layers, states = binding.layers, binding.states
+    holds = _capacity_of(binding, page_bytes, block_size, max_model_len)
+    rows: list[Row] = []
+    dense: Capacity | None = None
+    for pair in (None, *SHOWN_PAIRS):
+        turboquant = None if pair is None else TurboQuantConfig(pair)
+        try:
+            backends = make_backends(
+                layers, block_size, mx.float16, turboquant, neutral_constants(layers), states
+            )
+        except UserError as refusal:
+            return rows, refusal
+        capacity = holds(backends)
+        dense = dense or capacity
+        rows.append(_row(backends, pair, capacity, dense, max_model_len, longest))
+    return rows, None
+
+
+def _capacity_of(
+    binding: ModelBinding, page_bytes: int, block_size: int, max_model_len: int
+) -> Callable[[Sequence[AttentionBackend]], Capacity]:
+    """Gives what `page_bytes` hold in the pages of these backends."""
+    if has_one_group(binding.layers, binding.states):
+        return lambda backends: Capacity.of_one_group(backends, page_bytes)
+    if sys.modules.get("torch", sys) is None:
+        raise NeedsVLLM
+    from vllm_metal.model_pages import ModelPages
+
+    vllm_config = _quiet_config()
+    vllm_config.cache_config.block_size = block_size
+
+    def capacity(backends: Sequence[AttentionBackend]) -> Capacity:
+        pages = ModelPages(vllm_config, backends, binding.states)
+        return pages.capacity(page_bytes, max_model_len)
+
+    return capacity
+
+
+def _quiet_config() -> "VllmConfig":
+    """vLLM's default configuration, without the log lines of its construction."""
+    from vllm.config import VllmConfig
+
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return VllmConfig()
+    finally:
+        logger.setLevel(level)
+
+
+def _row(
+    backends: Sequence[AttentionBackend],
+    pair: FormatPair | None,
+    capacity: Capacity,
+    dense: Capacity,
+    max_model_len: int,
+    longest: int | None,
+) -> Row:
+    bits = CacheSummary.of(backends).bits_per_element if backends else None
+    return Row(
+        *((pair.key.name, pair.value.name) if pair else ("dense", "float16")),
+        bits_per_element=None if bits is None else round(bits, 3),
+        ratio=round(capacity.ratio(dense, max_model_len), 3),
+        bytes_per_request=capacity.bytes_for(max_model_len),
+        tokens=capacity.tokens,
+        max_context=min(capacity.tokens, longest or capacity.tokens),
+        requests=round(capacity.requests(max_model_len), 2),
+        kld=loss.kld if pair and (loss := measured_loss(pair)) else None,
+    )
+
+
+def render(rows: Sequence[Row], max_model_len: int) -> str:
+    """The table as text, and below it what its losses were measured on."""
+    heads = ("keys", "values", "bits", "ratio", "tokens", "longest", f"x {max_model_len:,}", "KLD")
+    lines = [
+        (
+            row.k_quant,
+            row.v_quant,
+            "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}",
+            f"{row.ratio:.2f}x",
+            f"{row.tokens:,}",
+            f"{row.max_context:,}",
+            f"{row.requests:.1f}",
+            "-" if row.kld is None else f"{row.kld:.4f}",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    text = "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in (heads, *lines)
+    )
+    if measured := measured_models():
+        text += (
+            f"\n\nKLD: mean KL divergence from dense pages, measured on {', '.join(measured)}; "
+            "other models lose more or less"
+        )
+    return text
+
+
+def measured_models() -> list[str]:
+    """The models that the losses of the table were measured on."""
+    losses = map(measured_loss, SHOWN_PAIRS)
+    return sorted({loss.model for loss in losses if loss is not None})
