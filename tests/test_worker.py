@@ -82,23 +82,23 @@ def test_mlx_is_told_the_plan(make_config):
 
 
 def test_too_little_memory_for_one_request(make_config):
-    worker = loaded(make_config(kv_cache_memory_bytes=50_000))
+    worker = loaded(make_config(kv_cache_memory_bytes=133_000))
     with pytest.raises(UserError, match="Too little memory for one request of 128 tokens"):
         worker.determine_available_memory()
 
 
 def test_vllm_agrees_that_the_offered_length_fits(make_config):
-    worker = loaded(make_config(kv_cache_memory_bytes=50_000))
+    worker = loaded(make_config(kv_cache_memory_bytes=133_000))
     with pytest.raises(UserError) as error:
         worker.determine_available_memory()
     offered = int(str(error.value).split("--max-model-len ")[1].split(" ")[0])
-    serving = Serving(make_config(kv_cache_memory_bytes=50_000, max_model_len=offered))
+    serving = Serving(make_config(kv_cache_memory_bytes=133_000, max_model_len=offered))
     prompt = PROMPT[: offered - 4]
     assert len(serving.generate([prompt], max_tokens=4)[0]) == 4
 
 
 def test_the_length_may_be_fitted_to_the_memory(make_config):
-    config = make_config(kv_cache_memory_bytes=50_000, max_model_len=-1)
+    config = make_config(kv_cache_memory_bytes=133_000, max_model_len=-1)
     serving = Serving(config)
     assert config.model_config.max_model_len == 48
     assert len(serving.generate([PROMPT[:40]], max_tokens=8)[0]) == 8
@@ -267,7 +267,7 @@ def test_a_step_that_is_not_traced_says_why(make_config, monkeypatch):
     said = messages_of(monkeypatch, "info")
     runner = Serving(make_config()).runner
     assert runner.decode.batched and runner.decode.run == runner.model.forward
-    assert any("is not traced: it looks at its numbers. Python builds" in line for line in said)
+    assert any("is not traced: it looks at its numbers. Its Python code" in line for line in said)
 
 
 def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):

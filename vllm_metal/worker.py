@@ -57,6 +57,8 @@ logger = init_logger("vllm.metal.worker")
 class MetalWorker(WorkerBase):
     """One process, one MLX device. vLLM calls the methods in the order they stand here."""
 
+    model_runner: ModelRunner  # type: ignore[assignment]  # vLLM knows runners that are torch modules
+
     @user_errors_end_child_process()
     def init_device(self) -> None:
         self.device = torch.device("cpu")
@@ -178,7 +180,7 @@ class MetalWorker(WorkerBase):
         return set()
 
     def shutdown(self) -> None:
-        self.model_runner = None
+        self.model_runner = None  # type: ignore[assignment]
 
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
@@ -218,7 +220,9 @@ class MetalWorker(WorkerBase):
         if tokenizer is not None:
             return probe_prompts(tokenizer.encode)
         first = getattr(self.model_config.hf_text_config, "bos_token_id", None)
-        return probe_prompts(None, [first] if isinstance(first, int) else [])
+        if isinstance(first, int) and 0 <= first < self.model_config.get_vocab_size():
+            return probe_prompts(None, [first])
+        return probe_prompts(None, [])  # none, or a default that lies outside the vocabulary
 
     def _decode_forward(self, model: BoundModel, most_tokens: int) -> DecodeForward:
         """How decode rows run, warm; logs why they do not run in the fastest way, if so."""
@@ -246,7 +250,7 @@ class MetalWorker(WorkerBase):
         return DecodeForward(step, answers.batched.holds, most_tokens)
 
     def _measure_steps(self) -> StepMemory:
-        """What steps take beside weights and pages."""
+        """Measures the memory that steps take in addition to weights and pages."""
         binding, backends = self.binding, self.model_pages.backends
         scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)

@@ -13,7 +13,8 @@ from tests.tiny_models import save_checkpoint, save_tokenizer
 @pytest.fixture(scope="session")
 def reading_model(tmp_path_factory) -> Path:
     """A tiny Llama that reads characters: calibration needs a tokenizer."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "characters")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}
+    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "characters", **sizes)
     save_tokenizer(folder)
     return folder
 

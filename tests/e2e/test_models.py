@@ -21,6 +21,7 @@ from tests.e2e import engine as e2e
 from tests.e2e.kinds import KINDS, Kind
 from tests.tiny_models import VOCABULARY
 from vllm_metal.errors import UserError
+from vllm_metal.kv_cache.groups import AttentionGroup
 
 pytestmark = pytest.mark.engine
 
@@ -236,7 +237,7 @@ def test_preemption_for_want_of_blocks(kind, tmp_path):
     pool = {"num_gpu_blocks_override": kind.scarce_blocks}
     with e2e.engine(folder, **LIMITS, **pool) as llm:
         [groups] = llm.collective_rpc(lambda worker: worker.kv_cache.groups)
-        block_size = max(group.block_size for group in groups if group.layers)
+        block_size = max(group.block_size for group in groups if isinstance(group, AttentionGroup))
         prompts = [prompt(block_size - 1 - i) for i in range(4)]
         expected = [mlx_lm_tokens(model, given) for given in prompts]
         assert e2e.generate(llm, prompts, greedy()) == expected

@@ -48,7 +48,7 @@ def asks_for_torch(make_config, **params) -> bool:
     config.reasoning_config = ReasoningConfig()
     config.reasoning_config._reasoning_start_token_ids = [1]
     config.reasoning_config._reasoning_end_token_ids = [2]
-    batch = RequestBatch(config, [16], [8])
+    batch = RequestBatch(config, [BlockTableSize(16, 8)])
     batch.update(scheduler_output([new_request("request", [1, 2], [1], **params)]))
     return needs_torch(batch.rows.sampling_metadata)
 
@@ -95,7 +95,7 @@ def test_vllms_sampler_is_needed(make_config, params):
 
 
 def test_min_tokens_need_vllms_sampler_until_they_are_reached(make_config):
-    batch = RequestBatch(make_config(), [16], [8])
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
     batch.update(scheduler_output([new_request("a", [1, 2], [1], min_tokens=1)]))
     assert batch.samples_in_torch
     batch.append("a", 3)
@@ -105,7 +105,7 @@ def test_min_tokens_need_vllms_sampler_until_they_are_reached(make_config):
 
 def test_vllms_own_processors_are_known_by_what_they_hold(make_config):
     """An attribute that vLLM renames is an error, not a processor that is never asked."""
-    processors = RequestBatch(make_config(), [16], [8]).rows.logitsprocs
+    processors = RequestBatch(make_config(), [BlockTableSize(16, 8)]).rows.logitsprocs
     assert {type(p) for p in processors.all} == set(BUILTIN_LOGITS_PROCESSORS)
     assert {type(p) for p in processors.non_argmax_invariant} == set(sampler._IDLE_WITHOUT)
     assert custom_processors(processors) == []
@@ -140,7 +140,7 @@ def test_an_installed_processor_that_keeps_the_order_leaves_greedy_steps_to_mlx(
     make_config, install
 ):
     install(Sharpens)
-    batch = RequestBatch(make_config(), [16], [8])
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
     assert [type(p) for p in custom_processors(batch.rows.logitsprocs)] == [Sharpens]
     batch.update(scheduler_output([new_request("a", [1, 2], [1])]))
     assert not batch.samples_in_torch
@@ -197,7 +197,7 @@ def test_rows_sample_as_their_requests_ask(batch):
 
 def test_temperature_is_the_spread_of_what_is_drawn(make_config):
     """Of two tokens, one e^2 times as likely: e times at temperature 2, without a seed."""
-    batch = RequestBatch(make_config(), [16], [8])
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
     requests = [new_request(f"r{i}", [1], [i + 1], temperature=2.0) for i in range(8)]
     batch.update(scheduler_output(requests))
     logits = torch.full((8, VOCABULARY), -torch.inf)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from tests.startup.wrong_positions import FirstPosition, NoPosition
 from tests.tiny_models import FETCHED, ONE_AT_A_TIME, RECURRENT, SERVED, tiny_model
 from vllm_metal.attention.metadata import PrefillMetadata
 from vllm_metal.errors import UserError
@@ -55,17 +56,6 @@ def test_models_that_refuse_an_array_of_positions(model_type):
     assert not answer.holds and answer.reason
 
 
-class FirstPosition(nn.Module):
-    """A rotary embedding that rotates every row as if it stood where the first one does."""
-
-    def __init__(self, rope: nn.Module):
-        super().__init__()
-        self.rope = rope
-
-    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        return self.rope(x, offset=offset if isinstance(offset, int) else offset[0])
-
-
 def test_a_model_that_takes_them_and_is_wrong():
     """One layer of three mistakes the position, with small weights: still seen."""
     model = tiny_model("llama")
@@ -74,13 +64,6 @@ def test_a_model_that_takes_them_and_is_wrong():
     answer = batched(model)
     assert not answer.holds
     assert "decoded together differ from those of each alone by" in answer.reason
-
-
-class NoPosition(FirstPosition):
-    """One that takes an array of positions for the beginning."""
-
-    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        return self.rope(x, offset=offset if isinstance(offset, int) else 0)
 
 
 def test_a_model_that_is_wrong_for_all_rows_alike():

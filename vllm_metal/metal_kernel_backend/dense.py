@@ -120,7 +120,7 @@ class DensePages(AttentionBackend):
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What addresses within the pages depend on; layers of equal geometry share index arrays."""
+    """The numbers that addresses depend on; layers of equal geometry share index arrays."""
 
     num_kv_heads: int
     head_sizes: tuple[int, int]

@@ -77,13 +77,14 @@ class MetalTarget(Target):
     name = "metal"
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
-        return mx.fast.metal_kernel(
+        run: Any = mx.fast.metal_kernel(
             name=_unique_name(kernel, library_text(kernel)),
             input_names=list(kernel.input_names),
             output_names=list(kernel.output_names),
             header=library_text(kernel),
             source=kernel.body,
         )
+        return run
 
 
 class CudaTarget(Target):
@@ -93,7 +94,7 @@ class CudaTarget(Target):
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
         library = cuda_library(kernel, resident)
-        return mx.fast.cuda_kernel(
+        run: Any = mx.fast.cuda_kernel(
             # MLX keeps compiled CUDA kernels by their names alone, on disk too.
             name=_unique_name(kernel, library),
             input_names=list(kernel.input_names),
@@ -101,6 +102,7 @@ class CudaTarget(Target):
             header=library,
             source=cuda_body(kernel),
         )
+        return run
 
 
 def cuda_library(kernel: Kernel, resident: tuple[int, int] | None) -> str:

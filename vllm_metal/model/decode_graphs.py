@@ -1,9 +1,9 @@
-"""Decode steps that are traced once and replayed, instead of built anew in Python.
+"""Decode steps that are traced once and replayed, instead of run in Python each time.
 
 A decode step of B requests with N blocks each has the same thousands of operations every time.
 `mx.compile` records them for one (B, N) and replays them with other arrays, which takes a fraction
 of the time that the model's Python code takes, and fuses what is element-wise. The pages go in and
-come out: nobody else holds them, so MLX still writes them in place.
+come out: they have no other holder, so MLX still writes them in place.
 
 N is rounded up, so that a growing request keeps its graph for a while. A shape is traced when it
 comes a second time; the traces of the last `MAX_GRAPHS` shapes are kept.
@@ -142,7 +142,7 @@ def _inputs(
 
 
 def _pad(block_table: mx.array, num_blocks: int) -> mx.array:
-    """Fills up with block 0, whose tokens no request sees."""
+    """Fills the table up with block 0, whose tokens no request sees."""
     if block_table.shape[1] == num_blocks:
         return block_table
     return mx.pad(block_table, [(0, 0), (0, num_blocks - block_table.shape[1])])

@@ -1,4 +1,4 @@
-"""What a model does with each of its caches, found out before the first request.
+"""Finds out what a model does with each of its caches, before the first request.
 
 The model runs a few tokens on caches that hold nothing and note what happens. Nothing is
 evaluated, so a long context costs nothing, and neither does a model without weights. A model may
@@ -44,7 +44,7 @@ class CacheUse:
     """What a model does with its caches."""
 
     shapes: list[LayerShape | None]
-    """Of each cache; None where the model never uses it."""
+    """Shape of each cache; None where the model never uses the cache."""
     changes_with_length: bool
     """Whether a layer leaves attention to the backend in a short context only."""
 
@@ -76,7 +76,7 @@ def observe(run: Run, windows: Sequence[int | None], model_type: str) -> CacheUs
 
 
 def _problems(uses: "Sequence[_DryCache]") -> list[str]:
-    """What cannot be served of one cache's use in all passes, in words that follow 'layer N'."""
+    """Reasons why one cache's use in all passes cannot be served, to follow the words `layer N`."""
     found = [problem for use in uses for problem in use.problems]
     found += [
         f"updates its cache {len(use.sizes)} times in one forward, not once"

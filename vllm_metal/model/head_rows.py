@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 
 from vllm_metal.errors import ChangedLibraryError
 
@@ -81,7 +81,7 @@ def _largest_descendants(module: nn.Module) -> list[nn.Module]:
 
 
 def _num_parameters(module: nn.Module) -> int:
-    return sum(array.size for _, array in tree_flatten(module.parameters()))
+    return tree_reduce(lambda total, array: total + array.size, module.parameters(), 0)
 
 
 def _replace_call(module: nn.Module, after: Callable[[Any], Any]) -> None:

@@ -4,7 +4,7 @@ A model stores keys and values with `update_and_fetch` and then does one of two 
 comes back, which the dry forward has found out for each layer (`LayerShape.fetched`):
 
 - it hands both to mlx-lm's `scaled_dot_product_attention`, any number of times. Then they are
-  never computed: they are of class `InPages`, which names their layer, and its backend attends.
+  never computed: they are `InPages`, which name their layer, and the layer's backend attends.
 - it computes on them (MLA, logit soft-caps, ...). Then they are read from the pages.
 
 These objects are made for one forward pass and are dropped with it.
@@ -28,18 +28,18 @@ from vllm_metal.kv_cache.cache import KVCache
 
 
 class Observer:
-    """Is told what passes through the layers; this one takes no notice."""
+    """Sees what passes through the layers; this base class ignores it."""
 
     def stored(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """A layer stores keys [T, H, Dk] and values [T, H, Dv]."""
+        """Called when a layer stores keys [T, H, Dk] and values [T, H, Dv]."""
 
     def attended(self, layer: int, chunk: Chunk, outputs: mx.array) -> None:
-        """A layer's backend has attended from a prefill chunk, with these outputs [Hq, L, Dv]."""
+        """Called when a backend has attended from a prefill chunk; outputs are [Hq, L, Dv]."""
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What all layers share during one forward pass."""
+    """The facts of one forward pass that all its layers share."""
 
     kv_cache: KVCache
     groups: tuple[GroupMetadata, ...]
@@ -50,10 +50,10 @@ class ForwardPass:
 
 
 class InPages(mx.array):
-    """All keys, or all values, of a layer: of their shape and type, never to be computed.
+    """All keys, or all values, of a layer: an array of their shape and type, never computed.
 
-    It is full of NaN, so that a model that computes on it after all gives logits that nobody
-    mistakes for right ones. Whatever MLX computes from it is a plain array.
+    It is full of NaN, so that a model that computes on it after all gives logits that are visibly
+    wrong. Whatever MLX computes from it is a plain array.
 
     Args:
         new: the keys or values of the running forward pass, [B, H, L, D].
@@ -129,7 +129,7 @@ class LayerCache(CachePositions, ABC):
     """
 
     _returned: tuple[mx.array, mx.array] | None = None
-    """What `update_and_fetch` returned."""
+    """The pair of arrays that `update_and_fetch` returned."""
 
     @abstractmethod
     def update_and_fetch(
@@ -150,14 +150,14 @@ class LayerCache(CachePositions, ABC):
         """Attends over keys and values that are `InPages` of this layer."""
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What this forward's `update_and_fetch` returned, for layers that share this cache."""
+        """The arrays that `update_and_fetch` returned, for layers that share this cache."""
         if self._returned is None:
             raise RuntimeError("the model reads a layer's keys and values before it stores any")
         return self._returned
 
     @property
     def keys(self) -> mx.array:
-        """As `update_and_fetch` returned them.
+        """The keys that `update_and_fetch` returned.
 
         Some models assign `cache.keys = mx.depends(cache.keys, ...)`, so that evaluating mlx-lm's
         growing cache evaluates other arrays too. Pages are evaluated in every step, so nothing is
@@ -171,7 +171,7 @@ class LayerCache(CachePositions, ABC):
 
     @property
     def values(self) -> mx.array:
-        """As `update_and_fetch` returned them; an assignment changes nothing, as with `keys`."""
+        """The values that `update_and_fetch` returned; assigning changes nothing, see `keys`."""
         return self.keys_and_values()[1]
 
     @values.setter
@@ -183,7 +183,7 @@ class LayerCache(CachePositions, ABC):
         return self._returned
 
     def _return_in_pages(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Arrays that stand for all keys and values, given the new ones."""
+        """Returns `InPages` for all keys and values, given the new ones."""
         seq_len = self._metadata.max_seq_len
         return self._return(InPages(keys, seq_len, self), InPages(values, seq_len, self))
 
@@ -205,7 +205,7 @@ class LayerKVCache(LayerCache):
         self._forward = forward
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Stores this forward's keys and values in their slots; returns what stands for all."""
+        """Stores this forward's keys and values in their slots; returns arrays for all of them."""
         metadata, kv_cache = self._metadata, self._forward.kv_cache
         one_array = values is keys and not self._shape.head_size_v
         if one_array:

@@ -21,17 +21,18 @@ def state_cache(arrays: list[mx.array | None]) -> ArraysCache:
     The model replaces its entries; afterwards `cache` of the object has the new ones.
     """
     cache = ArraysCache(len(arrays))
-    cache.cache = arrays
+    for i, array in enumerate(arrays):
+        cache[i] = array
     return cache
 
 
 def state_shapes(
-    run: Callable[[mx.array, list[Any], list[Any]], mx.array],
+    run: Callable[[mx.array, Sequence[Any], Sequence[Any]], mx.array],
     windows: Sequence[int | None],
     num_arrays: Sequence[int],
     model_type: str,
 ) -> list[StateShape]:
-    """What each state holds after a dry prefill, and again after a dry decode step.
+    """The shapes of all states, after a dry prefill and again after a dry decode step.
 
     Args:
         run: the model on token ids, attention caches and state caches.
@@ -46,7 +47,7 @@ def state_shapes(
         return []
     caches = [ArraysCache(count) for count in num_arrays]
 
-    def dry_run(token_ids: mx.array, layers: list[Any]) -> mx.array:
+    def dry_run(token_ids: mx.array, layers: Sequence[Any]) -> mx.array:
         return run(token_ids, layers, caches)
 
     steps = dry_forwards(dry_run, windows, model_type)

@@ -119,7 +119,7 @@ class ModelBinding:
 
         use = observe(dry_run, windows, self.model_type)
         self._shapes = use.shapes
-        """Of each attention cache; None where the model never uses it."""
+        """Shape of each attention cache; None where the model never uses the cache."""
         self.layers = [shape for shape in use.shapes if shape is not None]
         self.states = state_shapes(self._run, windows, num_arrays, self.model_type)
         self.decodes_batches = not use.changes_with_length
@@ -134,13 +134,13 @@ class ModelBinding:
     def run_over_pages(
         self, token_ids: mx.array, forward: ForwardPass, all_rows: bool
     ) -> mx.array:  # [B, 1 or L, vocabulary]
-        """One lazy forward pass, as `BoundModel.forward`."""
+        """One lazy forward pass; see `BoundModel.forward`."""
         recurrent = forward.kv_cache.states
         states = [state_cache(recurrent.old(state)) for state in range(len(self.states))]
         with self._head_rows.last_only(not all_rows):
             logits = self._run(token_ids, self._caches(forward), states)
         for state, cache in enumerate(states):
-            recurrent.keep(state, cache.cache)
+            recurrent.keep(state, list(cache.cache))
         return logits if all_rows else logits[:, -1:]
 
     def _caches(self, forward: ForwardPass) -> list[CachePositions]:
@@ -186,7 +186,7 @@ class BoundModel:
     def evaluate(
         self, token_ids: mx.array, metadata: Sequence[GroupMetadata], all_rows: bool = False
     ) -> mx.array:
-        """As `forward`, computed and with all pages written."""
+        """`forward`, evaluated, with all pages written."""
         logits = self.forward(token_ids, metadata, all_rows)
         self.kv_cache.evaluate(logits)
         return logits

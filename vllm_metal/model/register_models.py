@@ -24,17 +24,17 @@ _NAMES = {
     "num_key_value_heads": ("num_kv_heads", "n_kv_heads"),
     "max_position_embeddings": ("max_context_length", "n_positions", "max_seq_len"),
 }
-"""What vLLM asks for, and the other names under which models have it."""
+"""The settings that vLLM asks for, and the other names under which models have them."""
 
 _STAND_IN = "vllm.model_executor.models.llama:LlamaForCausalLM"
-"""What the registry names for an architecture that vLLM will never build."""
+"""The class named for an architecture that vLLM will never build."""
 
 
 class MlxLmConfig(PretrainedConfig):
     """The settings of a `config.json`, under vLLM's names too.
 
-    Where a model has another number in each layer, vLLM is told the largest; what the layers
-    really are is read off the model itself.
+    Where a model has another number in each layer, vLLM gets the largest; the layers' own numbers
+    are read from the model.
     """
 
     def __post_init__(self, **settings: Any):

@@ -110,7 +110,7 @@ def _default(owner: Any, attribute: str) -> Any:
     fields = {} if isinstance(owner, dict) else {f.name: f for f in dataclasses.fields(owner)}
     if attribute not in fields:
         return None
-    field = fields[attribute]
+    field: Any = fields[attribute]
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     if hasattr(field.default, "get_default"):  # pydantic's FieldInfo

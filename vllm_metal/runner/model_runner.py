@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Step:
-    """What `execute_model` leaves for `sample_tokens`."""
+    """The state that `execute_model` leaves for `sample_tokens`."""
 
     scheduled: "SchedulerOutput"
     logits: dict[int, mx.array] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class ModelRunner:
             else:
                 chunks.append((req_id, row, num_scheduled))
         if step.decode_rows:
-            self._decode(step, pending)
+            step.decode_logits = self._decode(step, pending)
             if chunks:
                 self._finish_pending()
                 self.kv_cache.evaluate(step.decode_logits)
@@ -168,8 +168,11 @@ class ModelRunner:
             del logits  # what is not computed still holds arrays that are written next
             self.kv_cache.evaluate()
 
-    def _decode(self, step: _Step, pending: PendingTokens | None) -> None:
-        """Logits of the decode rows, lazily where the rows run as one forward."""
+    def _decode(self, step: _Step, pending: PendingTokens | None) -> mx.array:
+        """Logits [B, vocabulary] of the decode rows, lazily where the rows run as one forward.
+
+        Leaves `step.decode_rows` in the order of the logits.
+        """
         rows, groups = self.batch.rows, self.kv_cache.groups
         step.decode_rows.sort()
         parts = self.decode.parts(rows, step.decode_rows, groups)
@@ -183,7 +186,7 @@ class ModelRunner:
                 self._finish_pending()
                 self.kv_cache.evaluate(logits[-1])
         step.decode_rows = [row for part in parts for row in part]
-        step.decode_logits = logits[0] if len(logits) == 1 else mx.concatenate(logits)
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     # Sampling.
 

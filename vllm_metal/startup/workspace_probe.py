@@ -21,7 +21,7 @@ NUM_BLOCKS = 2
 """Blocks of a cache to measure with: the null block and the one that every table names."""
 
 _PREFILL_ROWS, _DECODE_ROWS = 128, 16
-"""Rows of the larger forward pass with no context to speak of; the smaller one has a quarter."""
+"""Rows of the larger forward pass with a context of one token; the smaller one has a quarter."""
 _PREFILL_ATTENDING, _DECODE_ATTENDING = 16, 4
 """Rows of the larger forward pass that attends over many tokens."""
 _TOKENS = 2048
