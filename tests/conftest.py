@@ -12,12 +12,16 @@ import pytest
 from tests import garbage, parallel
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
+from vllm_metal.machine.device import DEVICE_VARIABLE
 
 parallel.prepare_process()
 load_fast_blas()  # before any test module imports MLX
 os.environ[STARTUP_CACHE_VARIABLE] = "off"  # a test measures; those of the cache switch it on
 
 import mlx.core as mx  # noqa: E402
+
+if os.environ.get(DEVICE_VARIABLE) == "cpu":  # as on hosted Macs, whose GPU is paravirtual
+    mx.set_default_device(mx.cpu)
 
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
 

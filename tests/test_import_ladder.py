@@ -19,7 +19,7 @@ LADDER = [
     ["model_pages"],
     ["runner", "startup"],
     ["commands", "evaluation"],
-    ["cli", "metrics", "platform", "worker"],
+    ["cli", "metrics", "platform", "scheduler", "worker"],
     ["__init__"],
 ]
 """Rungs from the ground up. A module imports from its own folder and from rungs below; what stands
@@ -42,7 +42,7 @@ ONLY = [
     # (what is imported, the modules or packages that may)
     ("mlx_lm", ["model"]),
     ("vllm.platforms", ["platform"]),
-    ("vllm.v1.core.sched", ["runner", "worker"]),
+    ("vllm.v1.core.sched", ["runner", "scheduler", "worker"]),
     ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "model_pages", "worker"]),
 ]
 

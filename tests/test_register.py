@@ -17,7 +17,8 @@ from tests.machine.test_installation import install
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
     """Lets `register` change the environment and the exception hook of this test only."""
-    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_USE_V2_MODEL_RUNNER"):
+    names = "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_USE_V2_MODEL_RUNNER"
+    for name in (*names, "VLLM_COMPUTE_NANS_IN_LOGITS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -104,6 +105,14 @@ def test_engine_processes_are_spawned_and_use_the_first_runner_protocol():
     vllm_metal.register()
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_requests_with_nans_are_counted_unless_the_user_objects(monkeypatch):
+    vllm_metal.register()
+    assert os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] == "1"
+    monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "0")
+    vllm_metal.register()
+    assert os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] == "0"
 
 
 def test_the_users_way_of_starting_processes_is_respected(monkeypatch):

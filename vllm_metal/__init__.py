@@ -29,7 +29,8 @@ def register() -> str | None:
     - OpenMP threads of torch and MKL sleep while they wait: spinning, they would take the cores
       from MLX's own threads;
     - MLX's CPU backend finds a fast BLAS;
-    - a `UserError` that ends a process is shown without its stack.
+    - a `UserError` that ends a process is shown without its stack;
+    - vLLM counts requests whose logits are not numbers, which the worker looks for in every step.
     """
     try:
         return _register()
@@ -58,6 +59,7 @@ def _register() -> str | None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
     load_fast_blas()
     show_user_errors_without_stack()
     import vllm_metal.platform  # noqa: F401  what fails in it is logged like all else

@@ -103,7 +103,7 @@ def _lazy_launch() -> Callable[..., None]:
     path = cache_folder() / "host-kernels" / f"lazy_launch_{key}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        built = path.with_suffix(f".{id(command)}.so")
+        built = path.with_suffix(f".{os.getpid()}.so")
         result = subprocess.run([*command, "-o", str(built)], text=True, capture_output=True)
         if result.returncode:
             raise RuntimeError(f"{SOURCE.name} does not compile:\n{result.stderr[:4000]}")

@@ -9,11 +9,28 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm_metal.runner.pending_tokens import PendingTokens
 
 
+def no_report(_, req_ids) -> None:
+    assert not req_ids
+
+
+def test_a_request_with_nans_gets_no_token_and_is_reported():
+    """Its row may be any."""
+    output = ModelRunnerOutput(req_ids=["a", "b", "c"], req_id_to_index={"a": 0, "b": 1, "c": 2})
+    tokens, finite = mx.array([0, 9, 4], mx.int32), mx.array([False, True, True])
+    reported = []
+    positions = {"b": 5, "a": 3, "c": 4}
+    arguments = tokens, finite, lambda: None, positions, output
+    pending = PendingTokens(*arguments, lambda *what: reported.append(what))
+    assert pending.get_output().sampled_token_ids == [[9], [], [4]]
+    assert reported == [(output, ["b"])]
+
+
 def test_pending_tokens_find_their_rows():
     """Rows that sample nothing, and tokens in another order than the rows."""
     output = ModelRunnerOutput(req_ids=["a", "b", "c"], req_id_to_index={"a": 0, "b": 1, "c": 2})
     tokens = mx.array([7, 9], mx.int32)
-    pending = PendingTokens(tokens, lambda: None, {"c": 5, "a": 3}, output)
+    finite = mx.array([True, True])
+    pending = PendingTokens(tokens, finite, lambda: None, {"c": 5, "a": 3}, output, no_report)
     assert pending.get_output().sampled_token_ids == [[9], [], [7]]
 
 
@@ -25,7 +42,8 @@ def test_two_threads_wait_for_one_step_and_read_it_once():
         waits.append(computed.wait(10))
 
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
-    pending = PendingTokens(mx.array([7], mx.int32), wait, {"a": 3}, output)
+    tokens, finite = mx.array([7], mx.int32), mx.array([True])
+    pending = PendingTokens(tokens, finite, wait, {"a": 3}, output, no_report)
     with ThreadPoolExecutor(2) as threads:
         results = [threads.submit(pending.wait) for _ in range(2)]
         computed.set()

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import torch
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
@@ -34,6 +33,7 @@ from vllm_metal.model.model_binding import BoundModel
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import Dispatch
+from vllm_metal.runner.nan_logits import are_finite, reporter, rows_in_torch
 from vllm_metal.runner.pending_tokens import PendingTokens
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.runner.sampler import TorchSampler, greedy, to_torch
@@ -54,6 +54,8 @@ class _Step:
     decode_logits: mx.array | None = None
     """[B, vocabulary], rows as in `decode_rows`."""
     prompt_logprobs: dict[str, LogprobsTensors | None] = field(default_factory=dict)
+    prompts_with_nans: list[str] = field(default_factory=list)
+    """Requests whose prompt has logits that are not numbers, where those are asked for."""
 
 
 class ModelRunner:
@@ -83,6 +85,7 @@ class ModelRunner:
         config = vllm_config.model_config
         self._sampler = TorchSampler(config.logprobs_mode, config.use_fp64_gumbel)
         self._dispatch = dispatch
+        self._report_nans = reporter(vllm_config)
         self._pending: PendingTokens | None = None
         self._step: _Step | None = None
 
@@ -159,8 +162,12 @@ class ModelRunner:
         )
         logits = self.model.forward(token_ids, metadata, all_rows=scored)[0]
         if scored:
-            self.kv_cache.evaluate(logits)
-            self._score_prompt(step, req_id, num_scheduled, logits)
+            finite = mx.all(are_finite(logits))
+            self.kv_cache.evaluate(logits, finite)
+            if finite.item():
+                self._score_prompt(step, req_id, num_scheduled, logits)
+            else:
+                step.prompts_with_nans.append(req_id)
         if self.batch.is_complete(req_id, num_scheduled):
             step.logits[row] = logits[-1:]
             self.kv_cache.evaluate(step.logits[row])
@@ -204,17 +211,19 @@ class ModelRunner:
         if not parts:
             output.sampled_token_ids = [[] for _ in output.req_ids]
             return output
-        tokens = greedy(parts[0] if len(parts) == 1 else mx.concatenate(parts))
+        logits = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        tokens, finite = greedy(logits), are_finite(logits)
         positions = {
             req_id: self.batch.append(req_id, PLACEHOLDER)
             for req_id in sampled
             if self._samples(step, req_id)
         }
         if len(positions) < len(sampled):
-            tokens = tokens[mx.array([i for i, r in enumerate(sampled) if r in positions])]
+            chosen = mx.array([i for i, r in enumerate(sampled) if r in positions])
+            tokens, finite = tokens[chosen], finite[chosen]
         self._finish_pending()
-        wait = self._dispatch(tokens, self.kv_cache.arrays)
-        self._pending = PendingTokens(tokens, wait, positions, output)
+        wait = self._dispatch(tokens, finite, self.kv_cache.arrays)
+        self._pending = PendingTokens(tokens, finite, wait, positions, output, self._report_nans)
         if self._returns_pending:
             return self._pending
         pending = self._pending
@@ -226,16 +235,17 @@ class ModelRunner:
     ) -> ModelRunnerOutput:
         rows = self.batch.rows
         self._finish_pending()
-        logits = torch.zeros(rows.num_reqs, rows.vocab_size)
+        parts = [([row], logits) for row, logits in step.logits.items()]
         if step.decode_logits is not None:
-            self.kv_cache.evaluate(step.decode_logits)
-            logits[step.decode_rows] = to_torch(step.decode_logits)
-        for row, row_logits in step.logits.items():
-            logits[row] = to_torch(row_logits[0])
+            parts.append((step.decode_rows, step.decode_logits))
+        logits, with_nans = rows_in_torch(parts, rows, self.kv_cache.evaluate)
+        with_nans += step.prompts_with_nans
         if grammar is not None:
             apply_grammar_bitmask(step.scheduled, grammar, rows, logits)
         incomplete = [
-            row for row, req_id in enumerate(rows.req_ids) if not self._samples(step, req_id)
+            row
+            for row, req_id in enumerate(rows.req_ids)
+            if req_id in with_nans or not self._samples(step, req_id)
         ]
         sampled = self._sampler.sample(logits, rows, incomplete)
         output.sampled_token_ids = sampled.sampled_token_ids.tolist()
@@ -246,6 +256,7 @@ class ModelRunner:
         for req_id, token_ids in zip(output.req_ids, output.sampled_token_ids, strict=True):
             for token_id in token_ids:
                 self.batch.append(req_id, token_id)
+        self._report_nans(output, with_nans)
         return output
 
     def _finish_pending(self) -> None:

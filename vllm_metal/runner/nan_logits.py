@@ -1,0 +1,76 @@
+"""Requests whose logits are not numbers: found in every step, and named to the scheduler.
+
+An argmax over NaN gives token 0, and vLLM's sampler fails for a whole batch where one row is NaN.
+So the rows are looked at before a token is chosen. A request that has such a row gets no token;
+`vllm_metal/scheduler.py` ends it with an error, and the others go on.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+import torch
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_metal.runner.sampler import to_torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+Report = Callable[[ModelRunnerOutput, Sequence[str]], None]
+"""Names requests to the scheduler, in the output of their step."""
+
+
+def are_finite(logits: mx.array) -> mx.array:  # [R, vocabulary] -> [R] bool
+    """Whether a token can be chosen from each row, lazily: no NaN, and a largest logit.
+
+    A model may rule tokens out by -inf.
+    """
+    return mx.isfinite(mx.logsumexp(logits, axis=-1))
+
+
+def rows_in_torch(
+    parts: Iterable[tuple[Sequence[int], mx.array]],
+    rows: "InputBatch",
+    evaluate: Callable[..., None],
+) -> tuple[torch.Tensor, list[str]]:
+    """Logits of all rows of the batch, float32, and the requests whose logits are not numbers.
+
+    Rows without logits have zeros, and so have those that are not numbers.
+
+    Args:
+        parts: rows of the batch and their logits [R, vocabulary].
+        rows: vLLM's batch.
+        evaluate: computes arrays and writes the pages.
+    """
+    logits, with_nans = torch.zeros(rows.num_reqs, rows.vocab_size), []
+    for numbers, part in parts:
+        finite = are_finite(part)
+        evaluate(part, finite)
+        for row, is_finite in zip(numbers, np.array(finite), strict=True):
+            if not is_finite:
+                with_nans.append(rows.req_ids[row])
+        logits[list(numbers)] = to_torch(mx.where(finite[:, None], part, 0))
+    return logits, with_nans
+
+
+def reporter(vllm_config: "VllmConfig") -> Report:
+    """The way to name requests to the scheduler of this configuration.
+
+    It raises RuntimeError where that is the user's own, which would wait for tokens for ever.
+    """
+    scheduler = str(vllm_config.scheduler_config.scheduler_cls)
+    ends_requests = scheduler.startswith("vllm_metal.scheduler.")
+
+    def report(output: ModelRunnerOutput, req_ids: Sequence[str]) -> None:
+        if req_ids and not ends_requests:
+            raise RuntimeError(
+                f"the logits of {', '.join(req_ids)} are not finite, and the scheduler {scheduler} "
+                "(--scheduler-cls) cannot end a request with an error"
+            )
+        if req_ids:
+            output.num_nans_in_logits = dict.fromkeys(req_ids, 1)
+
+    return report
