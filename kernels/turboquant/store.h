@@ -61,10 +61,10 @@ struct StoreScratch {
 };
 
 // All new vectors of a layer: keys [T, H, Dk], values [T, H, Dv]. Slots below 0 are skipped.
-template <typename Layout, int SIMDGROUPS, typename T, typename Mapping>
+template <typename Layout, int SIMDGROUPS, typename Key, typename Value>
 METAL_FUNC void store_vectors(
-    const device ushort* pages, const device T* keys, const device T* values,
-    Mapping slot_mapping, const device float* centre, const device float* key_factors,
+    const device ushort* pages, const device Key* keys, const device Value* values,
+    const device int* slot_mapping, const device float* centre, const device float* key_factors,
     const device float* value_factors, const device float* key_codebook,
     const device float* value_codebook, const constant int* parameters, device uint* token,
     threadgroup uchar* codes, uint3 position, int simdgroup, int lane) {
