@@ -5,6 +5,7 @@
 # pyproject.toml, it updates VENV. pip's own messages go to VENV/install.log.
 # PYTHON names the interpreter to use; without it, one that suits the machine is looked for.
 # VLLM_WHEEL, on a Mac: another place of vLLM's macOS wheel than its release on GitHub.
+# PROGRESS_INTERVAL: seconds between two lines that say how far pip is; 10 by default.
 #
 # macOS has bash 3.2: no empty arrays under `set -u`, no `wait -n`, no `printf %(...)T`.
 set -euo pipefail
@@ -79,10 +80,10 @@ pip_step() {
               else if (step) print step }' "$LOG"
 }
 
-# A line every ten seconds until it is killed, or the script is gone.
+# A line every few seconds until it is killed, or the script is gone.
 watch_pip() {
     local step
-    while sleep 10 && kill -0 $$ 2>/dev/null; do
+    while sleep "${PROGRESS_INTERVAL:-10}" && kill -0 $$ 2>/dev/null; do
         step=$(pip_step)
         [ -z "$step" ] || note "$step"
     done

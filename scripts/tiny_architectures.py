@@ -60,7 +60,7 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     mx.random.seed(seed)
     sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
     if not mx.metal.is_available():
-        bitlinear_layers.BitLinear.execute_matmul_kernel = _ternary_product
+        bitlinear_layers.BitLinear.execute_matmul_kernel = _ternary_product  # type: ignore[method-assign]
     config = config_of(name, **changes)
     model_class, arguments_class = _get_classes(config)
     model = model_class(arguments_class.from_dict(config))

@@ -27,6 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     parallel.group_by_module(items)
 
 
+def pytest_collection_finish() -> None:
+    garbage.leave_out_imports()
+
+
 def pytest_sessionfinish() -> None:
     garbage.take_imports_in()
     parallel.finish_process()

@@ -23,6 +23,12 @@ def test_dense_pages_by_default(given, cache_dtype):
     assert parse(given, cache_dtype) is None
 
 
+@pytest.mark.parametrize("given", [["turboquant"], "turboquant", 1], ids=str)
+def test_what_is_no_object_is_refused(given):
+    """vLLM takes any object for its plugins."""
+    assert f"additional_config: {given!r} is not a JSON object" in refusal(given)
+
+
 def test_turboquant_with_its_default_formats():
     config = parse({"turboquant": True}, "auto")
     assert config == TurboQuantConfig(DEFAULT_FORMATS)

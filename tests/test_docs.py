@@ -84,6 +84,7 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "model/dry_forward.py",
         "attention/backend.py",
         "kv_cache/cache.py",
+        "kv_cache/recurrent_states.py",
         "metal_kernel_backend/dense.py",
         "metal_kernel_backend/turboquant/fused.py",
         "metal_kernel_backend/turboquant/launcher.py",

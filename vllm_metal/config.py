@@ -33,16 +33,21 @@ LOSSY_KEY_BITS = 2
 """Keys with this number of bits or fewer require `allow_lossy`."""
 
 
-def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> TurboQuantConfig | None:
+def parse(additional_config: object, cache_dtype: str) -> TurboQuantConfig | None:
     """The user's TurboQuant choice; None for dense pages.
 
     Args:
-        additional_config: vLLM's setting of that name.
+        additional_config: vLLM's setting of that name, which may be any object there.
         cache_dtype: `--kv-cache-dtype`.
 
     Raises:
         UserError: with every reason at once, each naming the key, the value and what is allowed.
     """
+    if additional_config is not None and not isinstance(additional_config, Mapping):
+        raise UserError(
+            "The KV cache settings are not valid",
+            [f"additional_config: {additional_config!r} is not a JSON object"],
+        )
     given = dict(additional_config or {})
     reasons = [
         f"additional_config: unknown key {key!r} (allowed keys: {', '.join(_CHECKS)})"

@@ -4,6 +4,7 @@ Runs in every process that vLLM starts, also in those that never load a model, s
 imported here.
 """
 
+import multiprocessing
 import platform as host
 import random
 from functools import cache
@@ -15,20 +16,17 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config
-from vllm_metal.errors import UserError
+from vllm_metal.errors import ChangedLibraryError, UserError
 from vllm_metal.machine import cache_folder, device
 from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.options import check
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
     from vllm.config import ModelConfig, VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.metal.platform")
-
-BLOCK_SIZES = (8, 16, 32, 64, 128)
-"""Values of `--block-size` that are served."""
-LOAD_FORMATS = ("auto", "safetensors")
-"""Values of `--load-format` that are served."""
 
 
 class MetalPlatform(Platform):
@@ -108,13 +106,25 @@ class MetalPlatform(Platform):
         vLLM calls it in the main process and again in the engine process.
 
         Raises:
-            UserError: the configuration cannot be served; the message gives every reason.
+            UserError: the configuration cannot be served; the message gives every reason, but
+                those that only the model's structure shows once there is no other.
         """
         device.requested_device()
         cache_folder.startup_cache()
+        _clear_layers_that_a_preset_skips(vllm_config)
+        idle = check.without_effect(vllm_config)
+        check.remove_idle_keys(vllm_config)
         reasons = unsupported(vllm_config)
         if reasons:
             raise UserError("This configuration cannot be served", reasons)
+        if vllm_config.use_v2_model_runner:
+            raise UserError(
+                "vLLM's Model Runner V2 is not supported (VLLM_USE_V2_MODEL_RUNNER must be 0)"
+            )
+        if multiprocessing.parent_process() is None:
+            if idle:
+                logger.warning("No effect on this platform: %s", ", ".join(idle))
+            _check_compression(vllm_config)
         from vllm.config import CompilationMode, CUDAGraphMode
 
         vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
@@ -129,49 +139,15 @@ class MetalPlatform(Platform):
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
     """Why this configuration cannot be served: one line each, naming the flag and the remedy."""
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     reasons: list[str] = []
     turboquant = None
     try:
-        turboquant = config.parse(vllm_config.additional_config, cache.cache_dtype)
+        turboquant = config.parse(
+            vllm_config.additional_config, vllm_config.cache_config.cache_dtype
+        )
     except UserError as error:
         reasons += error.reasons
-    if cache.block_size not in BLOCK_SIZES:
-        reasons.append(
-            f"--block-size {cache.block_size} is not supported "
-            f"(allowed: {', '.join(map(str, BLOCK_SIZES))})"
-        )
-    for flag, size in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        ("--data-parallel-size", parallel.data_parallel_size),
-        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
-        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
-    ):
-        if size > 1:
-            reasons.append(
-                f"{flag} {size} is not supported: one process serves one device (allowed: 1)"
-            )
-    for given, flag, remedy in (
-        (vllm_config.speculative_config, "--speculative-config", "leave it out"),
-        (vllm_config.lora_config, "--enable-lora", "merge the adapter into the weights"),
-        (vllm_config.kv_transfer_config, "--kv-transfer-config", "leave it out"),
-        (cache.kv_offloading_size, "--kv-offloading-size", "leave it out"),
-        (
-            cache.kv_cache_dtype_skip_layers,
-            "--kv-cache-dtype-skip-layers",
-            "use skip_layers of additional_config",
-        ),
-        (vllm_config.load_config.download_dir, "--download-dir", "set HF_HOME"),
-        (vllm_config.offload_config.uva.cpu_offload_gb, "--cpu-offload-gb", "leave it out"),
-    ):
-        if given:
-            reasons.append(f"{flag} is not supported: {remedy}")
-    if vllm_config.load_config.load_format not in LOAD_FORMATS:
-        reasons.append(
-            f"--load-format {vllm_config.load_config.load_format} is not supported: mlx-lm loads "
-            f"safetensors files (allowed: {', '.join(LOAD_FORMATS)})"
-        )
+    reasons += check.refusals(vllm_config)
     return reasons + _unsupported_model(vllm_config, compresses=turboquant is not None)
 
 
@@ -180,19 +156,16 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
     if model is None:
         return []
     reasons = []
-    if model.runner_type != "generate":
+    if (
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        and model.attention_chunk_size is None  # else vLLM has disabled it by itself
+    ):
         reasons.append(
-            f"--runner {model.runner_type} is not supported: only text generation is "
-            "(allowed: generate)"
+            "--disable-hybrid-kv-cache-manager is not supported: layers of different kinds have "
+            "their own groups of pages"
         )
     if model.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
-    if model.hf_overrides:
-        reasons.append(
-            "--hf-overrides is not supported: mlx-lm reads the model's config.json, edit that file"
-        )
-    if model.enable_prompt_embeds:
-        reasons.append("--enable-prompt-embeds is not supported: send tokens or text")
     if model.skip_tokenizer_init and compresses:
         reasons.append(
             "--skip-tokenizer-init is not supported with TurboQuant, which needs the tokenizer to "
@@ -206,6 +179,47 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
     return reasons
 
 
+def _clear_layers_that_a_preset_skips(vllm_config: "VllmConfig") -> None:
+    """Takes back what vLLM adds to `--kv-cache-dtype-skip-layers` for a preset of TurboQuant.
+
+    Its own TurboQuant keeps the first and the last two layers dense. Here a preset is a name for
+    a pair of formats, and the layers that stay dense are the user's choice.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model is None or cache.cache_dtype not in config.PRESETS:
+        return
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    added = TurboQuantConfig.get_boundary_skip_layers(model)
+    if added and set(cache.kv_cache_dtype_skip_layers) == set(added):
+        cache.kv_cache_dtype_skip_layers = []
+        logger.info(
+            "--kv-cache-dtype %s compresses all layers; "
+            '--additional-config \'{"skip_layers": {"boundary": 2}}\' keeps the first and the last '
+            "two dense, as vLLM does elsewhere",
+            cache.cache_dtype,
+        )
+
+
+def _check_compression(vllm_config: "VllmConfig") -> None:
+    """Refuses a model that TurboQuant cannot compress, before its weights are read.
+
+    Raises:
+        UserError: what the worker would raise.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model is None or config.parse(vllm_config.additional_config, cache.cache_dtype) is None:
+        return
+    structure = _structure(model.model, model.revision, model.trust_remote_code)
+    from vllm_metal.metal_kernel_backend.selection import neutral_constants
+    from vllm_metal.model.model_binding import ModelBinding
+    from vllm_metal.model_pages import ModelPages
+
+    binding = ModelBinding(structure)
+    layers = binding.layers
+    ModelPages.of(vllm_config, layers, binding.states, neutral_constants(layers))
+
+
 def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
     """Turns prefix caching off for a model with recurrent state.
 
@@ -216,7 +230,10 @@ def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
         return
-    if _has_recurrent_state(model.model, model.revision, model.trust_remote_code):
+    structure = _structure(model.model, model.revision, model.trust_remote_code)
+    from vllm_metal.model.layer_kinds import has_recurrent_state
+
+    if has_recurrent_state(structure):
         cache.enable_prefix_caching = False
         cache.mamba_cache_mode = "none"
         cache.mamba_block_size = model.max_model_len
@@ -224,13 +241,12 @@ def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
 
 
 @cache
-def _has_recurrent_state(model: str, revision: str | None, trust_remote_code: bool) -> bool:
-    """Whether a model has recurrent state, by its structure; vLLM asks several times."""
+def _structure(model: str, revision: str | None, trust_remote_code: bool) -> "nn.Module":
+    """The model without its weights. Built once: vLLM checks a configuration several times."""
     load_fast_blas()  # before MLX is first imported
-    from vllm_metal.model.layer_kinds import has_recurrent_state
     from vllm_metal.model.model_loader import load_structure
 
-    return has_recurrent_state(load_structure(model, revision, trust_remote_code))
+    return load_structure(model, revision, trust_remote_code)
 
 
 def text_only(model: "ModelConfig") -> None:
@@ -245,5 +261,12 @@ def _disable_accelerator_cache_release() -> None:
     torch stays on the CPU here. Emptying the caches of its accelerator fails where it has none, and
     on Apple's accelerator it crashes the process with torch 2.13.
     """
-    torch.accelerator.empty_cache = lambda: None
-    torch.accelerator.empty_host_cache = lambda: None
+    # patch: torch's functions that empty the caches of its accelerator
+    for name in ("empty_cache", "empty_host_cache"):
+        if not hasattr(torch.accelerator, name):
+            raise ChangedLibraryError("torch", f"torch.accelerator.{name}", "it does not exist")
+        setattr(torch.accelerator, name, _release_nothing)
+
+
+def _release_nothing() -> None:
+    """Takes the place of torch's functions."""

@@ -25,13 +25,14 @@ PROMPT_LENGTHS = (5, 64, 250, 500)
 NEW_TOKENS = 16
 
 CHUNKS_IN_FEW_BLOCKS = {
-    "max_num_batched_tokens": 32,
-    "num_gpu_blocks_override": 36,
+    "max_num_batched_tokens": 64,
+    "num_gpu_blocks_override": 56,
     "enable_prefix_caching": False,
     "max_model_len": 528,
     "disable_log_stats": False,
 }
-"""Settings of an engine that preempts requests of `PROMPT_LENGTHS`."""
+"""Settings of an engine whose pages hold prompts of `PROMPT_LENGTHS`, and 55 blocks in all: the
+last request is preempted when those before it grow by a block."""
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     host_target.compile_ahead(recorder.programs)
-    np.testing.assert_array_equal(np.array(run(body, X, groups=2)), X + 19)
+    np.testing.assert_array_equal(np.array(run(body, X, threadgroups=2)), X + 19)
     assert len(commands) == 1
 
 
@@ -154,7 +154,7 @@ def test_a_lazy_kernel_runs_when_its_output_is_evaluated():
 def test_a_lazy_kernel_is_traced_and_replayed():
     @mx.compile
     def traced(x):
-        return run("y[i] = x[i] * x[i];", x + 1, groups=2, target=LazyTarget()) - 1
+        return run("y[i] = x[i] * x[i];", x + 1, threadgroups=2, target=LazyTarget()) - 1
 
     for x in (X, 2 * X):
         np.testing.assert_array_equal(np.array(traced(x)), np.array(x + 1) ** 2 - 1)

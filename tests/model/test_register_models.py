@@ -12,6 +12,7 @@ from vllm.model_executor.models import ModelRegistry
 
 from tests.serving import Serving
 from tests.tiny_models import save_checkpoint, tiny_model
+from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.model import register_models
 from vllm_metal.model.register_models import MlxLmConfig, mlx_lm_model_types, register_model_types
 
@@ -102,3 +103,25 @@ def test_a_checkpoints_own_code_is_used_where_it_is_trusted(tmp_path):
     trusted = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert type(trusted).__name__ == "OwnConfig"
     assert isinstance(AutoConfig.from_pretrained(folder, trust_remote_code=False), MlxLmConfig)
+
+
+def test_a_vllm_without_its_list_is_named(monkeypatch):
+    monkeypatch.delattr("vllm.transformers_utils.config._CONFIG_REGISTRY")
+    with pytest.raises(ChangedLibraryError, match=r"vllm .*_CONFIG_REGISTRY"):
+        register_model_types()
+
+
+def test_a_transformers_that_compares_no_modules_is_named(monkeypatch, tmp_path):
+    """It matters for a checkpoint with code of its own, and there it is told."""
+    own = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    with_code = save_checkpoint(tmp_path / "code", "afm7", **own)
+    without = save_checkpoint(tmp_path / "none", "afm7")
+    check = register_models.require_that_code_of_checkpoints_comes_first
+    monkeypatch.setattr(
+        register_models.inspect, "getsource", lambda _: "def from_pretrained(): ..."
+    )
+    check.cache_clear()
+    assert isinstance(AutoConfig.from_pretrained(without), MlxLmConfig)
+    with pytest.raises(ChangedLibraryError, match=r"transformers .*AutoConfig\.from_pretrained"):
+        AutoConfig.from_pretrained(with_code, trust_remote_code=False)
+    check.cache_clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config.reasoning import ReasoningConfig
-from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessor
+from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.metadata import SamplingMetadata
 
+from tests.runner.sampling import ASK_SAMPLER, METADATA, SAMPLING_PARAMS, Forces5, Sharpens
 from tests.scheduler_outputs import Continued, new_request, scheduler_output
 from tests.serving import Serving
 from vllm_metal.kv_cache.spec import BlockTableSize
@@ -26,64 +28,6 @@ from vllm_metal.runner.sampler import (
 )
 
 VOCABULARY = 96
-
-
-ASK_SAMPLER = "sampler"
-IRRELEVANT = "irrelevant"
-SAMPLING_PARAMS = {
-    **dict.fromkeys(
-        (
-            *("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature"),
-            *("min_tokens", "logprobs", "logprob_token_ids", "logit_bias", "allowed_token_ids"),
-            *("bad_words", "_bad_words_token_ids", "thinking_token_budget", "extra_args"),
-        ),
-        ASK_SAMPLER,
-    ),
-    **dict.fromkeys(("top_p", "top_k", "min_p", "seed"), IRRELEVANT),  # at temperature 0
-    **dict.fromkeys(("structured_outputs", "prompt_logprobs"), IRRELEVANT),  # in the model runner
-    **dict.fromkeys(  # of the front end and the scheduler
-        (
-            *("n", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "flat_logprobs"),
-            *("detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
-            *("include_stop_str_in_output", "output_kind", "stream_interval", "skip_clone"),
-            *("output_text_buffer_length", "_eos_token_id", "_all_stop_token_ids"),
-            *("skip_reading_prefix_cache", "repetition_detection"),
-        ),
-        IRRELEVANT,
-    ),
-    **dict.fromkeys(  # refused with the option that they need: Model Runner V2 has it alone
-        (
-            *("watermarking", "_watermarking_skipped", "prompt_logprob_token_ids"),
-            *("prompt_logprob_start", "trace_decode_token_ids", "routed_experts_prompt_start"),
-        ),
-        IRRELEVANT,
-    ),
-}
-"""Every field of vLLM's `SamplingParams`, and whether it may change what a greedy request samples,
-or what is reported of it."""
-
-METADATA = {
-    "temperature": IRRELEVANT,  # `all_greedy`
-    "all_greedy": ASK_SAMPLER,
-    "all_random": IRRELEVANT,
-    "top_p": IRRELEVANT,
-    "top_k": IRRELEVANT,
-    "generators": IRRELEVANT,
-    "max_num_logprobs": ASK_SAMPLER,
-    "no_penalties": ASK_SAMPLER,
-    "prompt_token_ids": IRRELEVANT,  # of penalties, as the next four
-    "frequency_penalties": IRRELEVANT,
-    "presence_penalties": IRRELEVANT,
-    "repetition_penalties": IRRELEVANT,
-    "output_token_ids": IRRELEVANT,
-    "allowed_token_ids_mask": ASK_SAMPLER,
-    "bad_words_token_ids": ASK_SAMPLER,
-    "logitsprocs": ASK_SAMPLER,
-    "logprob_token_ids": ASK_SAMPLER,
-    "spec_token_ids": IRRELEVANT,
-    "thinking_budget_state_holder": ASK_SAMPLER,
-}
-"""Every field of vLLM's `SamplingMetadata`, and whether `needs_torch` asks it."""
 
 
 def test_every_sampling_parameter_is_decided():
@@ -104,7 +48,7 @@ def asks_for_torch(make_config, **params) -> bool:
     config.reasoning_config = ReasoningConfig()
     config.reasoning_config._reasoning_start_token_ids = [1]
     config.reasoning_config._reasoning_end_token_ids = [2]
-    batch = RequestBatch(config, [16], [8])
+    batch = RequestBatch(config, [BlockTableSize(16, 8)])
     batch.update(scheduler_output([new_request("request", [1, 2], [1], **params)]))
     return needs_torch(batch.rows.sampling_metadata)
 
@@ -151,7 +95,7 @@ def test_vllms_sampler_is_needed(make_config, params):
 
 
 def test_min_tokens_need_vllms_sampler_until_they_are_reached(make_config):
-    batch = RequestBatch(make_config(), [16], [8])
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
     batch.update(scheduler_output([new_request("a", [1, 2], [1], min_tokens=1)]))
     assert batch.samples_in_torch
     batch.append("a", 3)
@@ -161,38 +105,10 @@ def test_min_tokens_need_vllms_sampler_until_they_are_reached(make_config):
 
 def test_vllms_own_processors_are_known_by_what_they_hold(make_config):
     """An attribute that vLLM renames is an error, not a processor that is never asked."""
-    processors = RequestBatch(make_config(), [16], [8]).rows.logitsprocs
+    processors = RequestBatch(make_config(), [BlockTableSize(16, 8)]).rows.logitsprocs
     assert {type(p) for p in processors.all} == set(BUILTIN_LOGITS_PROCESSORS)
     assert {type(p) for p in processors.non_argmax_invariant} == set(sampler._IDLE_WITHOUT)
     assert custom_processors(processors) == []
-
-
-class Forces5(LogitsProcessor):
-    """Every request samples token 5."""
-
-    def __init__(self, vllm_config, device, is_pin_memory):
-        pass
-
-    def is_argmax_invariant(self):
-        return False
-
-    def update_state(self, batch_update):
-        pass
-
-    def apply(self, logits):
-        logits[:] = float("-inf")
-        logits[:, 5] = 0
-        return logits
-
-
-class Sharpens(Forces5):
-    """Leaves the order of the logits as it is."""
-
-    def is_argmax_invariant(self):
-        return True
-
-    def apply(self, logits):
-        return logits.mul_(2)
 
 
 @pytest.fixture
@@ -224,7 +140,7 @@ def test_an_installed_processor_that_keeps_the_order_leaves_greedy_steps_to_mlx(
     make_config, install
 ):
     install(Sharpens)
-    batch = RequestBatch(make_config(), [16], [8])
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
     assert [type(p) for p in custom_processors(batch.rows.logitsprocs)] == [Sharpens]
     batch.update(scheduler_output([new_request("a", [1, 2], [1])]))
     assert not batch.samples_in_torch
@@ -277,6 +193,22 @@ def test_rows_sample_as_their_requests_ask(batch):
     assert sampled[0, 0] == logits()[0].argmax()
     assert sampled[1, 0] == sampled[2, 0]
     assert sampled.shape == (3, 1)
+
+
+def test_temperature_is_the_spread_of_what_is_drawn(make_config):
+    """Of two tokens, one e^2 times as likely: e times at temperature 2, without a seed."""
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
+    requests = [new_request(f"r{i}", [1], [i + 1], temperature=2.0) for i in range(8)]
+    batch.update(scheduler_output(requests))
+    logits = torch.full((8, VOCABULARY), -torch.inf)
+    logits[:, 3], logits[:, 4] = 2.0, 0.0
+    sampler = TorchSampler("raw_logprobs")
+    draws = [sampler.sample(logits.clone(), batch.rows, []).sampled_token_ids for _ in range(250)]
+    drawn = torch.cat(draws)
+    assert set(drawn.flatten().tolist()) == {3, 4}
+    share = math.e / (1 + math.e)
+    deviation = math.sqrt(share * (1 - share) / drawn.numel())
+    assert (drawn == 3).double().mean() == pytest.approx(share, abs=4 * deviation)
 
 
 def test_an_unfinished_prompt_leaves_its_generator_as_it_was(batch):

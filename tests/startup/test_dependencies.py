@@ -185,3 +185,12 @@ def test_key_constants():
         for each in (([1, 23], 5), ([12, 3], 5), ([1, 23, 4], 5), ([1, 23], 6))
     ]
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
+
+
+def test_decode_answers():
+    """They depend on the tokens that the tokenizer gives."""
+    prompts = [[1, 2, 3], [1, 4]]
+    assert dependencies.of_decode_answers(prompts) == dependencies.of_decode_answers(
+        tuple(map(tuple, prompts))
+    )
+    assert dependencies.of_decode_answers(prompts) != dependencies.of_decode_answers([[2, 3], [4]])

@@ -12,7 +12,14 @@ import pytest
 from vllm_metal.kv_cache.workspace import ForwardPeaks
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.startup import result_cache
-from vllm_metal.startup.result_cache import FORWARD_PEAKS, KEY_CONSTANTS, MOST_FILES, ResultCache
+from vllm_metal.startup.decode_probe import Answer, DecodeAnswers
+from vllm_metal.startup.result_cache import (
+    DECODE_ANSWERS,
+    FORWARD_PEAKS,
+    KEY_CONSTANTS,
+    MOST_FILES,
+    ResultCache,
+)
 
 SERVER = {"model": {"files": {"a": [1, 2]}}, "dtype": "float16"}
 RESULT = {"max_model_len": 128}
@@ -58,6 +65,12 @@ def said(monkeypatch) -> list[str]:
         result_cache.logger, "warning", lambda text, *args: messages.append(text % args)
     )
     return messages
+
+
+def test_answers_come_back(folder):
+    answers = DecodeAnswers(Answer(True), Answer(False, "a reason"))
+    ResultCache(folder, SERVER).get(DECODE_ANSWERS, {}, lambda: answers)
+    assert ResultCache(folder, SERVER).get(DECODE_ANSWERS, {}, unwanted) == answers
 
 
 def test_constants_come_back_bit_for_bit(folder, said):

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend, Pages, Rows
-from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.group_metadata import decode_rows, prefill_chunk
+from vllm_metal.kv_cache.groups import AttentionGroup
 
 LAYERS = 28
 SHAPES = ((1, 1024), (1, 8192), (1, 32768), (8, 4096))
@@ -73,7 +73,7 @@ class DecodeStep:
         self._backend = backend
         self._key = mx.random.key(0)
         shape, blocks = backend.shape, -(-context // backend.block_size)
-        group = KVGroup(backend.block_size, layers=(0,))
+        group = AttentionGroup(backend.block_size, layers=(0,))
         order = 1 + np.random.default_rng(0).permutation(requests * blocks).astype(np.int32)
         tables = order.reshape(requests, blocks)
         page = backend.page_size_bytes // backend.page_dtype.size
@@ -82,14 +82,14 @@ class DecodeStep:
         for table in tables:
             for start in range(0, context - 1, _STORED_AT_ONCE):
                 count = min(_STORED_AT_ONCE, context - 1 - start)
-                [chunk] = prefill_metadata([group], [table], start, count)
-                new = [self._normal(dtype, count, shape.num_kv_heads) for _ in range(2)]
-                pages = backend.store(pages, *new, chunk)
+                chunk = prefill_chunk(group, table, start, count)
+                keys, values = (self._normal(dtype, count, shape.num_kv_heads) for _ in range(2))
+                pages = backend.store(pages, keys, values, chunk)
                 mx.eval(*_arrays(pages))
         self.pages = [pages]
         self.pages += [Pages(pages.array + 0, pages.token) for _ in range(layers - 1)]
         positions = np.full(requests, context - 1, np.int32)
-        [self._metadata] = decode_metadata([group], [tables], positions)
+        self._metadata = decode_rows(group, tables, positions)
         self._queries = self._normal(dtype, requests, heads)
         del array, pages  # each layer's array has one holder, or a store would copy it
         mx.eval(self._queries, *map(_arrays, self.pages))

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import mlx.core as mx
 
 from vllm_metal import __version__
-from vllm_metal.attention.backend import LayerShape
+from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.commands.decode_timing import copy_gigabytes_per_second, time_steps
 from vllm_metal.commands.doctor_report import PACKAGES, Report
 from vllm_metal.commands.kernel_checks import check_dense, check_kernels, fused_backend
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     checks = [check_dense(shape, BLOCK_SIZE), *check_kernels(layouts, target)]
     report = Report(machine_facts(device, target), shape, BLOCK_SIZE, checks)
     if report.ok and target.name != "host":
-        backends = [("dense", DensePages(shape, BLOCK_SIZE, mx.float16))]
+        backends: list[tuple[str, AttentionBackend]] = [
+            ("dense", DensePages(shape, BLOCK_SIZE, mx.float16))
+        ]
         backends += [(pair, fused_backend(layout, target)) for pair, layout in layouts.items()]
         try:
             report.copy_rate = copy_gigabytes_per_second()

@@ -95,13 +95,13 @@ class Report:
         return [
             ("device", f"{facts['device']}{architecture}"),
             ("GPU cores", str(facts["gpu_cores"] or "")),
-            ("memory limit", format_bytes(facts["memory_limit"])),
-            ("macOS", facts["macos"]),
-            ("system", facts["system"]),
-            ("Python", facts["python"]),
-            ("vllm-metal", facts["vllm_metal"]),
-            *((name, facts[name]) for name in PACKAGES),
-            ("kernels run by", facts["kernels"]),
+            ("memory limit", format_bytes(float(facts["memory_limit"]))),
+            ("macOS", str(facts["macos"])),
+            ("system", str(facts["system"])),
+            ("Python", str(facts["python"])),
+            ("vllm-metal", str(facts["vllm_metal"])),
+            *((name, str(facts[name])) for name in PACKAGES),
+            ("kernels run by", str(facts["kernels"])),
         ]
 
     def _timing(self) -> list[str]:
@@ -110,7 +110,7 @@ class Report:
                 "MLX has no GPU here: the kernels ran on the CPU. Their speed there says nothing "
                 "about a GPU, so it was not measured."
             ]
-        if not self.steps:
+        if not self.steps or self.copy_rate is None:
             return [f"The timing stopped: {self.timing_failure}"] * bool(self.timing_failure)
         dense = {(s.requests, s.context): s for s in self.steps if s.pages == "dense"}
         lines = [

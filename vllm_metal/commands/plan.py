@@ -143,7 +143,7 @@ def table(
     """
     vllm_config = _quiet_config()
     vllm_config.cache_config.block_size = block_size
-    rows = []
+    rows: list[Row] = []
     for pair in (None, *SHOWN_PAIRS):
         try:
             cache = ModelPages.with_pages(
@@ -226,8 +226,9 @@ def parse_size(text: str) -> int:
     units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": GIB}
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?)(i?b)?\s*", text.lower())
     try:
-        return int(float(match[1]) * units[match[2]])
-    except (TypeError, ValueError):
+        number, unit = match.group(1, 2) if match else (text, "")
+        return int(float(number) * units[unit])
+    except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a size (examples: 16GiB, 512MiB, 17179869184)"
         ) from None

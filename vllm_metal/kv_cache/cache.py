@@ -31,7 +31,7 @@ class TakenArrays(NamedTuple):
 
 
 _TAKEN = mx.array(())
-"""Stands in a region whose array was taken; whoever reads it meanwhile fails by its shape."""
+"""Placeholder in a region whose array was taken: a read meanwhile fails because of its shape."""
 
 
 class KVCache:
@@ -94,13 +94,13 @@ class KVCache:
         return sum(region.array.nbytes for region in self._regions)
 
     def metadata_of(self, layer: int, groups: Sequence[GroupMetadata]) -> AttentionMetadata:
-        """What a forward pass tells one layer, given what it tells the groups."""
+        """The metadata of one layer, given that of the groups."""
         metadata = groups[self._group_of_layer[layer]]
         assert not isinstance(metadata, StateMetadata)
         return metadata
 
     def begin_forward(self, groups: Sequence[GroupMetadata]) -> None:
-        """Reads the recurrent states of a forward pass, given what its groups are told."""
+        """Reads the recurrent states of a forward pass, given the metadata of its groups."""
         for region in self._regions:
             region.writer = None
         self.states.begin_forward(groups)

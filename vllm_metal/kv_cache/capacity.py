@@ -25,7 +25,7 @@ class Capacity:
     groups: tuple[KVGroup, ...] = ()
     """Groups that draw blocks of their own from the pool; by default one of full attention."""
     step_tokens: int = 0
-    """Tokens that a request may have beyond a window while a step runs."""
+    """Tokens that a request may hold in addition to a window while a step runs."""
 
     @property
     def num_blocks(self) -> int:
@@ -86,13 +86,13 @@ DENSE_BITS = 16
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What the attention layers' part of a cache is made of, for reports."""
+    """The attention layers' part of a cache, summed up for reports."""
 
     num_layers: int
     num_compressed: int
     bytes_per_token: float
     dense_bytes_per_token: float
-    """Of the same layers, dense in 16 bits and with nothing unused in their pages."""
+    """Bytes of a token in the same layers if they were dense in 16 bits, without unused bytes."""
     num_elements: int
     """Key and value coordinates of one token, all layers."""
 

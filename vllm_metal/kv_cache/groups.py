@@ -30,7 +30,7 @@ class AttentionGroup:
     """Tokens that the layers see; None for all."""
 
     def describe(self) -> str:
-        """For reports, after a number of groups."""
+        """Text for reports, to stand after a number of groups."""
         window = f", window {self.sliding_window}" if self.sliding_window else ""
         return f"{len(self.layers)} layers ({self.block_size} tokens{window})"
 
@@ -44,7 +44,7 @@ class StateGroup:
     """Tokens of the longest request; None where nothing limits it."""
 
     def describe(self) -> str:
-        """For reports, after a number of groups."""
+        """Text for reports, to stand after a number of groups."""
         return f"{len(self.states)} states"
 
 

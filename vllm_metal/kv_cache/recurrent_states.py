@@ -53,7 +53,7 @@ class RecurrentStates:
         return bool(self._shapes)
 
     def begin_forward(self, metadata: Sequence[GroupMetadata]) -> None:
-        """Reads the states of a forward pass, given what its groups are told."""
+        """Reads the states of a forward pass, given the metadata of its groups."""
         self._old.clear()
         self._new.clear()
         for group, states in self._groups:

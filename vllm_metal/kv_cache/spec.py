@@ -1,4 +1,4 @@
-"""What vLLM's scheduler and planner are told of each layer's pages, and what they answer.
+"""Tells vLLM's scheduler and planner about each layer's pages, and reads their answer.
 
 The bytes of a page travel in `state_content_bytes`, the bytes of one KV head of one token, which
 vLLM compares when it merges layers into groups, and in `page_size_padded`.
@@ -87,10 +87,10 @@ def kv_cache_specs(
     """One spec for each layer and each recurrent state.
 
     Args:
-        backends: of the attention layers.
-        dtype: the model's.
+        backends: one for each attention layer.
+        dtype: element type of the model.
         states: shapes of the recurrent states.
-        max_model_len: what a recurrent state's one block is said to hold.
+        max_model_len: tokens that the one block of a recurrent state is said to hold.
     """
     page_bytes = max(
         [state.page_bytes for state in states] + [b.page_size_bytes for b in backends], default=0
@@ -168,9 +168,9 @@ def cache_layout(planned: KVCacheConfig) -> CacheLayout:
 
 
 def capacity(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec], page_bytes: int) -> Capacity:
-    """What `page_bytes` hold, by vLLM's own grouping of the layers.
+    """What fits in `page_bytes`, by vLLM's own grouping of the layers.
 
-    Also before vLLM has settled the layout, as in the process that serves `/metrics`.
+    It works before vLLM has settled the layout, too, as in the process that serves `/metrics`.
     """
     vllm_config = copy(vllm_config)
     vllm_config.cache_config = copy(vllm_config.cache_config)

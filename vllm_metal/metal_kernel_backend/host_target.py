@@ -81,7 +81,7 @@ class HostTarget(Target):
         ) -> list[mx.array]:
             inputs = [mx.contiguous(array) for array in inputs]
             mx.eval(inputs)
-            outputs = [
+            outputs: list[np.ndarray] = [
                 np.empty(tuple(shape), _numpy_type(dtype))
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
@@ -240,7 +240,7 @@ def host_compiler() -> list[str]:
         if name and (path := shutil.which(name)):
             return [path]
     try:
-        import ziglang  # noqa: F401
+        import ziglang  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
         raise RuntimeError("the host target needs a C++ compiler; install g++ or clang") from None
     return [sys.executable, "-m", "ziglang", "c++"]

@@ -79,16 +79,14 @@ class MetalTarget(Target):
     name = "metal"
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
-        return _by_first_rows(
-            kernel,
-            mx.fast.metal_kernel(
-                name=_unique_name(kernel, library_text(kernel)),
-                input_names=list(kernel.input_names),
-                output_names=list(kernel.output_names),
-                header=library_text(kernel),
-                source=kernel.body,
-            ),
+        run: Any = mx.fast.metal_kernel(
+            name=_unique_name(kernel, library_text(kernel)),
+            input_names=list(kernel.input_names),
+            output_names=list(kernel.output_names),
+            header=library_text(kernel),
+            source=kernel.body,
         )
+        return _by_first_rows(kernel, run)
 
 
 class CudaTarget(Target):
@@ -98,17 +96,15 @@ class CudaTarget(Target):
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
         library = cuda_library(kernel, resident)
-        return _by_first_rows(
-            kernel,
-            mx.fast.cuda_kernel(
-                # MLX keeps compiled CUDA kernels by their names alone, on disk too.
-                name=_unique_name(kernel, library),
-                input_names=list(kernel.input_names),
-                output_names=list(kernel.output_names),
-                header=library,
-                source=cuda_body(kernel),
-            ),
+        run: Any = mx.fast.cuda_kernel(
+            # MLX keeps compiled CUDA kernels by their names alone, on disk too.
+            name=_unique_name(kernel, library),
+            input_names=list(kernel.input_names),
+            output_names=list(kernel.output_names),
+            header=library,
+            source=cuda_body(kernel),
         )
+        return _by_first_rows(kernel, run)
 
 
 def _by_first_rows(kernel: Kernel, run: Run) -> Run:

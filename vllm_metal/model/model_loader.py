@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path, tree_reduce
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -81,7 +81,7 @@ def load_structure(
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return tree_reduce(lambda total, array: total + array.nbytes, model.parameters(), 0)
 
 
 def weight_bytes_on_disk(model: str) -> int | None:
@@ -130,5 +130,5 @@ def _load(path: Path, trust_remote_code: bool, strict: bool) -> nn.Module:
 
 
 def _first_line(error: Exception) -> str:
-    """Of the message; the kind of error where there is none."""
+    """The first line of the error's message; the kind of error where it has no message."""
     return str(error).partition("\n")[0] or type(error).__name__

@@ -6,12 +6,16 @@ they know is replaced.
 """
 
 import importlib.util
+import inspect
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from vllm_metal.errors import ChangedLibraryError
 
 _NAMES = {
     "hidden_size": ("hidden_dim", "model_dim", "n_embd", "dim"),
@@ -20,17 +24,17 @@ _NAMES = {
     "num_key_value_heads": ("num_kv_heads", "n_kv_heads"),
     "max_position_embeddings": ("max_context_length", "n_positions", "max_seq_len"),
 }
-"""What vLLM asks for, and the other names under which models have it."""
+"""The settings that vLLM asks for, and the other names under which models have them."""
 
 _STAND_IN = "vllm.model_executor.models.llama:LlamaForCausalLM"
-"""What the registry names for an architecture that vLLM will never build."""
+"""The class named for an architecture that vLLM will never build."""
 
 
 class MlxLmConfig(PretrainedConfig):
     """The settings of a `config.json`, under vLLM's names too.
 
-    Where a model has another number in each layer, vLLM is told the largest; what the layers
-    really are is read off the model itself.
+    Where a model has another number in each layer, vLLM gets the largest; the layers' own numbers
+    are read from the model.
     """
 
     def __post_init__(self, **settings: Any):
@@ -44,6 +48,8 @@ class MlxLmConfig(PretrainedConfig):
                 if given is not None and getattr(self, name, None) is None:
                     setattr(self, name, given)
         register_architectures(self.architectures or [])
+        if "AutoConfig" in (settings.get("auto_map") or {}):
+            require_that_code_of_checkpoints_comes_first()
 
     def __reduce__(self):
         return _restore, (self.model_type, self.__dict__)
@@ -58,6 +64,22 @@ def register_model_types() -> list[str]:
     return unknown
 
 
+@cache
+def require_that_code_of_checkpoints_comes_first() -> None:
+    """Called for a checkpoint with code of its own: there the claim of `_config_class` matters.
+
+    Raises:
+        ChangedLibraryError: transformers does not look at the module of a class any more.
+    """
+    if ".__module__.startswith(" not in inspect.getsource(AutoConfig.from_pretrained):
+        raise ChangedLibraryError(
+            "transformers",
+            "transformers.AutoConfig.from_pretrained",
+            "it does not compare `__module__` of a registered class, so that the code of a "
+            "checkpoint may never be used",
+        )
+
+
 def register_architectures(architectures: list[str]) -> None:
     """Registers the names that vLLM's registry lacks."""
     from vllm.model_executor.models import ModelRegistry
@@ -70,23 +92,32 @@ def register_architectures(architectures: list[str]) -> None:
 def mlx_lm_model_types() -> frozenset[str]:
     """Names of mlx-lm's model files; MLX is not imported."""
     package = importlib.util.find_spec("mlx_lm")
-    folders = package.submodule_search_locations if package else []
+    folders = (package.submodule_search_locations or []) if package else []
     files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
     return frozenset(file.stem for file in files if b"\nclass Model(" in file.read_bytes())
 
 
 def _vllm_types() -> set[str]:
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    """The model types for which vLLM has a configuration class of its own."""
+    # patch: a private list of vLLM's, which is only read
+    from vllm.transformers_utils import config
 
-    return set(_CONFIG_REGISTRY)
+    registry = getattr(config, "_CONFIG_REGISTRY", None)
+    if not isinstance(registry, Mapping):
+        name = "vllm.transformers_utils.config._CONFIG_REGISTRY"
+        raise ChangedLibraryError("vllm", name, f"it is no mapping but {registry!r}")
+    return set(registry)
 
 
 @cache
 def _config_class(model_type: str) -> type[MlxLmConfig]:
-    """transformers takes a class of its own package for its second choice.
+    """A class of the settings of one model type.
 
-    Its first is then the code that comes with a checkpoint, if the user trusts that.
+    It claims to be a class of transformers. Where a checkpoint comes with code of its own that the
+    user trusts, transformers prefers that code to a class of its own package, but not to one that
+    somebody registered, and the class's `__module__` is how it tells the two.
     """
+    # patch: the module that the class claims to come from
     of_transformers = {"__module__": "transformers.models", "model_type": model_type}
     return type("MlxLmConfig", (MlxLmConfig,), of_transformers)
 

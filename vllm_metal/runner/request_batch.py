@@ -123,8 +123,9 @@ class RequestBatch:
 
     def _new_request(self, new: "NewRequestData") -> CachedRequestState:
         params = new.sampling_params
+        assert params is not None, "a request that generates nothing"  # the platform refuses them
         generator = None
-        if params.sampling_type == SamplingType.RANDOM_SEED:
+        if params.sampling_type == SamplingType.RANDOM_SEED and params.seed is not None:
             generator = torch.Generator(device="cpu")
             generator.manual_seed(params.seed)
         if params.prompt_logprobs is not None:
@@ -150,6 +151,7 @@ class RequestBatch:
             request.num_computed_tokens = cached.num_computed_tokens[i]
             new_block_ids = cached.new_block_ids[i]
             if req_id in cached.resumed_req_ids:
+                assert new_block_ids is not None
                 request.block_ids = new_block_ids
             elif new_block_ids is not None:
                 for block_ids, new_ids in zip(request.block_ids, new_block_ids, strict=True):

@@ -1,4 +1,4 @@
-"""From logits to tokens: vLLM's own sampler in torch, and an argmax in MLX where that suffices."""
+"""Samples tokens from logits: with vLLM's sampler in torch, or by argmax in MLX where enough."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.sampler import Sampler
 
 if TYPE_CHECKING:
+    from vllm.config.model import LogprobsMode
     from vllm.v1.sample.logits_processor import LogitsProcessor, LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -68,7 +69,7 @@ def to_torch(logits: mx.array) -> torch.Tensor:
 class TorchSampler:
     """vLLM's sampler over the rows of the batch."""
 
-    def __init__(self, logprobs_mode: str, use_fp64_gumbel: bool = False):
+    def __init__(self, logprobs_mode: "LogprobsMode", use_fp64_gumbel: bool = False):
         self._sampler = Sampler(logprobs_mode, use_fp64_gumbel)
         self._logprobs_mode = logprobs_mode
 
@@ -109,7 +110,9 @@ class TorchSampler:
             vocab_size: what `prompt_logprobs=-1` stands for.
             chunk_logits: gives float32 logits of the chunk's first n tokens.
         """
+        assert request.sampling_params is not None and request.prompt_token_ids is not None
         wanted = request.sampling_params.prompt_logprobs
+        assert wanted is not None
         num_logprobs = vocab_size if wanted == -1 else wanted
         scores = request.in_progress_prompt_logprobs_cpu
         if scores is None:

@@ -65,6 +65,11 @@ def of_forward_peaks(vllm_config: "VllmConfig") -> dict[str, Any]:
     }
 
 
+def of_decode_answers(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What the answers of `decode_probe` depend on besides: the prompts, as tokens."""
+    return {"prompts": [list(prompt) for prompt in prompts]}
+
+
 def _model_files(folder: Path) -> dict[str, Any]:
     """The weights' bytes are not read: a file whose size and time are unchanged is unchanged.
 

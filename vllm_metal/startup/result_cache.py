@@ -19,7 +19,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from vllm_metal.kv_cache.workspace import ForwardPeaks
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.startup.decode_probe import Answer, DecodeAnswers
 
 logger = logging.getLogger("vllm.metal.startup")
 
@@ -47,17 +48,15 @@ class Kind(Generic[_Result]):
 
 
 def _constants_to_bytes(constants: Sequence[KeyConstants]) -> bytes:
-    arrays = {f"centre.{i}": layer.centre for i, layer in enumerate(constants)}
-    arrays |= {f"multiplier.{i}": layer.multiplier for i, layer in enumerate(constants)}
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, *(array for layer in constants for array in (layer.centre, layer.multiplier)))
     return file.getvalue()
 
 
 def _constants_from_bytes(data: bytes) -> list[KeyConstants]:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        layers = range(len(arrays.files) // 2)
-        return [KeyConstants(arrays[f"centre.{i}"], arrays[f"multiplier.{i}"]) for i in layers]
+        centres = range(0, len(arrays.files), 2)
+        return [KeyConstants(arrays[f"arr_{i}"], arrays[f"arr_{i + 1}"]) for i in centres]
 
 
 def _peaks_to_bytes(peaks: tuple[ForwardPeaks, ForwardPeaks]) -> bytes:
@@ -91,6 +90,19 @@ FORWARD_PEAKS: Kind[tuple[ForwardPeaks, ForwardPeaks]] = Kind(
     "forward_peaks", _peaks_to_bytes, _peaks_from_bytes
 )
 """The memory of a prefill and of a decode step, as `workspace_probe` gives them."""
+
+
+def _answers_to_bytes(answers: DecodeAnswers) -> bytes:
+    return json.dumps(asdict(answers)).encode()
+
+
+def _answers_from_bytes(data: bytes) -> DecodeAnswers:
+    found = json.loads(data)
+    return DecodeAnswers(Answer(**found["batched"]), Answer(**found["traced"]))
+
+
+DECODE_ANSWERS: Kind[DecodeAnswers] = Kind("decode_answers", _answers_to_bytes, _answers_from_bytes)
+"""How decode runs, as `decode_probe.ask` gives it."""
 
 
 class ResultCache:

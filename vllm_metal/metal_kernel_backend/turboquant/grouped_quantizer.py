@@ -58,13 +58,14 @@ class GroupedQuantizer:
         rows = y.reshape(-1, size)
         each = max(1, SLICE // size)
         slices = [self._quantize(rows[i : i + each]) for i in range(0, len(rows), each)]
-        codes, scales, levels = (mx.concatenate(parts) for parts in zip(*slices, strict=True))
+        codes, scales, levels = (mx.concatenate(list(parts)) for parts in zip(*slices, strict=True))
         return Quantized(
             codes.reshape(*lead, size), scales.reshape(lead), levels=levels.reshape(*lead, -1)
         )
 
     def dequantize(self, quantized: Quantized) -> mx.array:
         """The keys the codes stand for, still rotated, float32 [..., D]."""
+        assert quantized.levels is not None, "keys of this format have levels"
         centroids = self.centroids(quantized.codes)
         groups = centroids.reshape(*centroids.shape[:-1], self.num_groups, GROUP_SIZE)
         weighted = (groups * level_weights(quantized.levels)[..., None]).reshape(centroids.shape)

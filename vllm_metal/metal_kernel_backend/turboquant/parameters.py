@@ -52,7 +52,7 @@ class Parameters:
 @lru_cache(maxsize=256)
 def _words(parameters: Parameters, values: tuple[int | float, ...]) -> mx.array:
     words = [
-        NUMPY_TYPES[kind](value).view(np.int32)
+        np.array(value, NUMPY_TYPES[kind]).view(np.int32)
         for (kind, _), value in zip(parameters.fields, values, strict=True)
     ]
     return mx.array(np.array(words))

@@ -158,6 +158,7 @@ class Quantizer:
 
     def _counted_steps(self, magnitude: mx.array, largest: mx.array) -> mx.array:
         """`_steps` by comparison with every bound; 0 in a uniform format."""
+        assert self.midpoints is not None, "all formats are uniform"
         bounds = largest * self.factors * self.midpoints  # [..., M, 5, 1]
         if magnitude.size <= SMALL:
             return mx.sum(magnitude >= bounds, axis=-3, keepdims=True)
@@ -185,12 +186,13 @@ def multiples(magnitude: mx.array, width: mx.array, last: mx.array | int) -> mx.
     return mx.where(magnitude < last * width, count, last)
 
 
-def _sums(magnitude: mx.array, centroids: mx.array) -> Sequence[mx.array]:
+def _sums(magnitude: mx.array, centroids: mx.array) -> tuple[mx.array, mx.array]:
     """<y, c> and <c, c> of each candidate, both [..., 1, 5, 1]."""
     if magnitude.size > SMALL:
         return tree_sum(magnitude * centroids), tree_sum(centroids * centroids)
     both = tree_sum(mx.where(IS_ENERGY, centroids, magnitude) * centroids)
-    return mx.split(both, 2, axis=-3)
+    product, energy = mx.split(both, 2, axis=-3)
+    return product, energy
 
 
 def _middle(y: mx.array) -> mx.array:
@@ -199,7 +201,7 @@ def _middle(y: mx.array) -> mx.array:
     return mx.clip(middle, -MAX_SCALE, MAX_SCALE).astype(mx.float16)
 
 
-def _each(constants: Sequence[float] | Sequence[np.ndarray]) -> mx.array:
+def _each(constants: Sequence[float] | Sequence[np.ndarray] | np.ndarray) -> mx.array:
     """A constant of each kind, to go with [..., F, M, 5, D]; without F where all are equal."""
     stacked = np.array(constants)
     stacked = stacked.astype(bool if stacked.dtype == bool else np.float32)

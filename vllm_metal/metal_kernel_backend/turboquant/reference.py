@@ -125,7 +125,7 @@ class TurboQuantReference(TurboQuantAttention):
 
 
 def _tokens_first(keys: Quantized) -> Quantized:
-    """From [B, H, S, ...] to [B, S, H, ...], as `KeyCodec` takes keys."""
+    """Swaps [B, H, S, ...] to [B, S, H, ...], the order that `KeyCodec` takes."""
     return Quantized(
         keys.codes.swapaxes(1, 2),
         keys.scales.swapaxes(1, 2),

@@ -72,7 +72,8 @@ class Slots:
     def head_page_indices(self, block_table: mx.array) -> tuple[mx.array, mx.array]:
         """Where `head_pages` reads the blocks [B, N]: the same for all layers of a step."""
         heads = mx.arange(self.layout.num_kv_heads)[None, :, None]
-        return tuple(mx.broadcast_arrays(block_table[:, None, :], heads))
+        blocks, heads = mx.broadcast_arrays(block_table[:, None, :], heads)
+        return blocks, heads
 
     def head_pages(self, pages: mx.array, indices: tuple[mx.array, mx.array]) -> mx.array:
         """Head pages of the blocks [B, N] of these `head_page_indices`, [B, H, N, bytes / 2]."""
