@@ -37,13 +37,7 @@ struct Merge {
   static METAL_FUNC void add_splits(
       thread Vector<DV>& sum, thread SoftmaxState& total, const device float* partials,
       const device float* states, ulong first, int used, int simdgroup, int lane) {
-    UNROLL
-    for (int block = 0; block < M; block++) {
-      UNROLL
-      for (int i = 0; i < W; i++) {
-        sum.x[block][i] = 0.0f;
-      }
-    }
+    sum.fill(0.0f);
     for (int split = simdgroup; split < used; split += SIMDGROUPS) {
       ulong index = first + ulong(split) * ROWS;
       float factor = fast::exp2(states[index * 2] - total.max);
