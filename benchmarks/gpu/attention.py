@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
+from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW
 
 HEAD_SIZE, KV_HEADS, HEADS, BLOCK_SIZE = 128, 8, 32, 16
 SHAPES = ((1, 32_768), (1, 131_072), (8, 32_768), (32, 8_192))
@@ -145,7 +146,8 @@ class Decode:
         self.pages = pages.view(cp.uint16)
         order = cp.random.permutation(num_blocks - 1).astype(cp.int32) + cp.int32(1)
         self.tables = list(order.reshape(sets, batch, blocks))
-        self.lengths = cp.full((batch,), length, cp.int32)
+        # MLX would lengthen shorter arrays, which it cannot do with those of CuPy
+        self.lengths = cp.full((max(batch, CONSTANT_BELOW),), length, cp.int32)
         shape = batch, 1, HEADS, HEAD_SIZE
         self.queries = cp.random.standard_normal(shape).astype(cp.float16)
         ones = cp.ones((KV_HEADS, HEAD_SIZE), cp.float32)
@@ -209,7 +211,8 @@ def store_us(tokens: int) -> tuple[float, float]:
     launcher = Launcher(layout, CupyTarget())
     pages = cp.zeros(layout.pages_shape(4096), cp.uint16)
     new = cp.random.standard_normal((tokens, KV_HEADS, HEAD_SIZE)).astype(cp.float16)
-    slots = cp.arange(tokens, dtype=cp.int32) * 37
+    slots = cp.full((max(tokens, CONSTANT_BELOW),), -1, cp.int32)
+    slots[:tokens] = cp.arange(tokens, dtype=cp.int32) * 37
     ones = cp.ones((KV_HEADS, HEAD_SIZE), cp.float32)
     constants = LayerConstants(0 * ones, ones, ones, cp.ones(HEAD_SIZE, cp.float32))
     token = cp.zeros(8, cp.uint32)

@@ -12,6 +12,7 @@ from cupy_target import CupyTarget
 
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
+from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW
 
 CASES = (
     ("q8_0", "q3_0", 128, 2, 16, 4, 1),
@@ -35,12 +36,12 @@ def run(k_quant, v_quant, head_size, kv_heads, block_size, heads_per_kv_head, nu
     for request, length in enumerate(lengths):
         positions = np.arange(length)
         slots = table[request][positions // block_size] * block_size + positions % block_size
-        slots = slots.astype(np.int32)
+        slots = _lengthened(slots, -1)
         new = cp.random.standard_normal((length, kv_heads, head_size)).astype(cp.float16)
         token = launcher.store(pages, new, new, cp.asarray(slots), constants, token)
     shape = 3, num_queries, heads_per_kv_head * kv_heads, head_size
     queries = cp.random.standard_normal(shape).astype(cp.float16)
-    arguments = cp.asarray(table), cp.asarray(np.array(lengths, np.int32)), constants
+    arguments = cp.asarray(table), cp.asarray(_lengthened(lengths, 0)), constants
     total = 0.0
     for settings in ({}, {"window": 37}, {"softcap": 9.0}):
         output = launcher.decode(
@@ -53,6 +54,12 @@ def run(k_quant, v_quant, head_size, kv_heads, block_size, heads_per_kv_head, nu
         )
         total += _sum(keys) + _sum(values)
     return total
+
+
+def _lengthened(integers, filler: int) -> np.ndarray:
+    """As the launcher does it with MLX's arrays."""
+    missing = max(0, CONSTANT_BELOW - len(integers))
+    return np.pad(np.asarray(integers, np.int32), (0, missing), constant_values=filler)
 
 
 def _sum(array: cp.ndarray) -> float:

@@ -78,9 +78,9 @@ struct DequantizeScratch {
 
 // Tokens first .. first + n - 1 (first even) of one request, in the KV heads from first_head on:
 // keys [heads, n, Dk], values [heads, n, Dv].
-template <typename Layout, int SIMDGROUPS, typename T, typename Table>
+template <typename Layout, int SIMDGROUPS, typename T>
 METAL_FUNC void dequantize_tokens(
-    const device ushort* pages, Table block_table, const device float* centre,
+    const device ushort* pages, const device int* block_table, const device float* centre,
     const device float* query_factors, const device float* value_factors,
     const device float* key_codebook, const device float* value_codebook,
     const constant int* parameters, device T* keys, device T* values, threadgroup float* scratch,

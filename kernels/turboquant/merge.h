@@ -34,17 +34,10 @@ struct Merge {
 
   // Adds up this simdgroup's splits of a row whose first split is row `first`, relative to
   // total.max.
-  template <typename States>
   static METAL_FUNC void add_splits(
       thread Vector<DV>& sum, thread SoftmaxState& total, const device float* partials,
-      States states, ulong first, int used, int simdgroup, int lane) {
-    UNROLL
-    for (int block = 0; block < M; block++) {
-      UNROLL
-      for (int i = 0; i < W; i++) {
-        sum.x[block][i] = 0.0f;
-      }
-    }
+      const device float* states, ulong first, int used, int simdgroup, int lane) {
+    sum.fill(0.0f);
     for (int split = simdgroup; split < used; split += SIMDGROUPS) {
       ulong index = first + ulong(split) * ROWS;
       float factor = fast::exp2(states[index * 2] - total.max);
@@ -113,13 +106,11 @@ struct Merge {
 
 // The output [B, Q, Hq, Dv] of one query row of one request, from the partials and states that
 // decode leaves.
-template <
-    typename Layout, int G, int Q, int SIMDGROUPS, bool SINKS, typename States, typename T,
-    typename Lengths, typename Sinks>
+template <typename Layout, int G, int Q, int SIMDGROUPS, bool SINKS, typename T>
 METAL_FUNC void merge_splits(
-    const device float* partials, States states, const device T* queries,
-    const device float* centre, const device float* value_factors, Lengths seq_lens, Sinks sinks,
-    const constant int* parameters, device T* output, threadgroup float* scratch, uint3 position,
+    const device float* partials, const device float* states, const device T* queries,
+    const device float* centre, const device float* value_factors, const device int* seq_lens,
+    const device float* sinks, const constant int* parameters, device T* output, threadgroup float* scratch, uint3 position,
     int simdgroup, int lane) {
   using Row = Merge<Layout, G, Q, SIMDGROUPS>;
   int row = position.x, request = position.y, head = row % Row::HEADS;
@@ -131,7 +122,7 @@ METAL_FUNC void merge_splits(
   SoftmaxState total;
   if (SINKS) {
     total.max = Row::sink_score(
-        float(sinks[head]), queries + output_row * Row::DK, centre + head / G * Row::DK, decode,
+        sinks[head], queries + output_row * Row::DK, centre + head / G * Row::DK, decode,
         lane);
   }
   float sink = total.max;

@@ -22,6 +22,29 @@ struct Vector {
     return block * POWER + lane * W + i;
   }
 
+  METAL_FUNC void fill(float value) thread {
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        x[block][i] = value;
+      }
+    }
+  }
+
+  // Whether no element is NaN or infinite; the same in every lane.
+  METAL_FUNC bool all_finite() const thread {
+    bool broken = false;
+    UNROLL
+    for (int block = 0; block < M; block++) {
+      UNROLL
+      for (int i = 0; i < W; i++) {
+        broken = broken || !is_finite(x[block][i]);
+      }
+    }
+    return !simd_any(broken);
+  }
+
   // R x, which is its own inverse.
   METAL_FUNC void rotate(int lane) thread {
     UNROLL

@@ -8,7 +8,8 @@
 #include "turboquant/layout.h"
 #include "turboquant/packing.h"
 
-// Stores one new key or value; values that are no numbers become 0.
+// Stores one new key or value. One with an element that is NaN or infinite gets the scale NaN and
+// the codes of zeros: the output of every query that sees it is NaN, and of no other.
 template <
     typename Layout, bool KEY, int D, int BITS, int TERMS, bool HAS_LEVELS, bool HAS_BIAS,
     typename T>
@@ -23,7 +24,6 @@ METAL_FUNC void store_vector(
     for (int i = 0; i < Vector<D>::W; i++) {
       int index = Vector<D>::index(lane, block, i);
       float element = Vector<D>::holds(lane) ? float(vector[index]) : 0.0f;
-      element = KEY || is_finite(element) ? element : 0.0f;
       if (Vector<D>::holds(lane)) {
         element = rounded_product(KEY ? element - centre[index] : element, factors[index]);
       }
@@ -31,6 +31,10 @@ METAL_FUNC void store_vector(
     }
   }
   y.rotate(lane);
+  const bool broken = !y.all_finite();
+  if (broken) {
+    y.fill(0.0f);
+  }
   half scale = half(0.0f), bias = half(0.0f);
   if (HAS_LEVELS) {
     constexpr int CHUNKS = D / CHUNK;
@@ -47,6 +51,7 @@ METAL_FUNC void store_vector(
       KEY ? Layout::key_codes(page, slot, 0) : Layout::value_codes(page, slot, 0);
   pack_codes<D, BITS>(codes, (device ushort*)target, lane);
   if (lane == 0) {
+    scale = broken ? as_type<half>(ushort(0x7e00)) : scale;
     *(device half*)(KEY ? Layout::key_scale(page, slot) : Layout::value_scale(page, slot)) = scale;
     if (HAS_BIAS) {
       *(device half*)Layout::key_bias(page, slot) = bias;
@@ -61,10 +66,10 @@ struct StoreScratch {
 };
 
 // All new vectors of a layer: keys [T, H, Dk], values [T, H, Dv]. Slots below 0 are skipped.
-template <typename Layout, int SIMDGROUPS, typename T, typename Mapping>
+template <typename Layout, int SIMDGROUPS, typename Key, typename Value>
 METAL_FUNC void store_vectors(
-    const device ushort* pages, const device T* keys, const device T* values,
-    Mapping slot_mapping, const device float* centre, const device float* key_factors,
+    const device ushort* pages, const device Key* keys, const device Value* values,
+    const device int* slot_mapping, const device float* centre, const device float* key_factors,
     const device float* value_factors, const device float* key_codebook,
     const device float* value_codebook, const constant int* parameters, device uint* token,
     threadgroup uchar* codes, uint3 position, int simdgroup, int lane) {

@@ -13,12 +13,16 @@ def sources(
     layout: PageLayout,
     heads_per_kv_head: int = 4,
     num_queries: int = 1,
-    dtype: mx.Dtype = mx.float16,
+    dtypes: tuple[mx.Dtype, mx.Dtype, mx.Dtype] = (mx.float16,) * 3,
     batch: int = 2,
+    blocks: int = 3,
     settings: dict | None = None,
     **options,
 ) -> list[str]:
-    """Texts of store, decode, merge and dequantize for one layer and one shape of step."""
+    """Texts of store, decode, merge and dequantize for one layer and one shape of step.
+
+    `dtypes` are those of keys, values and queries, `options` the launcher's.
+    """
     launcher = Launcher(layout, PrintingTarget(), num_cores=8, **options)
     heads, key_size, value_size = layout.num_kv_heads, layout.key_head_size, layout.value_head_size
 
@@ -28,16 +32,16 @@ def sources(
         output = launcher.decode(
             pages, queries, table, lengths, constants, 0.1, 40, token, **(settings or {})
         )
-        return output, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtype)
+        return output, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtypes[2])
 
     return metal_text(
         step,
         mx.zeros(layout.pages_shape(4), mx.uint16),
-        mx.zeros((batch, heads, key_size), dtype),
-        mx.zeros((batch, heads, value_size), dtype),
+        mx.zeros((batch, heads, key_size), dtypes[0]),
+        mx.zeros((batch, heads, value_size), dtypes[1]),
         mx.zeros((batch,), mx.int32),
-        mx.zeros((batch, num_queries, heads * heads_per_kv_head, key_size), dtype),
-        mx.zeros((batch, 3), mx.int32),
+        mx.zeros((batch, num_queries, heads * heads_per_kv_head, key_size), dtypes[2]),
+        mx.zeros((batch, blocks), mx.int32),
         mx.zeros((batch,), mx.int32),
         mx.zeros((heads, key_size)),
         mx.zeros((value_size,)),

@@ -53,7 +53,7 @@ BODY
 } // namespace mlx::core::cu
 """
 """Behind MLX's own includes and the kernel's header. The types of inputs and outputs are not in the
-name, by which MLX finds compiled kernels: `CudaTarget` puts them there."""
+name; MLX tells kernels of one name apart by a hash of the text."""
 
 
 def launch(run, many: mx.array, few: mx.array) -> mx.array:

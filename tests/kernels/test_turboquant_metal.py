@@ -35,7 +35,7 @@ def check(texts: list[str]) -> None:
 def test_every_pair_of_formats(dtype):
     texts = []
     for k_quant, v_quant in product(KEY_FORMATS, VALUE_FORMATS):
-        texts += sources(PageLayout.of(k_quant, v_quant, 128, 2, 16), dtype=dtype)
+        texts += sources(PageLayout.of(k_quant, v_quant, 128, 2, 16), dtypes=(dtype,) * 3)
     check(texts)
 
 
@@ -70,14 +70,37 @@ def test_sinks_softcaps_and_keys_longer_than_values():
     check(texts)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 8, 9])
-def test_small_inputs_lie_in_the_constant_address_space(batch):
-    """MLX passes arrays of fewer than 8 elements as `constant`, others as `device`."""
-    tiny = PageLayout.of("q4_0", "q4_0", 32, 1, 8)
-    texts = sources(tiny, heads_per_kv_head=1, batch=batch)
-    program = "".join(joined(texts))
-    assert ("const constant int32_t* seq_lens" in program) == (batch < 8)
-    assert ("const constant float* states" in program) == (batch < 4)
+TINY = PageLayout.of("q4_0", "q4_0", 32, 1, 8)
+"""The least that a layer can have: its arrays are the shortest."""
+
+
+def kernel_names(texts: list[str]) -> set[str]:
+    return {text.split('host_name("')[1].split('"')[0] for text in texts}
+
+
+def test_one_variant_of_each_kernel_whatever_the_batch_and_the_table():
+    """So nothing is compiled when a request is added or grows: MLX passes arrays of fewer than 8
+    elements in another address space and gives the kernel another name."""
+    names = set()
+    for batch, blocks in product(range(1, 17), (1, 2, 3, 7, 8, 9, 16)):
+        names |= kernel_names(sources(TINY, heads_per_kv_head=1, batch=batch, blocks=blocks))
+    assert len(names) == 4
+    sinks = [mx.zeros((heads,)) for heads in (1, 8)]
+    for batch, sink in product((1, 8), sinks):
+        texts = sources(TINY, sink.size, batch=batch, settings={"sinks": sink})
+        names |= {name for name in kernel_names(texts) if "_merge_" in name}
+    assert len(names) == 4 + len(sinks)
+
+
+def test_arrays_of_every_length_compile():
+    for batch in (1, 8):
+        check(sources(TINY, heads_per_kv_head=1, batch=batch, blocks=1))
+
+
+def test_keys_values_and_queries_of_different_types():
+    texts = []
+    for dtypes in product(DTYPES, repeat=3):
+        texts += sources(LAYOUT, dtypes=dtypes)
     check(texts)
 
 
@@ -107,12 +130,12 @@ PLANTED = {
     "a double": ("float softcap = decode.softcap;", "double softcap = decode.softcap;"),
     "a double literal": ("float x = float(steps) + 0.5f;", "float x = float(steps) + 0.5;"),
     "threadgroup memory taken for device memory": (
-        "const threadgroup uint* query_chunk = query_words + chunk * 4;",
-        "const device uint* query_chunk = query_words + chunk * 4;",
+        "const threadgroup half* query_chunk = query_rows + chunk * 4;",
+        "const device half* query_chunk = query_rows + chunk * 4;",
     ),
-    "a helper that takes device memory only": (
-        "Lengths seq_lens, Sinks sinks,",
-        "const device int* seq_lens, Sinks sinks,",
+    "device memory where MLX passes constant memory": (
+        "const device float* sinks, const constant int*",
+        "const device float* sinks, const device int*",
     ),
     "a threadgroup array in a helper": (
         "float largest = 0.0f, total = 0.0f;",

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from vllm_metal.metal_kernel_backend import kernel_library
@@ -13,6 +14,7 @@ from vllm_metal.metal_kernel_backend.kernel_library import (
     KERNELS,
     CudaTarget,
     Kernel,
+    MetalTarget,
     available_target,
     compact,
     declare_threadgroup,
@@ -100,6 +102,26 @@ def test_cuda_names_change_with_anything_that_is_compiled(monkeypatch):
     CudaTarget().build(KERNEL, (128, 3))
     CudaTarget().build(replace(KERNEL, body="  y[0] = -x[0];\n"))
     assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "maker"), [(MetalTarget, "metal_kernel"), (CudaTarget, "cuda_kernel")]
+)
+def test_mlx_is_given_the_first_row_of_a_large_input(monkeypatch, target, maker):
+    """It lies where the input does; MLX counts the elements of what a launch binds."""
+    bound = []
+
+    def record(**_):
+        return lambda inputs, grid: bound.extend(inputs)
+
+    monkeypatch.setattr(kernel_library.mx.fast, maker, record)
+    pages, factor = mx.zeros((1000, 64), mx.uint16), mx.ones((8,))
+    target().build(replace(KERNEL, large_inputs=("x",)))(inputs=[pages, factor], grid=(1, 1, 1))
+    row, same = bound
+    assert row.shape == (1, 64) and same is factor
+    mx.eval(pages, row)
+    starts = [np.array(array, copy=False).ctypes.data for array in (pages, row)]
+    assert starts[0] == starts[1]
 
 
 ROOT = Path(__file__).parents[2]

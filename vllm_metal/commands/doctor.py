@@ -22,12 +22,12 @@ from vllm_metal.commands.kernel_checks import check_dense, check_kernels, fused_
 from vllm_metal.errors import UserError
 from vllm_metal.machine.device import Device, select_device
 from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.gpu_cores import core_count
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS
-from vllm_metal.metal_kernel_backend.turboquant.splits import core_count
 
 BLOCK_SIZE = 16
 KV_HEADS, KV_HEADS_ON_HOST = 8, 2

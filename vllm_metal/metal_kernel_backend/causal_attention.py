@@ -17,15 +17,6 @@ FUSED_HEAD_SIZES = (64, 80, 128)
 16-bit chunks without holding their scores."""
 
 
-def finite(values: mx.array) -> mx.array:
-    """Values with 0 for NaN and infinities.
-
-    The weight of a masked slot is 0, and 0 * NaN is NaN: one request's failure would reach the next
-    owner of its block.
-    """
-    return mx.where(values - values == 0, values, 0)
-
-
 def valid_tokens(
     metadata: DecodeMetadata, block_size: int, sliding_window: int | None = None
 ) -> mx.array:

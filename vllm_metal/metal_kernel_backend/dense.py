@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import gcd
 
 import mlx.core as mx
+import numpy as np
 
 from vllm_metal.attention.backend import (
     AttentionBackend,
@@ -24,7 +25,6 @@ from vllm_metal.attention.slots import split_slots
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     causal_memory,
-    finite,
     valid_tokens,
 )
 
@@ -63,6 +63,11 @@ class DensePages(AttentionBackend):
             block_size,
             self.page_size_bytes // dtype.size,
         )
+        sizes = shape.num_kv_heads * np.array([shape.head_size, shape.head_size_v])
+        self._broken_token = mx.array(np.repeat([np.nan, 0.0], sizes)).astype(dtype)
+        """What is stored of a token with a key or a value that is not finite: NaN as its keys, so
+        that the output of every query that sees it is NaN, and zeros as its values, because the
+        weight of a masked token is 0 and 0 * NaN is NaN."""
         self.name = f"dense {str(dtype).removeprefix('mlx.core.')}"
 
     @property
@@ -80,7 +85,9 @@ class DensePages(AttentionBackend):
         units = metadata.once(_token_units, self._geometry)
         tokens, new = keys.shape[0], keys.astype(self.dtype).flatten(1)
         if self.shape.head_size_v:
-            new = mx.concatenate([new, finite(values.astype(self.dtype)).flatten(1)], axis=1)
+            new = mx.concatenate([new, values.astype(self.dtype).flatten(1)], axis=1)
+        broken = mx.sum(new - new, axis=1, keepdims=True)  # 0; NaN where an element is not finite
+        new = mx.where(broken == 0, new, self._broken_token)
         array = pages.array.reshape(-1, unit)
         array[units] = new.reshape(tokens, -1, unit)
         return Pages(array.reshape(pages.array.shape))

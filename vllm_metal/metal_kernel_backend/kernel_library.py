@@ -42,6 +42,8 @@ class Kernel:
     output_names: tuple[str, ...]
     body: str
     """MSL. Threadgroup arrays are declared here, each on a line that begins with `threadgroup`."""
+    large_inputs: tuple[str, ...] = ()
+    """Inputs that may hold gigabytes, row by row, and of which a launch touches a small part."""
 
     def in_order(self, inputs: Mapping[str, Any]) -> list[Any]:
         """The inputs in the order of `input_names`.
@@ -84,7 +86,7 @@ class MetalTarget(Target):
             header=library_text(kernel),
             source=kernel.body,
         )
-        return run
+        return _by_first_rows(kernel, run)
 
 
 class CudaTarget(Target):
@@ -102,7 +104,28 @@ class CudaTarget(Target):
             header=library,
             source=cuda_body(kernel),
         )
+        return _by_first_rows(kernel, run)
+
+
+def _by_first_rows(kernel: Kernel, run: Run) -> Run:
+    """Binds the first row of each large input: it begins where the input does, in its buffer.
+
+    MLX adds up the sizes of the arrays that operations bind, whether they are read or not, and
+    sends what it has encoded to the GPU each time the sum passes some megabytes
+    (`CommandEncoder::needs_commit` of its Metal and CUDA backends). A layer's pages alone would
+    pass them in every launch.
+    """
+    if not kernel.large_inputs:
         return run
+
+    def launch(inputs: Sequence[mx.array], **arguments: Any) -> list[mx.array]:
+        rows = [
+            array[:1] if name in kernel.large_inputs else array
+            for name, array in zip(kernel.input_names, inputs, strict=True)
+        ]
+        return run(inputs=rows, **arguments)
+
+    return launch
 
 
 def cuda_library(kernel: Kernel, resident: tuple[int, int] | None) -> str:

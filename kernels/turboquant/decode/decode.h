@@ -48,7 +48,7 @@ struct Decode {
   static constant constexpr int OWN_ROWS = OWN > TOKENS ? OWN / TOKENS : 1;
   static constant constexpr int SHARING = LANES > SCORES ? LANES / SCORES : 1;  // lanes of a score
   static constant constexpr int ROW_LANES = OWN < TOKENS ? SHARING * TOKENS / OWN : SHARING;
-  static constant constexpr int QUERY_MEMORY = R * LANES * 4;  // threadgroup uint4
+  static constant constexpr int QUERY_MEMORY = R * LANES * 2;  // threadgroup uint4
   static constant constexpr int RUN_WEIGHTS = (SCORES + 7) / 4 * 4;  // runs in different banks
   static constant constexpr int WEIGHTS = SIMDGROUPS * RUNS * RUN_WEIGHTS;
   static constant constexpr int SUMS = R * DV > WEIGHTS ? R * DV : WEIGHTS;
@@ -60,10 +60,10 @@ struct Decode {
     return score / TOKENS < R ? score / TOKENS : R - 1;
   }
 
-  template <typename T, typename Table, typename Lengths>
+  template <typename T>
   static METAL_FUNC void run(
       const device ushort* pages, const device T* queries, const device float* query_factors,
-      const device float* centre, Table block_table, Lengths seq_lens,
+      const device float* centre, const device int* block_table, const device int* seq_lens,
       const device float* key_coefficients, const device float* value_coefficients,
       const constant int* parameters, device float* partials, device float* states,
       threadgroup uint4* query_memory, threadgroup float* scratch, uint3 position, int simdgroup,
@@ -81,7 +81,7 @@ struct Decode {
     int window = decode.window;
     float softcap = decode.softcap;
 
-    threadgroup uint* query_words = (threadgroup uint*)query_memory;
+    threadgroup half* query_rows = (threadgroup half*)query_memory;
     threadgroup float* sums = scratch;  // [R, Dv], after the last token
     threadgroup float* row_scale = scratch + SUMS;
     threadgroup float* row_sum = row_scale + R;
@@ -95,7 +95,7 @@ struct Decode {
     float scale = SOFTCAP ? decode.scale / softcap : decode.scale * LOG2_E;
     QueryLoader<Layout, G, Q, R, LANES, SIMDGROUPS, SOFTCAP>::load(
         queries + ulong(request) * (Q * G * Layout::num_kv_heads * DK), query_factors, centre,
-        {kv_head, tile}, scale, {query_words, row_scale, row_sum, row_shift}, simdgroup, lane);
+        {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift}, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // The scores of a run of tokens are spread over its lanes: this lane owns OWN of them, of one
@@ -128,7 +128,7 @@ struct Decode {
     // The keys of a run are read while the values of the run before are added up.
     threadgroup float* run_weights =  // [PAIRS, ROWS, 2]
         scratch + (simdgroup * RUNS + run) * RUN_WEIGHTS;
-    const threadgroup uint* query_chunk = query_words + chunk * 4;
+    const threadgroup half* query_chunk = query_rows + chunk * 4;
     int table_row = request * decode.max_blocks;
     int last_run = (split_end - 1) & ~(TOKENS - 1);
     int first = split_first + simdgroup * STEP;
@@ -186,13 +186,14 @@ struct Decode {
         }
         UNROLL
         for (int r = 0; r < R; r++) {
-          uint4 words = *(const threadgroup uint4*)(query_chunk + (r * 4 + part) * LANES * 4);
+          uint2 words = *(const threadgroup uint2*)(query_chunk + (r * 4 + part) * LANES * 4);
+          half2 first = as_type<half2>(words.x), second = as_type<half2>(words.y);
           UNROLL
           for (int p = 0; p < PAIRS; p++) {
-            dots[r][p] = fma(as_type<half2>(words.x), keys[p][0], dots[r][p]);
-            dots[r][p] = fma(as_type<half2>(words.y), keys[p][1], dots[r][p]);
-            dots[r][p] = fma(as_type<half2>(words.z), keys[p][2], dots[r][p]);
-            dots[r][p] = fma(as_type<half2>(words.w), keys[p][3], dots[r][p]);
+            dots[r][p] = fma(half2(first.x, first.x), keys[p][0], dots[r][p]);
+            dots[r][p] = fma(half2(first.y, first.y), keys[p][1], dots[r][p]);
+            dots[r][p] = fma(half2(second.x, second.x), keys[p][2], dots[r][p]);
+            dots[r][p] = fma(half2(second.y, second.y), keys[p][3], dots[r][p]);
           }
         }
       }

@@ -6,10 +6,10 @@
 
 // R rows in threadgroup memory: rotated, scaled and rounded to half.
 struct QueryRows {
-  threadgroup uint* words;   // [R, 4, LANES, 4], each number in both halves: for two tokens
-  threadgroup float* scale;  // what the halves cannot hold, times the softmax scale
-  threadgroup float* sum;    // of the row: what a key's bias is multiplied by
-  threadgroup float* shift;  // its product with the centre that stored keys lack
+  threadgroup half* elements;  // [R, 4, LANES, 4]
+  threadgroup float* scale;    // what the halves cannot hold, times the softmax scale
+  threadgroup float* sum;      // of the row: what a key's bias is multiplied by
+  threadgroup float* shift;    // its product with the centre that stored keys lack
 };
 
 // Which KV head, and which of the tiles of R rows.
@@ -44,7 +44,7 @@ struct QueryLoader {
       }
       largest = simd_max(largest);
       float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
-      write(rows.words + r * LANES * CHUNK, q, inverse, lane);
+      write(rows.elements + r * LANES * CHUNK, q, inverse, lane);
       total = simd_sum(total);
       shift = simd_sum(shift);
       if (lane == 0) {
@@ -85,9 +85,9 @@ struct QueryLoader {
 
   // A rotated row as halves, zeros past its last chunk.
   static METAL_FUNC void write(
-      threadgroup uint* words, const thread Row& q, float inverse, int lane) {
+      threadgroup half* elements, const thread Row& q, float inverse, int lane) {
     for (int i = lane; i < LANES * CHUNK; i += SIMD_SIZE) {
-      words[i] = 0;
+      elements[i] = half(0.0f);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     UNROLL
@@ -96,9 +96,8 @@ struct QueryLoader {
       for (int i = 0; i < Row::W; i++) {
         if (Row::holds(lane)) {
           int index = Row::index(lane, block, i), quarter = index % CHUNK / 4;
-          half element = half(q.x[block][i] * inverse);
-          words[quarter * LANES * 4 + index / CHUNK * 4 + index % 4] =
-              as_type<uint>(half2(element, element));
+          elements[quarter * LANES * 4 + index / CHUNK * 4 + index % 4] =
+              half(q.x[block][i] * inverse);
         }
       }
     }

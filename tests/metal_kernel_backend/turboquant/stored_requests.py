@@ -46,9 +46,15 @@ class Case:
     head_size_v: int = 0
     """0: as the keys'."""
     padding: int = 0
+    value_dtype: mx.Dtype | None = None
+    """Of values; None: as keys and queries."""
 
     def __str__(self) -> str:
-        kind = str(self.dtype).removeprefix("mlx.core.")
+        kind = "+".join(
+            str(dtype).removeprefix("mlx.core.")
+            for dtype in (self.dtype, self.value_dtype)
+            if dtype
+        )
         sizes = f"{self.head_size}+{self.head_size_v}" if self.head_size_v else self.head_size
         return (
             f"{self.k_quant}/{self.v_quant}-D{sizes}-H{self.num_kv_heads}"
@@ -100,7 +106,7 @@ class Stored:
         else:
             values = keys[::-1]
         self.keys = mx.array(keys).astype(case.dtype)
-        self.values = mx.array(np.ascontiguousarray(values)).astype(case.dtype)
+        self.values = mx.array(np.ascontiguousarray(values)).astype(case.value_dtype or case.dtype)
         self.token = self.store(slice(None))
         mx.eval(self.token)
 

@@ -55,3 +55,9 @@ def test_names_of_buffers_are_words_of_their_own():
         for name in kernel.input_names:
             for suffix in ("_shape", "_strides", "_ndim"):
                 assert name + suffix not in kernel.body
+
+
+def test_pages_are_large_inputs():
+    for kernel in (STORE, DECODE, DEQUANTIZE):
+        assert kernel.large_inputs == ("pages",)
+    assert MERGE.large_inputs == ()

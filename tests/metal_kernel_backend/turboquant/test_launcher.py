@@ -34,9 +34,11 @@ CASES = [
     Case("uint2", "q8_0", 128, 1, 8, 1, mx.float32),
     Case("q8_0", "q4_0", 192, 2, 16, 2, head_size_v=128, padding=48),
     Case("uint4", "q3_0", 64, 3, 8, 4, mx.float32, head_size_v=96, padding=16),
+    Case("q6_0", "q5_0", 64, 1, 8, 3, mx.float32, value_dtype=mx.bfloat16),
+    Case("q4_0", "q2_0", 128, 1, 16, 1, mx.float16, value_dtype=mx.float32),
 ]
 """Every format, head size, block size, number of query heads and type in one case or another, keys
-longer than values, the reverse, and padded pages."""
+longer than values, the reverse, padded pages, and values of another type than keys."""
 
 
 def random_cases(count: int) -> list[Case]:
@@ -58,6 +60,7 @@ def random_cases(count: int) -> list[Case]:
             {"max_rows": one([1, 2, 4, 8]), "run_tokens": one([2, 4])},
             head_size_v=one([0, 0, 0, 64, 128]),
             padding=one([0, 0, 16, 4096]),
+            value_dtype=one([None, None, mx.float16, mx.bfloat16, mx.float32]),
         )
         for _ in range(count)
     ]

@@ -25,3 +25,8 @@ def test_the_declaration_has_the_fields_in_the_same_order():
 def test_missing_and_superfluous_members_are_named(values):
     with pytest.raises(ValueError, match=r"Pair has \['count', 'scale'\]; given: \['count'"):
         PAIR.array(**values)
+
+
+def test_more_members_than_the_constant_address_space_takes_are_refused():
+    with pytest.raises(ValueError, match="Many has 8 members, over 7"):
+        Parameters("Many", tuple(("int", f"member{i}") for i in range(8)))

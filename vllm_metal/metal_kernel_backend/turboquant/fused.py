@@ -13,7 +13,7 @@ from functools import cache
 import mlx.core as mx
 
 from vllm_metal.attention.backend import Chunk, ChunkMemory, LayerShape, Pages, Rows
-from vllm_metal.attention.metadata import AttentionMetadata, PrefillMetadata
+from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import causal_attention, causal_memory
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
@@ -21,6 +21,7 @@ from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
+from vllm_metal.metal_kernel_backend.turboquant.small_arrays import lengthened
 
 TILE_BYTES = 128 << 20
 """Bound on the keys and values that a chunk has in plain form at a time. One KV head is the least:
@@ -64,7 +65,8 @@ class TurboQuantFused(TurboQuantAttention):
     def store(
         self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata
     ) -> Pages:
-        arguments = pages.array, keys, values, metadata.slot_mapping, self._constants
+        slots = metadata.once(_slot_mapping)
+        arguments = pages.array, keys, values, slots, self._constants
         return Pages(pages.array, self.launcher.store(*arguments, pages.token))
 
     def decode(self, pages: Pages, rows: Rows) -> mx.array:
@@ -72,8 +74,8 @@ class TurboQuantFused(TurboQuantAttention):
         return self.launcher.decode(
             pages.array,
             rows.queries[:, None],
-            metadata.block_table,
-            metadata.seq_lens,
+            metadata.once(_block_table),
+            metadata.once(_seq_lens),
             self._constants,
             rows.scale,
             metadata.max_seq_len,
@@ -146,7 +148,7 @@ class TurboQuantFused(TurboQuantAttention):
         first, count = self._visible(metadata)
         keys, values = self.launcher.dequantize(
             pages.array,
-            metadata.block_table[0],
+            metadata.once(_request_blocks),
             self._constants,
             first,
             count,
@@ -158,6 +160,23 @@ class TurboQuantFused(TurboQuantAttention):
             keys[:, count - metadata.query_len :] = chunk.keys[heads]
             values[:, count - metadata.query_len :] = chunk.values[heads]
         return keys[None], values[None]
+
+
+def _slot_mapping(metadata: AttentionMetadata) -> mx.array:
+    return lengthened(metadata.slot_mapping, filler=-1)
+
+
+def _block_table(metadata: DecodeMetadata) -> mx.array:
+    return lengthened(metadata.block_table, filler=0)
+
+
+def _seq_lens(metadata: DecodeMetadata) -> mx.array:
+    return lengthened(metadata.seq_lens, filler=0)
+
+
+def _request_blocks(metadata: PrefillMetadata) -> mx.array:
+    """Blocks of the one request."""
+    return lengthened(metadata.block_table[0], filler=0)
 
 
 def _token(pages: Pages) -> mx.array:

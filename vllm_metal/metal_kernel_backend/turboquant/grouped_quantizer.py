@@ -29,6 +29,7 @@ from vllm_metal.metal_kernel_backend.turboquant.quantizer import (
     MAX_SCALE,
     Quantized,
     multiples,
+    nan_unless_finite,
 )
 from vllm_metal.metal_kernel_backend.turboquant.rotation import tree_sum
 
@@ -77,7 +78,9 @@ class GroupedQuantizer:
 
     def _quantize(self, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Vectors [N, D] to codes [N, D], scales [N] and levels [N, D / 16]."""
-        magnitude = mx.minimum(mx.abs(y), COORDINATE_LIMIT).reshape(
+        magnitude = mx.abs(y)
+        largest = mx.max(magnitude, axis=-1)
+        magnitude = mx.minimum(magnitude, COORDINATE_LIMIT).reshape(
             -1, 1, self.num_groups, 1, GROUP_SIZE
         )
         reach = mx.max(magnitude, axis=-1, keepdims=True)
@@ -102,7 +105,8 @@ class GroupedQuantizer:
             mx.take_along_axis(x.reshape(flat), best, axis=1).squeeze(1)
             for x in (along / energy, steps, levels)
         )
-        scale = mx.minimum(scale.squeeze(-1), MAX_SCALE).astype(mx.float16)
+        scale = nan_unless_finite(mx.minimum(scale.squeeze(-1), MAX_SCALE), largest)
+        scale = scale.astype(mx.float16)
         return mx.where(y >= 0, self.half + steps, self.half - 1 - steps), scale, levels
 
     def _levels(self, reach: mx.array, scales: mx.array) -> mx.array:

@@ -20,6 +20,8 @@ AFTER = "after"
 """The input of every kernel that touches pages which the kernel does not read: the token of an
 earlier store, bound so that the GPU runs this kernel after it."""
 
+PAGES = "pages"
+
 BODY = """
   using Layout = PageLayout<PAGE_LAYOUT_ARGUMENTS>;
 {arrays}
@@ -54,7 +56,13 @@ def _kernel(
         arguments=", ".join([*buffers, *(array for _, array, _ in arrays)]),
     )
     return Kernel(
-        f"turboquant_{name}", f"turboquant/{header}", constants_header(), inputs, outputs, body
+        f"turboquant_{name}",
+        f"turboquant/{header}",
+        constants_header(),
+        inputs,
+        outputs,
+        body,
+        large_inputs=tuple(name for name in inputs if name == PAGES),
     )
 
 
@@ -62,7 +70,7 @@ STORE = _kernel(
     "store",
     "store.h",
     "store_vectors<Layout, SIMDGROUPS>",
-    ("pages", "keys", "values", "slot_mapping", "centre", "key_factors", "value_factors")
+    (PAGES, "keys", "values", "slot_mapping", "centre", "key_factors", "value_factors")
     + ("key_codebook", "value_codebook", "parameters", AFTER),
     ("token",),
     (("uchar", "codes", "SIMDGROUPS * StoreScratch<Layout>::SIZE"),),
@@ -74,11 +82,11 @@ DECODE = _kernel(
     "decode",
     "decode/decode.h",
     f"{ATTENTION}::run",
-    ("pages", "queries", "query_factors", "centre", "block_table", "seq_lens")
+    (PAGES, "queries", "query_factors", "centre", "block_table", "seq_lens")
     + ("key_codebook", "value_codebook", "parameters", AFTER),
     ("partials", "states"),
     (
-        ("uint4", "query_words", f"{ATTENTION}::QUERY_MEMORY"),
+        ("uint4", "query_rows", f"{ATTENTION}::QUERY_MEMORY"),
         ("float", "scratch", f"{ATTENTION}::SCRATCH"),
     ),
 )
@@ -97,7 +105,7 @@ DEQUANTIZE = _kernel(
     "dequantize",
     "dequantize.h",
     "dequantize_tokens<Layout, SIMDGROUPS>",
-    ("pages", "block_table", "centre", "query_factors", "value_factors")
+    (PAGES, "block_table", "centre", "query_factors", "value_factors")
     + ("key_codebook", "value_codebook", "parameters", AFTER),
     ("keys", "values"),
     (("float", "scratch", "SIMDGROUPS * DequantizeScratch<Layout>::SIZE"),),

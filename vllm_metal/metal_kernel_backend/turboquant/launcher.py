@@ -10,7 +10,8 @@ else guards that.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -27,14 +28,9 @@ from vllm_metal.metal_kernel_backend.turboquant.kernels import (
     codebook,
 )
 from vllm_metal.metal_kernel_backend.turboquant.layout import BLOCK_SIZE_STEP, PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.splits import (
-    core_count,
-    plan_decode,
-    resident_threadgroups,
-    rows_per_simdgroup,
-)
+from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW, lengthened
+from vllm_metal.metal_kernel_backend.turboquant.splits import DECODE_SIMDGROUPS, Gpu, plan_decode
 
-DECODE_SIMDGROUPS = 4
 MERGE_SIMDGROUPS = 8
 STORE_SIMDGROUPS = 4
 MAX_QUERY_TOKENS = 8
@@ -64,27 +60,26 @@ class Launcher:
     layout: PageLayout
     target: Target
     num_cores: int = 0
-    """Cores of the GPU; 0 asks the device."""
+    """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""
     max_rows: int = 0
-    """Query rows that a simdgroup serves at most, 1 to 8; 0 chooses by device. Each takes 16
-    registers of 32 bits for its output: Apple GPUs before M3 have 128 in all."""
     run_tokens: int = 0
-    """Neighbouring tokens that a lane reads at a time, 2 or 4; 0 chooses by device: 4 hides more
-    latency, 2 needs fewer registers."""
     _built: dict[tuple[str, int], Run] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         layout = self.layout
-        self.num_cores = self.num_cores or core_count(self.target)
-        self.max_rows = self.max_rows or rows_per_simdgroup(self.target)
-        self.run_tokens = self.run_tokens or (2 if self.target.name == "metal" else 4)
+        gpu = Gpu.of(self.target)
         largest = max(layout.key_head_size, layout.value_head_size)
-        self.max_rows = max(1, min(self.max_rows, MAX_HELD // largest))
+        self.gpu = replace(
+            gpu,
+            cores=self.num_cores or gpu.cores,
+            max_rows=max(1, min(self.max_rows or gpu.max_rows, MAX_HELD // largest)),
+            run_tokens=self.run_tokens or gpu.run_tokens,
+        )
         self._template = layout.template()
         self.key_codebook = codebook(layout.key_format, layout.key_head_size)
         self.value_codebook = codebook(layout.value_format, layout.value_head_size)
         self._no_token = mx.array([0] * TOKEN_WORDS, mx.uint32)
-        self._no_sinks = mx.array([0.0] * 8)
+        self._no_sinks = mx.array([0.0] * CONSTANT_BELOW)
 
     def no_token(self) -> mx.array:
         """A token for pages to which nothing has been stored yet."""
@@ -94,7 +89,7 @@ class Launcher:
         self,
         pages: mx.array,  # uint16 layout.pages_shape
         keys: mx.array,  # [T, H, Dk] float16, bfloat16 or float32
-        values: mx.array,  # [T, H, Dv], as keys
+        values: mx.array,  # [T, H, Dv], any of these types
         slot_mapping: mx.array,  # [T] int32, block * block_size + offset; below 0: skipped
         constants: LayerConstants,
         token: mx.array | None = None,
@@ -111,7 +106,7 @@ class Launcher:
                 "pages": pages,
                 "keys": keys,
                 "values": values,
-                "slot_mapping": slot_mapping,
+                "slot_mapping": lengthened(slot_mapping, filler=-1),
                 "centre": constants.centre,
                 "key_factors": constants.key_factors,
                 "value_factors": constants.value_factors,
@@ -154,13 +149,7 @@ class Launcher:
         visible = max_seq_len
         if window:  # a split begins at a multiple of a block's step
             visible = min(max_seq_len, window + num_queries + BLOCK_SIZE_STEP)
-        plan = plan_decode(
-            heads_per_kv_head * num_queries,
-            batch * num_kv_heads,
-            visible,
-            self.max_rows,
-            self.num_cores,
-        )
+        plan = plan_decode(self.gpu, heads_per_kv_head * num_queries, batch * num_kv_heads, visible)
         settings = parameters.DECODE.array(
             split_tokens=plan.split_tokens,
             num_splits=plan.num_splits,
@@ -170,7 +159,11 @@ class Launcher:
             softcap=softcap,
         )
         template = {"G": heads_per_kv_head, "Q": num_queries}
-        shared = {"queries": queries, "centre": constants.centre, "seq_lens": seq_lens}
+        shared = {
+            "queries": queries,
+            "centre": constants.centre,
+            "seq_lens": lengthened(seq_lens, filler=0),
+        }
         split_rows = batch, plan.num_splits, num_queries * heads
         value_size = self.layout.value_head_size
         partials, states = self._launch(
@@ -179,20 +172,25 @@ class Launcher:
                 **shared,
                 "pages": pages,
                 "query_factors": constants.query_factors,
-                "block_table": block_table,
+                "block_table": lengthened(block_table, filler=0),
                 "key_codebook": self.key_codebook,
                 "value_codebook": self.value_codebook,
                 "parameters": settings,
                 AFTER: token,
             },
-            {**template, "R": plan.rows, "TOKENS": self.run_tokens, "SOFTCAP": int(softcap > 0)},
+            {
+                **template,
+                "R": plan.rows,
+                "TOKENS": self.gpu.run_tokens,
+                "SOFTCAP": int(softcap > 0),
+            },
             DECODE_SIMDGROUPS,
             (num_kv_heads * plan.tiles, plan.num_splits, batch),
             {
                 "partials": ((*split_rows, value_size), mx.float32),
-                "states": ((*split_rows, 2), mx.float32),
+                "states": ((max(2 * prod(split_rows), CONSTANT_BELOW),), mx.float32),
             },
-            resident_threadgroups(plan.rows),
+            self.gpu.resident_threadgroups(plan.rows),
         )
         return self._launch(
             MERGE,
@@ -201,7 +199,7 @@ class Launcher:
                 "partials": partials,
                 "states": states,
                 "value_factors": constants.value_factors,
-                "sinks": self._no_sinks if sinks is None else sinks.astype(mx.float32),
+                "sinks": self._no_sinks if sinks is None else _float_sinks(sinks),
                 "parameters": settings,
             },
             {**template, "SINKS": int(sinks is not None)},
@@ -235,7 +233,7 @@ class Launcher:
             DEQUANTIZE,
             {
                 "pages": pages,
-                "block_table": block_table,
+                "block_table": lengthened(block_table, filler=0),
                 "centre": constants.centre,
                 "query_factors": constants.query_factors,
                 "value_factors": constants.value_factors,
@@ -289,3 +287,7 @@ class Launcher:
             output_shapes=list(shapes),
             output_dtypes=list(dtypes),
         )
+
+
+def _float_sinks(sinks: mx.array) -> mx.array:
+    return lengthened(sinks.astype(mx.float32), filler=0)

@@ -10,17 +10,28 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW
+
 NUMPY_TYPES = {"int": np.int32, "float": np.float32}
 """By the type's name in Metal."""
 
 
+MAX_MEMBERS = CONSTANT_BELOW - 1
+"""So many words lie in the constant address space, where all threads read a parameter at the cost
+of one."""
+
+
 @dataclass(frozen=True)
 class Parameters:
-    """A struct of 32-bit numbers."""
+    """A struct of 32-bit numbers. Raises ValueError for more than `MAX_MEMBERS`."""
 
     name: str
     fields: tuple[tuple[str, str], ...]
     """(type, name) of each member; the types are those of `NUMPY_TYPES`."""
+
+    def __post_init__(self) -> None:
+        if len(self.fields) > MAX_MEMBERS:
+            raise ValueError(f"{self.name} has {len(self.fields)} members, over {MAX_MEMBERS}")
 
     def declaration(self) -> str:
         """The struct in Metal's language."""

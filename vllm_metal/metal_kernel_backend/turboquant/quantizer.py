@@ -14,8 +14,11 @@ A rotated vector y is stored as codes and a scale:
 Affine formats first subtract bias = (max + min) / 2, rounded to float16, and store it.
 
 Every operation is in float32 and rounded on its own (no fused multiply-add); sums are
-`rotation.tree_sum`. So the stored bytes are defined, and kernels are held to them. Only where y has
-a NaN, the scale is one, and the codes mean nothing.
+`rotation.tree_sum`. So the stored bytes are defined, and kernels are held to them.
+
+Where y has a coordinate that is NaN or infinite, the scale is NaN and the codes mean nothing. So
+the output of every query that sees the vector is NaN. A query that does not see it is not touched:
+codes stand for finite numbers, and weights of 0 take no scale.
 """
 
 from collections.abc import Sequence
@@ -101,6 +104,7 @@ class Quantizer:
         The axes of 1 hold M midpoints or 2 sums, and 5 candidates, on the way.
         """
         biases = None
+        reach = mx.max(mx.abs(y), axis=-1, keepdims=True)
         if self.has_bias is not None:
             y = mx.clip(y, -COORDINATE_LIMIT, COORDINATE_LIMIT)
             biases = mx.where(self.has_bias, _middle(y), mx.array(0, mx.float16))
@@ -113,7 +117,7 @@ class Quantizer:
         if self.unbiased is not None:
             norm = tree_sum(magnitude * magnitude)
             scales = mx.where(self.unbiased, norm / mx.where(along > 0, along, 1.0), scales)
-        scales = mx.minimum(scales, MAX_SCALE).astype(mx.float16)
+        scales = nan_unless_finite(mx.minimum(scales, MAX_SCALE), reach).astype(mx.float16)
         scales = mx.take_along_axis(scales, best, axis=-2)
         steps = mx.take_along_axis(steps, best, axis=-2)
         codes = mx.where(y >= 0, self.half + steps, self.half - 1 - steps)
@@ -173,6 +177,11 @@ class Quantizer:
         c1 is a power of two, so width * i is scale * (c1 i).
         """
         return multiples(magnitude, largest * self.widths, self.last)
+
+
+def nan_unless_finite(scales: mx.array, reach: mx.array) -> mx.array:
+    """Scales of vectors whose largest magnitude is `reach`: NaN where that is NaN or infinite."""
+    return scales + (reach - reach)
 
 
 def multiples(magnitude: mx.array, width: mx.array, last: mx.array | int) -> mx.array:

@@ -15,7 +15,6 @@ from vllm_metal.attention.slots import split_slots
 from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     causal_memory,
-    finite,
     softmax_with_sinks,
     valid_tokens,
 )
@@ -62,7 +61,7 @@ class TurboQuantReference(TurboQuantAttention):
     def store(
         self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata
     ) -> Pages:
-        packed = self._slots.pack(self._codec.quantize(keys, finite(values)))
+        packed = self._slots.pack(self._codec.quantize(keys, values))
         indices = metadata.once(_slot_indices, self._slots)
         return Pages(self._slots.store(pages.array, packed, indices))
 

@@ -1,21 +1,54 @@
-"""How the decode kernel's work is cut to fit a GPU: splits of the tokens, rows of a simdgroup."""
+"""How the decode kernel's work is cut to fit a GPU: rows of a simdgroup, splits of the tokens."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-import mlx.core as mx
-
+from vllm_metal.metal_kernel_backend.gpu_cores import core_count
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 
-SPLIT_STEP = 64
-"""Tokens; a split is a multiple. A threadgroup reads as many at once at head size 128."""
+DECODE_SIMDGROUPS = 4
+"""Simdgroups of a threadgroup."""
 
-APPLE_CORES = {"p": 6, "g": 20, "s": 40, "d": 80}
-"""The most cores of the GPUs whose architecture ends in this letter: phones, M and Pro, Max, Ultra.
-MLX tells no number of cores; splitting for too many costs little."""
+RUNS_AT_ONCE = 4
+"""Runs of neighbouring tokens that a simdgroup reads at a time at head size 128."""
 
-CUDA_CORES = 132
-"""Assumed where MLX does not tell."""
+MAX_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the cut depends on."""
+
+    cores: int
+    max_rows: int
+    """Query rows that a simdgroup serves at most, 1 to 8. Each takes 16 registers of 32 bits for
+    its output."""
+    run_tokens: int
+    """Neighbouring tokens that a lane reads at a time, 2 or 4: 4 hides more latency, 2 needs fewer
+    registers."""
+    threadgroups_per_core: int
+    """Threadgroups that a core holds at a time with up to 4 rows."""
+
+    @classmethod
+    def of(cls, target: Target) -> "Gpu":
+        """The GPU that `target` runs on.
+
+        Apple GPUs have 96 to 128 registers a thread: 4 rows fit or nearly fit, 8 do not. A core
+        holds 24 simdgroups whatever they need (docs/kernels.md, "Registers"). On NVIDIA 3
+        threadgroups leave 168 registers a thread, and 2 leave 255, which is room for 8 rows.
+        """
+        if target.name == "metal":
+            return cls(core_count(target), max_rows=4, run_tokens=2, threadgroups_per_core=6)
+        return cls(core_count(target), max_rows=8, run_tokens=4, threadgroups_per_core=3)
+
+    @property
+    def split_step(self) -> int:
+        """Tokens that a threadgroup reads at a time at head size 128; a split is a multiple."""
+        return DECODE_SIMDGROUPS * RUNS_AT_ONCE * self.run_tokens
+
+    def resident_threadgroups(self, rows: int) -> int:
+        """Threadgroups that a core holds at a time, for `rows` query rows of a simdgroup."""
+        return self.threadgroups_per_core if rows <= 4 else 2
 
 
 @dataclass(frozen=True)
@@ -30,73 +63,32 @@ class DecodePlan:
     num_splits: int
 
 
-def plan_decode(
-    query_rows: int, kv_heads: int, tokens: int, max_rows: int, num_cores: int
-) -> DecodePlan:
+def plan_decode(gpu: Gpu, query_rows: int, kv_heads: int, tokens: int) -> DecodePlan:
     """The plan of one decode step.
 
     Args:
+        gpu: that runs it.
         query_rows: of a KV head: its query heads times the query tokens of a request.
         kv_heads: of all requests together.
         tokens: that the rows of the longest request see.
-        max_rows: query rows that a simdgroup serves at most.
-        num_cores: of the GPU.
     """
-    tiles = -(-query_rows // max_rows)
+    tiles = -(-query_rows // gpu.max_rows)
     rows = -(-query_rows // tiles)
-    resident = num_cores * resident_threadgroups(rows)
-    return DecodePlan(rows, tiles, *splits(tokens, kv_heads * tiles, resident))
+    resident = gpu.cores * gpu.resident_threadgroups(rows)
+    return DecodePlan(rows, tiles, *splits(tokens, kv_heads * tiles, resident, gpu.split_step))
 
 
 @lru_cache(maxsize=4096)
-def splits(tokens: int, threadgroups: int, resident: int) -> tuple[int, int]:
-    """(tokens of a split, splits) for the longest request, at most 128 splits.
+def splits(tokens: int, threadgroups: int, resident: int, step: int) -> tuple[int, int]:
+    """(tokens of a split, splits) for the longest request, at most `MAX_SPLITS` splits.
 
-    `threadgroups` are needed per split, `resident` of them run at a time. One wave that fills the
-    GPU is best; where no number of splits gives one, about two and a half waves keep the ends even
-    (measured on an H200, see docs/kernels.md).
+    `threadgroups` are needed per split, `resident` of them run at a time, and a split is a multiple
+    of `step` tokens. One wave that fills the GPU is best; where no number of splits gives one,
+    about two and a half waves keep the ends even (measured on an H200, see docs/kernels.md).
     """
-    steps = -(-max(tokens, 1) // SPLIT_STEP)
+    steps = -(-max(tokens, 1) // step)
     count = resident // threadgroups
     if count * threadgroups < 0.9 * resident:
         count = round(2.6 * resident / threadgroups)
-    split_steps = -(-steps // max(1, min(count, steps, 128)))
-    return split_steps * SPLIT_STEP, -(-steps // split_steps)
-
-
-def resident_threadgroups(rows: int) -> int:
-    """Threadgroups that a core is to hold at a time, for `rows` query rows per simdgroup.
-
-    A threadgroup is 128 threads. For up to 4 rows 3 threadgroups leave 168 registers a thread on
-    NVIDIA and 128, all there are, on Apple GPUs before M3.
-    """
-    return 3 if rows <= 4 else 2
-
-
-def core_count(target: Target) -> int:
-    """Cores of the GPU that `target` runs on."""
-    if target.name == "host":
-        return 1
-    info = mx.device_info()
-    for key in ("multi_processor_count", "gpu_core_count"):
-        if key in info:
-            return int(info[key])
-    if target.name == "cuda":
-        return CUDA_CORES
-    return APPLE_CORES.get(_architecture()[-1:], APPLE_CORES["s"])
-
-
-def rows_per_simdgroup(target: Target) -> int:
-    """Query rows that a simdgroup serves at most, by the registers of the GPU.
-
-    Apple GPUs up to M2 (architectures g13 and g14) have 128 registers a thread, later ones take
-    more from their cache.
-    """
-    if target.name != "metal":
-        return 8
-    return 4 if any(name in _architecture() for name in ("g13", "g14")) else 8
-
-
-def _architecture() -> str:
-    """Of an Apple GPU, e.g. `applegpu_g14s`."""
-    return str(mx.device_info().get("architecture", ""))
+    split_steps = -(-steps // max(1, min(count, steps, MAX_SPLITS)))
+    return split_steps * step, -(-steps // split_steps)

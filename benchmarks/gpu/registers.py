@@ -1,0 +1,77 @@
+"""Registers and spills of the decode kernel under the bounds of Apple GPUs, as nvcc allocates them.
+
+    python benchmarks/gpu/registers.py [--output registers.txt]
+
+Needs nvcc (CUDA 12 or later) and no GPU. This is a stand-in for Apple's compiler: the same text,
+with the two tokens that a lane reads at a time on Apple GPUs, is compiled for sm_90 with as many
+registers of 32 bits as a thread has there. M1 and M2 have 128 and M5 has 126; M4 stops at 96, and
+M3 is taken to do the same (docs/kernels.md names the sources). A spilt value is stored to memory
+and loaded again in the inner loop.
+"""
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cuda_program import Instantiation, cuda_program, decode_instantiation
+
+BOUNDS = (128, 96)
+"""Registers of a thread."""
+
+CASES = [
+    (pair, heads, rows)
+    for pair in (("q8_0", "q3_0"), ("q4_0", "q3_0"), ("q6_0", "q4_0"), ("q5_0", "q4_0"))
+    for heads, rows in ((1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (4, 2), (8, 8))
+]
+"""Formats, query heads of a KV head, and the most query rows of a simdgroup."""
+
+
+def allocated(made_for: Instantiation, registers: int) -> tuple[int, int]:
+    """Registers, and bytes of spilt values that a thread stores."""
+    unbound = replace(made_for, resident=None)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "decode.cu"
+        source.write_text(cuda_program(unbound, "decode"))
+        command = ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-maxrregcount={registers}"]
+        result = subprocess.run(
+            [*command, "-o", Path(folder) / "decode.cubin", source],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    used = re.search(r"Used (\d+) registers", result.stderr)
+    spilt = re.search(r"(\d+) bytes spill stores", result.stderr)
+    return int(used.group(1)), int(spilt.group(1))
+
+
+def table(cases: Sequence[tuple[tuple[str, str], int, int]]) -> None:
+    """Prints a row for each case."""
+    print("formats      heads rows   at most 128: used, spilt   at most 96: used, spilt")
+    for pair, heads, most_rows in cases:
+        made_for = decode_instantiation(pair, heads, max_rows=most_rows, run_tokens=2)
+        rows = dict(made_for.template)["R"]
+        found = [allocated(made_for, registers) for registers in BOUNDS]
+        columns = "".join(f"{used:16} {spilt:4} bytes" for used, spilt in found)
+        print(f"{'/'.join(pair):12} {heads:5} {rows:4}{columns}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="where to write the table, instead of the terminal")
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        output = (
+            stack.enter_context(open(arguments.output, "w")) if arguments.output else sys.stdout
+        )
+        stack.enter_context(contextlib.redirect_stdout(output))
+        table(CASES)
+
+
+if __name__ == "__main__":
+    main()
