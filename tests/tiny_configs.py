@@ -106,6 +106,13 @@ WINDOWED: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
     },
 }
 RECURRENT: dict[str, dict[str, Any]] = {
@@ -152,6 +159,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba"],
+        "position_embedding_type": "rope",
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.2,
         "logits_scaling": 2.0,

@@ -133,10 +133,19 @@ def earlier_config(name: str, scaling: Mapping[str, Any] | None = None) -> dict[
             text.pop(key, None)
     text |= copy.deepcopy(_GIVEN.get(name, {}))
     if scaling is not None:
-        text["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+        _scale(text, scaling)
     return {
         key: value for key, value in config.items() if value is not None or key == "rope_scaling"
     }
+
+
+def _scale(text: dict[str, Any], scaling: Mapping[str, Any]) -> None:
+    """Puts a scaling where the configuration has its rotary embeddings."""
+    if "rope_parameters" not in text:
+        text["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+        return
+    parameters = text["rope_parameters"]
+    parameters.get("full_attention", parameters).update(scaling)
 
 
 def as_transformers_writes(config: Mapping[str, Any]) -> dict[str, Any]:

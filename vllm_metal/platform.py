@@ -4,10 +4,12 @@ Runs in every process that vLLM starts, also in those that never load a model, s
 imported here.
 """
 
+import json
 import platform as host
 import random
+from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from vllm_metal import config
 from vllm_metal.errors import UserError
 from vllm_metal.machine import device
 from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.model import weight_formats
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -69,9 +72,26 @@ class MetalPlatform(Platform):
     @classmethod
     def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
         """vLLM calls it before it reads a model's configuration."""
-        from vllm_metal.model.register_models import register_model_types
+        from vllm_metal.model import quantization_config  # noqa: F401, registers itself
+        from vllm_metal.model.register_models import register_model_types, register_text_models
 
         register_model_types()
+        register_text_models()
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        """vLLM calls it with what the checkpoint has, or what `--quantization` asks for.
+
+        Raises:
+            UserError: the weights would have to be quantised while loading.
+        """
+        from vllm_metal.model.quantization_config import NAME
+
+        if quant != NAME:
+            raise UserError(
+                f"--quantization {quant} is not supported: weights are served as the checkpoint "
+                "has them (mlx_lm.convert quantises them)"
+            )
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
@@ -168,25 +188,41 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
     model = vllm_config.model_config
     if model is None:
         return []
-    reasons = []
+    reasons = list(_unknown_model(model))
     if model.runner_type != "generate":
         reasons.append(f"--runner {model.runner_type}: only text generation is supported")
     if model.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
-    if model.hf_overrides:
-        reasons.append(
-            "--hf-overrides is not supported: mlx-lm reads the model's config.json; change it there"
-        )
+    if callable(model.hf_overrides):
+        reasons.append("--hf-overrides as a function is not supported (allowed: a dictionary)")
     if model.enable_prompt_embeds:
         reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
     if model.skip_tokenizer_init and compresses:
         reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
-    if model.quantization is not None:
-        reasons.append(
-            f"weights quantised with {model.quantization} are not supported "
-            "(MLX-quantised and unquantised checkpoints are)"
-        )
+    if reason := weight_formats.refusal(_weight_settings(model)):
+        reasons.append(reason)
     return reasons
+
+
+def _unknown_model(model: "ModelConfig") -> Iterator[str]:
+    from vllm_metal.model.register_models import served_model_types
+
+    model_type, known = model.hf_config.model_type, served_model_types()
+    if model_type not in known and not hasattr(model.hf_config, "model_file"):
+        yield (
+            f"architecture {', '.join(model.architectures)}: mlx-lm has no model of the type "
+            f"{model_type} (it has: {', '.join(sorted(known, key=str.lower))})"
+        )
+
+
+def _weight_settings(model: "ModelConfig") -> dict[str, Any]:
+    """What `config.json` says about the format of the weights, as vLLM has read it."""
+    return {
+        "model_type": model.hf_config.model_type,
+        "text_config": {"model_type": model.hf_text_config.model_type},
+        "quantization": getattr(model.hf_config, "quantization", None),
+        "quantization_config": model.model_arch_config.quantization_config,
+    }
 
 
 def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
@@ -198,7 +234,10 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
         return
-    if _has_recurrent_state(model.model, model.revision, model.trust_remote_code):
+    load_fast_blas()  # before MLX is first imported
+    from vllm_metal.model.model_loader import load_arguments
+
+    if _has_recurrent_state(model.model, json.dumps(load_arguments(model))):
         cache.enable_prefix_caching = False
         cache.mamba_cache_mode = "none"
         cache.mamba_block_size = model.max_model_len
@@ -206,13 +245,12 @@ def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
 
 
 @cache
-def _has_recurrent_state(model: str, revision: str | None, trust_remote_code: bool) -> bool:
-    """Read once: vLLM checks a configuration many times."""
-    load_fast_blas()  # before MLX is first imported
+def _has_recurrent_state(model: str, load_arguments: str) -> bool:
+    """Read once, by what the structure depends on: vLLM checks a configuration many times."""
     from vllm_metal.model.layer_kinds import has_recurrent_state
     from vllm_metal.model.model_loader import load_structure
 
-    return has_recurrent_state(load_structure(model, revision, trust_remote_code))
+    return has_recurrent_state(load_structure(model, **json.loads(load_arguments)))
 
 
 def text_only(model: "ModelConfig") -> None:

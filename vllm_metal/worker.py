@@ -58,7 +58,10 @@ class MetalWorker(WorkerBase):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config = self.model_config
         model = model_loader.load_model(
-            config.model, config.dtype, config.revision, config.trust_remote_code
+            config.model,
+            config.dtype,
+            **model_loader.load_arguments(config),
+            max_model_len=config.max_model_len,
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)

@@ -4,16 +4,27 @@ import json
 import pickle
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
+import torch
+import vllm.model_executor.models.registry as vllm_registry
+import vllm.transformers_utils.config as vllm_config
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
+from tests import transformers_checkpoints
 from tests.serving import Serving
 from tests.tiny_models import save_checkpoint, tiny_model
 from vllm_metal.model import register_models
-from vllm_metal.model.register_models import MlxLmConfig, mlx_lm_model_types, register_model_types
+from vllm_metal.model.register_models import (
+    MlxLmConfig,
+    mlx_lm_model_types,
+    register_model_types,
+    register_text_models,
+    served_model_types,
+)
 
 PROMPT = [5, 3, 8, 1, 9, 2, 7] * 4
 
@@ -21,6 +32,7 @@ PROMPT = [5, 3, 8, 1, 9, 2, 7] * 4
 @pytest.fixture(autouse=True)
 def registered():
     register_model_types()
+    register_text_models()
 
 
 def test_every_model_file_is_known_afterwards():
@@ -102,3 +114,43 @@ def test_a_checkpoints_own_code_is_used_where_it_is_trusted(tmp_path):
     trusted = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert type(trusted).__name__ == "OwnConfig"
     assert isinstance(AutoConfig.from_pretrained(folder, trust_remote_code=False), MlxLmConfig)
+
+
+def test_types_that_mlx_lm_runs_with_the_file_of_another():
+    assert {"mistral", "qwen2_5_vl", "kimi_k2"} <= served_model_types() - mlx_lm_model_types()
+    assert served_model_types() == mlx_lm_model_types() | set(mlx_lm.utils.MODEL_REMAPPING)
+
+
+@pytest.mark.parametrize("table", [None, [], {}, ["llama"], {1: "llama"}], ids=str)
+@pytest.mark.parametrize(
+    ("module", "name", "use"),
+    [
+        (vllm_config, "_CONFIG_REGISTRY", register_model_types),
+        (vllm_registry, "_MULTIMODAL_MODELS", register_text_models),
+    ],
+)
+def test_a_table_of_vllms_that_is_not_what_it_was(monkeypatch, module, name, use, table):
+    """vLLM does not promise to keep it; to go on without it would go wrong much later."""
+    monkeypatch.setattr(module, name, table)
+    with pytest.raises(RuntimeError, match=f"no table {name}; vllm_metal needs vLLM 0.32"):
+        use()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma3", "mistral3"])
+def test_the_language_model_of_a_checkpoint_with_a_vision_part(make_config, tmp_path, model_type):
+    """vLLM does not import the vision part, and so needs none of its packages."""
+    folder = transformers_checkpoints.save(tmp_path / "model", model_type)
+    config = make_config(model=str(folder))
+    assert config.model_config.multimodal_config is None
+    [generated] = Serving(config).generate([PROMPT])
+    model = transformers_checkpoints.make_model(model_type)
+    tokens = list(PROMPT)
+    with torch.inference_mode():
+        for _ in generated:
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert generated == tokens[len(PROMPT) :]
+
+
+def test_architectures_that_only_transformers_knows_reach_our_own_refusal():
+    architectures = set(ModelRegistry.get_supported_archs())
+    assert {"XGLMForCausalLM", "Qwen3VLForConditionalGeneration"} <= architectures

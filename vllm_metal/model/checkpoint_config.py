@@ -5,6 +5,7 @@ other names are added beside it: `rope_parameters`, aliases such as `num_experts
 `num_local_experts`, and patterns that `layer_types` replaced.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,18 @@ def read_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Che
     """
     if not (folder / "config.json").exists():
         raise UserError(f"{str(folder)!r} holds no config.json")
-    written = _overridden(load_config(folder), overrides or {})
+    written = _overridden(_with_modelopt(load_config(folder), folder), overrides or {})
     return CheckpointConfig(written, with_mlx_lm_keys(written))
+
+
+def _with_modelopt(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With what older versions of NVIDIA's ModelOpt write into a file of its own."""
+    file = folder / "hf_quant_config.json"
+    if "quantization_config" in config or not file.exists():
+        return config
+    return config | {
+        "quantization_config": {"quant_method": "modelopt", **json.loads(file.read_text())}
+    }
 
 
 def with_mlx_lm_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,9 +126,15 @@ def _patterns(config: Mapping[str, Any]) -> Sequence[tuple[str, int]]:
 
 
 def _granitemoehybrid(config: Mapping[str, Any]) -> dict[str, Any]:
-    """mlx-lm reads the layer types under the names of before transformers 5.13."""
+    """mlx-lm reads the layer types under the names of before transformers 5.13.
+
+    Without a type of position embedding transformers has none, and mlx-lm has rotary ones.
+    """
     names = {"linear_attention": "mamba", "full_attention": "attention"}
-    return {"layer_types": [names.get(name, name) for name in config.get("layer_types") or ()]}
+    return {
+        "layer_types": [names.get(name, name) for name in config.get("layer_types") or ()],
+        "position_embedding_type": config.get("position_embedding_type") or "nope",
+    }
 
 
 def _exaone4(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,13 +99,15 @@ def _readings(text: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[s
     if not nested:
         return [read, {**read, **said}]
     partial = {key: said[key] for key in ("partial_rotary_factor",) if key in said}
-    thetas = [text[key] for key in SLIDING_THETA_KEYS if text.get(key) is not None]
-    sliding = {**partial, **({"rope_theta": thetas[0]} if thetas else {})}
-    earlier = {
-        name: {**values, **(said if name == "full_attention" else sliding)}
-        for name, values in nested.items()
-    }
-    return [read, earlier]
+    local = [{"rope_theta": text[k]} for k in SLIDING_THETA_KEYS if text.get(k) is not None]
+    same = {key: said[key] for key in ("rope_theta",) if key in said}  # in windows, too
+    return [read] + [
+        {
+            name: {**values, **(said if name == "full_attention" else {**partial, **theta})}
+            for name, values in nested.items()
+        }
+        for theta in (local[:1] or [{}, same])
+    ]
 
 
 def _listed(layers: list[int]) -> str:
