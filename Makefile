@@ -7,7 +7,9 @@
 # pytest takes ARGS:        make test ARGS=tests/test_config.py
 
 VENV := .venv
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-demo
+READY_FOR_TESTS := $(VENV)/.ready-test
+INSTALLER := pyproject.toml packaging/install.sh packaging/stand_ins.py
 WORKERS := 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 export PYTHON
@@ -16,9 +18,13 @@ export PYTHON
 
 setup: $(READY)
 
-$(READY): pyproject.toml packaging/install.sh $(wildcard packaging/*/pyproject.toml)
-	packaging/install.sh $(VENV)
+$(READY): $(INSTALLER)
+	packaging/install.sh $(VENV) demo
 	touch $@
+
+$(READY_FOR_TESTS): $(INSTALLER)
+	packaging/install.sh $(VENV) test
+	touch $@ $(READY)
 
 demo: $(READY)
 	$(VENV)/bin/python examples/serve_demo.py $(ARGS)
@@ -29,16 +35,18 @@ test: lint docs
 test-all: lint docs
 	$(PYTEST) $(ARGS)
 
-test-nightly: $(READY)
+test-nightly: $(READY_FOR_TESTS)
 	$(PYTEST) -m nightly $(ARGS)
 
-lint: $(READY)
+lint: $(READY_FOR_TESTS)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-format: $(READY)
+format: $(READY_FOR_TESTS)
 	$(VENV)/bin/ruff format .
 
-docs: $(READY)
+docs: $(READY_FOR_TESTS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:

@@ -2,9 +2,9 @@
 
     python benchmarks/apple_budget.py
 
-Operations are counted by hand from `kernels/turboquant.metal` for a lane that handles 16 elements
-of two tokens (32 pairs of a key's and a value's element), head size 128, 4 query heads per KV head.
-Costs are cycles of an M1's ALU as measured by github.com/philipturner/metal-benchmarks:
+Operations are counted by hand from the files in `kernels/turboquant` for a lane that handles 16
+elements of two tokens (32 pairs of a key's and a value's element), head size 128, 4 query heads per
+KV head. Costs are cycles of an M1's ALU as measured by github.com/philipturner/metal-benchmarks:
 multiply-adds, selects, additions and bitwise operations 1, shifts 4, exp2 4, shuffles 2; half
 operands of float multiply-adds are free and packed halves are two operations. M1's costs are used
 for every chip. Bandwidth counts at 85 % of its peak.

@@ -53,8 +53,7 @@ class Decoder:
         backends = make_backends(binding.layers, BLOCK_SIZE, mx.float32, config, constants)
         num_blocks = -(-context // BLOCK_SIZE)
         self.kv_cache = KVCache(backends, num_blocks + 1)
-        binding.bind(self.kv_cache)
-        self._graphs = DecodeGraphs(binding, self.kv_cache)
+        self._graphs = DecodeGraphs(binding.bind(self.kv_cache))
         self._metadata = DecodeMetadata(
             block_table=mx.arange(1, num_blocks + 1)[None],
             seq_lens=mx.array([context]),

@@ -32,8 +32,10 @@ TURBOQUANT = '{"turboquant": true, "k_quant": "q6_0", "v_quant": "q4_0"}'
 """The compressed KV cache, in the formats that `docs/turboquant.md` recommends."""
 KV_CACHE_BYTES = 1 << 30
 """Little enough for any machine; the report says how many tokens it holds."""
-START_TIMEOUT = 300.0
-"""Seconds that the server may take until it answers."""
+START_TIMEOUT = 600.0
+"""Seconds that the server may take until it answers; the first start measures the model."""
+PROGRESS_INTERVAL = 10.0
+"""Seconds between two lines that say that the server is awaited, where there is no terminal."""
 STOP_TIMEOUT = 30.0
 """Seconds that the server may take to end when it is told to."""
 
@@ -123,26 +125,38 @@ def free_port() -> int:
 
 def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
     """Waits for `/health`, showing how long it takes. Raises DemoError."""
-    started = time.monotonic()
+    progress, started = Progress(), time.monotonic()
     while (waited := time.monotonic() - started) < START_TIMEOUT:
         if server.poll() is not None:
             raise DemoError(f"vllm serve ended with exit code {server.returncode}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
-                show(f"Ready after {waited:.0f} s.", last=True)
+                progress.end(f"Ready after {waited:.0f} s.")
                 return
         except (urllib.error.URLError, OSError):
-            show(f"Waiting for the server ... {waited:.0f} s")
+            progress.show(f"Waiting for the server ... {waited:.0f} s", waited)
             time.sleep(0.5)
     raise DemoError(f"the server did not answer within {START_TIMEOUT:.0f} s")
 
 
-def show(line: str, last: bool = False) -> None:
-    """A progress line that is rewritten on a terminal; elsewhere only the last one is printed."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
-    elif last:
-        print(line, flush=True)
+class Progress:
+    """A line that is rewritten on a terminal; elsewhere one every PROGRESS_INTERVAL seconds."""
+
+    def __init__(self) -> None:
+        self._rewrites = sys.stdout.isatty()
+        self._shown = 0.0
+
+    def show(self, line: str, seconds: float) -> None:
+        """Shows `line`, `seconds` after the beginning."""
+        if self._rewrites:
+            print(f"\r\033[K{line}", end="", flush=True)
+        elif seconds - self._shown >= PROGRESS_INTERVAL:
+            self._shown = seconds
+            print(line, flush=True)
+
+    def end(self, line: str) -> None:
+        """Shows the last line."""
+        print(f"\r\033[K{line}" if self._rewrites else line, flush=True)
 
 
 def answer(url: str, question: str) -> Iterator[str]:

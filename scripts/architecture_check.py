@@ -168,7 +168,7 @@ def _prompts() -> list[list[int]]:
     """Token ids of each request, those of its decode steps included."""
     lengths = [sum(chunks) + DECODE_STEPS for chunks in CHUNKS]
     return [
-        mx.random.randint(0, VOCABULARY, (length,), key=mx.random.key(i)).tolist()
+        np.array(mx.random.randint(0, VOCABULARY, (length,), key=mx.random.key(i))).tolist()
         for i, length in enumerate(lengths)
     ]
 

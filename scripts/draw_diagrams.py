@@ -43,6 +43,7 @@ PURPOSE = {
     "metal_kernel_backend": "dense, TurboQuant, kernels",
     "attention": "the contract between a model and its pages",
     "machine": "device, BLAS, cache folder",
+    "options": "what becomes of vLLM's options",
     "errors": "errors that a user can act on",
 }
 """What each folder or module of the package is for."""

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
 
 from vllm_metal.attention.backend import AttentionBackend
+from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 
 
 @dataclass
@@ -35,7 +36,7 @@ class ObservedCache:
     prefill chunk itself where the backend is not `reproducible`.
     """
 
-    def __init__(self, cache: Any, layer: int, use: CacheUse, backend: AttentionBackend | None):
+    def __init__(self, cache: Any, layer: int, use: CacheUse, backend: TurboQuantAttention | None):
         self._cache, self._layer, self._use, self._backend = cache, layer, use, backend
         self._returned: tuple[mx.array, mx.array] | None = None
 
@@ -59,6 +60,7 @@ class ObservedCache:
         return keys, values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        assert self._returned is not None, "nothing was fetched yet"
         return self._returned
 
 
@@ -83,8 +85,8 @@ def reference_logits(
         if not hasattr(cache, "update_and_fetch"):
             return cache
         backend = next(remaining, None)
-        compressed = backend is not None and backend.compressed
-        return ObservedCache(cache, layer, use, backend if compressed else None)
+        compressed = backend if isinstance(backend, TurboQuantAttention) else None
+        return ObservedCache(cache, layer, use, compressed)
 
     own_caches = mlx_lm_cache.make_prompt_cache(model)
     caches = [observed(layer, cache) for layer, cache in enumerate(own_caches)]

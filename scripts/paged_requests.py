@@ -11,6 +11,7 @@ from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.startup.decode_probe import takes_batched_offsets
+from vllm_metal.startup.probe_requests import probe_prompts
 
 
 class PagedRequests:
@@ -34,12 +35,10 @@ class PagedRequests:
     ):
         smallest = min((backend.block_size for backend in backends), default=max_tokens)
         blocks_each = -(-max_tokens // smallest)
-        num_blocks = max(num_requests * blocks_each, 8)  # enough for the probe below
-        self.binding = binding
-        self.kv_cache = KVCache(backends, 1 + num_blocks, binding.states)
-        binding.bind(self.kv_cache)
-        self.batched_decode = takes_batched_offsets(binding, self.kv_cache)
+        self.batched_decode = takes_batched_offsets(binding, probe_prompts(None)).holds
         """Whether requests are decoded together, and not one after the other."""
+        self.kv_cache = KVCache(backends, 1 + num_requests * blocks_each, binding.states)
+        self._model = binding.bind(self.kv_cache)
         ids = 1 + np.random.default_rng(0).permutation(num_requests * blocks_each)
         self._table = ids.reshape(num_requests, blocks_each).astype(np.int32)
         self._earlier_owner = [1] * max_tokens
@@ -72,6 +71,5 @@ class PagedRequests:
         self, token_ids: Sequence[Sequence[int]], metadata: Sequence[GroupMetadata]
     ) -> np.ndarray:  # [B, L, vocabulary]
         rows = mx.array([list(row) for row in token_ids])
-        logits = self.binding.forward(rows, metadata, all_rows=True).astype(mx.float32)
-        self.kv_cache.evaluate(logits)
-        return np.array(logits)
+        logits = self._model.evaluate(rows, metadata, all_rows=True)
+        return np.array(logits.astype(mx.float32))

@@ -166,8 +166,8 @@ def _reasons(architectures: Results) -> Iterator[tuple[str, list[str]]]:
         by_modes: dict[str, list[str]] = {}
         for name, modes in by_name.items():
             by_modes.setdefault(" and ".join(modes), []).append(name)
-        for modes, names in by_modes.items():
-            yield f"*{modes[0].upper()}{modes[1:]}*: {reason}.", names
+        for joined, names in by_modes.items():
+            yield f"*{joined[0].upper()}{joined[1:]}*: {reason}.", names
 
 
 def _notes(architectures: Results) -> dict[str, list[str]]:

@@ -1,8 +1,9 @@
 """A tiny random model of every architecture that mlx-lm knows.
 
 `tiny_architectures.json` has one configuration for each model file of mlx-lm: small sizes, every
-kind of layer the architecture has, windows that a short prompt crosses. A configuration is a
-`config.json` in which "+" names fragments of common fields that it begins with.
+kind of layer the architecture has, windows that a short prompt crosses. Its variants are further
+configurations of some architectures, as tests need them. A configuration is a `config.json` in
+which "+" names fragments of common fields that it begins with.
 """
 
 import json
@@ -45,18 +46,22 @@ def model_files() -> set[str]:
     return {file.stem for file in folder.glob("*.py")} - HELPERS - {"__init__"}
 
 
-def config_of(name: str) -> dict[str, Any]:
-    """The `config.json` of a tiny model of the architecture."""
-    config = _expand(_DATA["architectures"][name])
-    return {"model_type": name, "torch_dtype": "float32", **config}
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    """The `config.json` of a tiny model of the architecture or variant, with changed fields."""
+    config = _expand((_DATA["architectures"] | _DATA["variants"])[name])
+    return {"model_type": name, "torch_dtype": "float32", **config} | changes
 
 
-def tiny_model(name: str, seed: int = 0) -> nn.Module:
-    """mlx-lm's model with random float32 weights, large enough for every layer to matter."""
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """mlx-lm's model of the architecture or variant, with changed fields of its `config.json`.
+
+    Its weights are float32, random and large enough for every layer to matter.
+    """
+    mx.random.seed(seed)
     sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
     if not mx.metal.is_available():
-        bitlinear_layers.BitLinear.execute_matmul_kernel = _ternary_product
-    config = config_of(name)
+        bitlinear_layers.BitLinear.execute_matmul_kernel = _ternary_product  # type: ignore[method-assign]
+    config = config_of(name, **changes)
     model_class, arguments_class = _get_classes(config)
     model = model_class(arguments_class.from_dict(config))
     keys = _keys(seed)

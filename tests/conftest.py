@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,11 @@ import pytest
 
 from tests import garbage, parallel
 from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 
 parallel.prepare_process()
 load_fast_blas()  # before any test module imports MLX
+os.environ[STARTUP_CACHE_VARIABLE] = "off"  # a test measures; those of the cache switch it on
 
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
 
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     parallel.group_by_module(items)
+
+
+def pytest_collection_finish() -> None:
+    garbage.leave_out_imports()
 
 
 def pytest_sessionfinish() -> None:

@@ -24,8 +24,9 @@ from vllm_metal.attention.metadata import (
     PrefillMetadata,
     StateMetadata,
 )
-from vllm_metal.kv_cache.groups import KVGroup
-from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_lengths, cache_layout
+from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup
+from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_sizes, cache_layout
+from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class SymbolicPages:
     def __init__(self, groups: Sequence[KVGroup], num_blocks: int):
         self.groups = tuple(groups)
         self.num_blocks = num_blocks
-        self.shares_arrays = any(group.states for group in groups)
+        self.shares_arrays = any(isinstance(group, StateGroup) for group in groups)
         self.arrays: list[mx.array] = []
         self._blocks: dict[int, dict[int, Entry]] = {}
         """Block -> place in the block -> entry; a recurrent state is at place 0."""
@@ -106,15 +107,12 @@ class SymbolicPages:
 
 
 class SymbolicModel:
-    """Takes the place of `ModelBinding`, over `SymbolicPages`."""
+    """Takes the place of `BoundModel`, over `SymbolicPages`."""
 
     def __init__(self, pages: SymbolicPages, vocab_size: int):
-        self._pages = pages
+        self.kv_cache = self._pages = pages
         self._vocab_size = vocab_size
         self.num_forwards = 0
-
-    def bind(self, kv_cache: SymbolicPages | None) -> None:
-        """There is one set of pages only."""
 
     def forward(
         self,
@@ -174,7 +172,7 @@ class SymbolicModel:
         return digests
 
     def _context(
-        self, index: int, group: KVGroup, told: AttentionMetadata, row: int, start: int
+        self, index: int, group: AttentionGroup, told: AttentionMetadata, row: int, start: int
     ) -> int:
         """Digest of what precedes position `start`, all that attention sees of it checked."""
         table = np.array(told.block_table)[row]
@@ -245,11 +243,10 @@ class SymbolicServing(Serving):
         self.worker = ModelRunner(
             config,
             self.model,
-            self.pages,
-            block_table_lengths(config, planned),
-            most_decode_tokens=1 << 30,
+            DecodeForward(self.model.forward, batched=True, most_tokens=1 << 30),
+            block_table_sizes(config, planned),
+            _evaluate_at_once,
         )
-        self.worker._dispatch = _evaluate_at_once
         self._start_scheduler(config, planned)
 
     @property

@@ -23,6 +23,12 @@ def test_dense_pages_by_default(given, cache_dtype):
     assert parse(given, cache_dtype) is None
 
 
+@pytest.mark.parametrize("given", [["turboquant"], "turboquant", 1], ids=str)
+def test_what_is_no_object_is_refused(given):
+    """vLLM takes any object for its plugins."""
+    assert f"additional_config: {given!r} is not a JSON object" in refusal(given)
+
+
 def test_turboquant_with_its_default_formats():
     config = parse({"turboquant": True}, "auto")
     assert config == TurboQuantConfig(DEFAULT_FORMATS)
@@ -81,8 +87,8 @@ def test_the_value_is_frozen_and_equal_in_every_process():
         ({"turboquant": True, "skip_layers": {"boundary": -1}}, "skip_layers: {'boundary'"),
         ({"turboquant": True, "skip_layers": {"ends": 1}}, "skip_layers: {'ends': 1}"),
         ({"turboquant": True, "allow_lossy": None}, "allow_lossy: None is not true or false"),
-        ({"k_quant": "q8_0"}, 'k_quant without "turboquant": true has no effect'),
-        ({"turboquant": False, "skip_layers": [1]}, "skip_layers without"),
+        ({"k_quant": "q8_0"}, 'additional_config: k_quant: no effect without "turboquant": true'),
+        ({"turboquant": False, "skip_layers": [1]}, "skip_layers: no effect without"),
     ],
     ids=str,
 )
@@ -103,16 +109,22 @@ def test_keys_of_two_bits_need_a_yes(k_quant):
 )
 def test_a_preset_and_other_formats_contradict(given):
     text = refusal(given, "turboquant_k8v4")
-    assert "--kv-cache-dtype turboquant_k8v4 already means k_quant q8_0, v_quant q4_0" in text
+    assert "--kv-cache-dtype turboquant_k8v4 already selects k_quant q8_0 and v_quant q4_0" in text
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8", "int8_per_token_head", "nvfp4"])
 def test_other_cache_types_of_vllm(cache_dtype):
-    assert f"--kv-cache-dtype {cache_dtype} (allowed: auto, " in refusal({}, cache_dtype)
+    assert f"--kv-cache-dtype {cache_dtype} is not supported (allowed: auto, " in refusal(
+        {}, cache_dtype
+    )
 
 
 def test_every_cache_type_that_is_offered_is_vllms():
-    offered = refusal({}, "fp8").split("--kv-cache-dtype fp8 (allowed: ")[1].split(")")[0]
+    offered = (
+        refusal({}, "fp8")
+        .split("--kv-cache-dtype fp8 is not supported (allowed: ")[1]
+        .split(")")[0]
+    )
     assert set(offered.split(", ")) <= set(CacheDType.__args__)
 
 

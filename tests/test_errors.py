@@ -1,12 +1,17 @@
 """Errors that a user can mend are shown as their message and nothing else."""
 
+import inspect
 import multiprocessing
 import pickle
 import sys
+from importlib.metadata import version
 
 import pytest
+from vllm.v1.engine import utils as vllm_engine
 
 from vllm_metal.errors import (
+    ENGINE_FAILED,
+    ChangedLibraryError,
     UserError,
     show_user_errors_without_stack,
     user_errors_end_child_process,
@@ -89,6 +94,20 @@ def test_the_end_of_an_engine_process(error, capfd):
     assert process.exitcode == 1
     assert str(error) in shown
     assert ("Traceback" in shown) == isinstance(error, ValueError)
+
+
+def test_vllm_still_reports_a_failed_engine_in_the_words_that_the_hook_knows():
+    source = inspect.getsource(vllm_engine)
+    assert ENGINE_FAILED in source, f"vllm {version('vllm')}: {vllm_engine.__name__}"
+
+
+def test_a_changed_library_is_named_with_its_version():
+    error = ChangedLibraryError("numpy", "numpy.asarray", "it does not exist")
+    assert f"numpy {version('numpy')} has changed numpy.asarray" in str(error)
+    assert error.reasons[0] == "it does not exist"
+    assert "install a version of numpy" in error.reasons[1]
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (ChangedLibraryError, str(error))
 
 
 def test_in_the_users_own_process_the_error_passes_through():

@@ -12,7 +12,7 @@ PACKAGE = "vllm_metal"
 
 LADDER = [
     ["errors"],
-    ["machine"],
+    ["machine", "options"],
     ["attention"],
     ["kv_cache", "metal_kernel_backend"],
     ["config", "model"],

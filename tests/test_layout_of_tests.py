@@ -17,6 +17,8 @@ MIRRORED_ELSEWHERE = {
 WITHOUT_MODULE = {
     "test_docs.py",
     "test_import_ladder.py",
+    "kernels/test_llvm_ir.py",
+    "kernels/test_mlx_text.py",
     "kv_cache/test_memory.py",
     "test_layout_of_tests.py",
 }
@@ -39,7 +41,7 @@ MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py") if 
 TEST_FILES = sorted(file.relative_to(TESTS) for file in TESTS.rglob("test_*.py"))
 SOURCES = sorted(
     file.relative_to(ROOT)
-    for folder in ("vllm_metal", "tests", "examples", "benchmarks", "scripts")
+    for folder in ("vllm_metal", "tests", "examples", "benchmarks", "packaging", "scripts")
     for file in (ROOT / folder).rglob("*.py")
 )
 
@@ -49,14 +51,16 @@ def test_every_module_has_its_test():
 
 
 def test_every_test_has_its_module():
-    """In the package, or in a folder at the root: `examples/a.py`, `kernels/a.metal`."""
+    """In the package, or in a folder at the root: `examples/a.py`, `packaging/a.sh`, and
+    `kernels/a.metal` for `test_a_metal.py`."""
     mirrored = {mirror(module) for module in MODULES}
 
     def has_module(test: Path) -> bool:
         if test in mirrored or test.as_posix() in WITHOUT_MODULE or test.parts[0] == "e2e":
             return True
         name = test.stem.removeprefix("test_")
-        files = [test.with_name(f"{name}.py"), test.with_name(name.replace("_metal", ".metal"))]
+        names = (f"{name}.py", f"{name}.sh", name.replace("_metal", ".metal"))
+        files = [test.with_name(name) for name in names]
         return len(test.parts) > 1 and any((ROOT / file).is_file() for file in files)
 
     assert [test for test in TEST_FILES if not has_module(test)] == []

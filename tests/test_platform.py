@@ -2,28 +2,41 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import WhisperConfig
-from vllm.config import CompilationMode, CUDAGraphMode, MultiModalConfig
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 
-from tests.tiny_models import save_checkpoint
+from tests.tiny_models import config_of, save_checkpoint
 from vllm_metal import platform
-from vllm_metal.errors import UserError
+from vllm_metal.config import PRESETS
+from vllm_metal.errors import ChangedLibraryError, UserError
+from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.machine.device import DEVICE_VARIABLE
-from vllm_metal.platform import MetalPlatform, text_only, unsupported
+from vllm_metal.platform import MetalPlatform, unsupported
 
+WATERMARK = {"key": 1}
 WHISPER = "WhisperForConditionalGeneration"
 ARCHITECTURE = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "mamba": "MambaForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What the platform logs. vLLM's loggers do not propagate once an engine has run."""
+    lines = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(platform.logger, level, lambda text, *args: lines.append(text % args))
+    return lines
 
 
 def refusal(make_config, **settings) -> str:
@@ -68,23 +81,20 @@ def test_checking_twice_changes_nothing(make_config):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2 is not supported: one process"),
         ({"data_parallel_size": 2}, "--data-parallel-size 2"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
-        ({"runner": "pooling"}, "--runner pooling: only text generation"),
+        ({"runner": "pooling"}, "--runner pooling is not supported"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"skip_tokenizer_init": True, "kv_cache_dtype": "turboquant_k8v4"}, "calibrate its keys"),
-        ({"block_size": 256}, "--block-size 256 (allowed: 8, 16, 32, 64, 128)"),
-        ({"block_size": 24}, "--block-size 24"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"additional_config": {"turbo_quant": True}}, "unknown key 'turbo_quant'"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"hf_overrides": lambda config: config}, "--hf-overrides as a function"),
         ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization fp8 is not supported"),
-        ({"load_format": "dummy"}, "--load-format dummy: mlx-lm loads safetensors (allowed: auto"),
-        ({"download_dir": "/tmp"}, "--download-dir"),
-        ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager is not"),
+        ({"watermark_config": WATERMARK}, "--watermark-config is not supported: it needs vLLM's"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "--speculative-config",
@@ -160,7 +170,9 @@ def test_a_model_that_mlx_lm_does_not_know(make_config, tmp_path):
         max_position_embeddings=512,
     )
     text = refusal(make_config, model=folder)
-    assert "architecture OPTForCausalLM: mlx-lm has no model of the type opt (it has: afm7, " in text
+    assert (
+        "architecture OPTForCausalLM: mlx-lm has no model of the type opt (it has: afm7, " in text
+    )
     assert "mistral" in text
 
 
@@ -185,14 +197,6 @@ def test_encoders_are_refused(make_config, tmp_path):
     assert "encoder-decoder models" in refusal(make_config, model=folder)
 
 
-def test_a_model_with_eyes_serves_text_only():
-    """vLLM then refuses images by name, which the worker would not see."""
-    multimodal = MultiModalConfig()
-    assert multimodal.get_limit_per_prompt("image") > 0
-    text_only(SimpleNamespace(multimodal_config=multimodal))
-    assert multimodal.get_limit_per_prompt("image") == 0
-
-
 def test_all_reasons_come_at_once(make_config):
     text = refusal(
         make_config,
@@ -206,7 +210,53 @@ def test_all_reasons_come_at_once(make_config):
         assert part in text
 
 
-@pytest.mark.parametrize("size", platform.BLOCK_SIZES)
+def test_a_models_routed_experts_are_refused(make_config, tmp_path):
+    """vLLM leaves the check to a platform that is not its own."""
+    folder = str(save_checkpoint(tmp_path, "mixtral", architectures=["MixtralForCausalLM"]))
+    text = refusal(make_config, model=folder, enable_return_routed_experts=True)
+    assert "--enable-return-routed-experts is not supported" in text
+
+
+def test_the_second_runner_is_refused(make_config, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "Model Runner V2 is not supported" in refusal(make_config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_served(make_config, said, preset):
+    """vLLM adds the first and the last layers to those that are skipped."""
+    config = make_config(kv_cache_dtype=preset, skip_tokenizer_init=False)
+    assert config.cache_config.kv_cache_dtype_skip_layers == []
+    assert any(f"--kv-cache-dtype {preset} compresses all layers" in line for line in said)
+
+
+def test_layers_that_the_user_skips_are_refused_with_a_preset_too(make_config):
+    text = refusal(
+        make_config,
+        kv_cache_dtype="turboquant_k8v4",
+        kv_cache_dtype_skip_layers=["sliding_window"],
+        skip_tokenizer_init=False,
+    )
+    assert "--kv-cache-dtype-skip-layers is not supported: use" in text
+
+
+def test_options_without_effect_are_named_in_one_line(make_config, said):
+    make_config(attention_backend="FLASH_ATTN", pt_load_map_location="cuda")
+    assert said == ["No effect on this platform: --pt-load-map-location, --attention-backend"]
+
+
+def test_mla_is_refused_with_turboquant_before_weights_are_read(make_config, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(config_of("deepseek_v3", architectures=["DeepseekV3ForCausalLM"]))
+    )
+    settings = {"model": str(tmp_path), "skip_tokenizer_init": False}
+    with pytest.raises(UserError, match="TurboQuant cannot compress this model") as error:
+        make_config(**settings, additional_config={"turboquant": True})
+    assert "(MLA)" in str(error.value)
+    assert unsupported(make_config(**settings)) == []
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
 def test_block_sizes_that_are_served(make_config, size):
     assert make_config(block_size=size).cache_config.block_size == size
 
@@ -214,14 +264,6 @@ def test_block_sizes_that_are_served(make_config, size):
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
 def test_page_types_that_are_served(make_config, dtype):
     assert make_config(kv_cache_dtype=dtype).cache_config.cache_dtype == dtype
-
-
-@pytest.fixture
-def said(monkeypatch) -> list[str]:
-    """What the platform logs. vLLM's loggers do not propagate once an engine has run."""
-    lines = []
-    monkeypatch.setattr(platform.logger, "info", lambda text, *args: lines.append(text % args))
-    return lines
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "mamba"])
@@ -247,9 +289,15 @@ def test_an_unknown_device_is_refused_at_once(make_config, monkeypatch):
     assert "VLLM_METAL_DEVICE='tpu'" in refusal(make_config)
 
 
-def test_vllm_knows_the_environment_variable(monkeypatch):
+def test_an_unknown_value_for_the_startup_cache_is_refused_at_once(make_config, monkeypatch):
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "maybe")
+    assert "VLLM_METAL_STARTUP_CACHE='maybe'" in refusal(make_config)
+
+
+def test_vllm_knows_the_environment_variables(monkeypatch):
     """It refuses unknown ones that begin with VLLM_ when it checks hard."""
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "on")
     MetalPlatform.validate_environ(hard_fail=True)
     monkeypatch.setenv("VLLM_METAL_DEVCE", "cpu")
     with pytest.raises(Exception, match="VLLM_METAL_DEVCE"):
@@ -274,12 +322,24 @@ def test_a_seed_seeds_torch():
 def test_vllms_shutdown_leaves_the_accelerator_alone(make_config, monkeypatch, available):
     """It would fail where there is none, and crash on Apple's."""
 
-    def crash():
+    def crash() -> None:
         raise AssertionError("the accelerator was touched")
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
-    for name in ("empty_cache", "empty_host_cache"):
-        monkeypatch.setattr(torch.accelerator, name, crash)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", crash)
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", crash)
     make_config()
     torch.accelerator.empty_cache()
     torch.accelerator.empty_host_cache()
+
+
+def test_a_torch_without_these_functions_is_named(make_config, monkeypatch):
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")
+    with pytest.raises(ChangedLibraryError, match=r"torch .*torch\.accelerator\.empty_host_cache"):
+        make_config()
+
+
+def test_vllms_shutdown_calls_nothing_else_of_the_accelerator():
+    shutdown = inspect.getsource(parallel_state.cleanup_dist_env_and_memory)
+    called = {*re.findall(r"accelerator\.(\w+)\(", shutdown)}
+    assert called == {"empty_cache", "empty_host_cache"}

@@ -1,14 +1,20 @@
 """The worker in the order in which vLLM calls it: memory asked for, promised and kept."""
 
+import json
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import ChunkedKVCache
 
 from tests.serving import Serving
-from tests.tiny_models import LAYERS
+from tests.tiny_models import LAYERS, save_checkpoint, save_tokenizer
+from vllm_metal import worker as worker_module
 from vllm_metal.errors import UserError
+from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
+from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.dry_forward import UnsupportedModelError
+from vllm_metal.startup import decode_probe
 from vllm_metal.worker import MetalWorker
 
 PROMPT = list(range(90))
@@ -76,26 +82,122 @@ def test_mlx_is_told_the_plan(make_config):
 
 
 def test_too_little_memory_for_one_request(make_config):
-    worker = loaded(make_config(kv_cache_memory_bytes=50_000))
+    worker = loaded(make_config(kv_cache_memory_bytes=133_000))
     with pytest.raises(UserError, match="Too little memory for one request of 128 tokens"):
         worker.determine_available_memory()
 
 
 def test_vllm_agrees_that_the_offered_length_fits(make_config):
-    worker = loaded(make_config(kv_cache_memory_bytes=50_000))
+    worker = loaded(make_config(kv_cache_memory_bytes=133_000))
     with pytest.raises(UserError) as error:
         worker.determine_available_memory()
     offered = int(str(error.value).split("--max-model-len ")[1].split(" ")[0])
-    serving = Serving(make_config(kv_cache_memory_bytes=50_000, max_model_len=offered))
+    serving = Serving(make_config(kv_cache_memory_bytes=133_000, max_model_len=offered))
     prompt = PROMPT[: offered - 4]
     assert len(serving.generate([prompt], max_tokens=4)[0]) == 4
 
 
 def test_the_length_may_be_fitted_to_the_memory(make_config):
-    config = make_config(kv_cache_memory_bytes=50_000, max_model_len=-1)
+    config = make_config(kv_cache_memory_bytes=133_000, max_model_len=-1)
     serving = Serving(config)
     assert config.model_config.max_model_len == 48
     assert len(serving.generate([PROMPT[:40]], max_tokens=8)[0]) == 8
+
+
+@pytest.fixture
+def make_compressed(make_config, tmp_path, monkeypatch):
+    """As `make_config`, for a model that can be compressed, with an empty startup cache."""
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_checkpoint(tmp_path / "model", head_dim=64)
+    save_tokenizer(folder)
+
+    def make(**settings):
+        defaults = {"model": str(folder), "skip_tokenizer_init": False}
+        return make_config(**(defaults | {"additional_config": {"turboquant": True}} | settings))
+
+    return make
+
+
+OF_THE_MODEL = ["key_constants", "decode_answers"]
+"""Results that do not depend on the server's limits."""
+
+
+def measured_before(worker: MetalWorker) -> list[str]:
+    """What a later start of `worker` reads instead of measuring it."""
+    worker.determine_available_memory()
+    return worker.results.read
+
+
+def constants_of(worker: MetalWorker) -> list[tuple[bytes, bytes]]:
+    codecs = [backend.key_codec for backend in worker.model_pages.backends]
+    return [(bytes(codec.centre), bytes(codec.key_factors)) for codec in codecs]
+
+
+def test_a_second_start_measures_nothing(make_compressed, monkeypatch, tmp_path):
+    first = loaded(make_compressed())
+    assert measured_before(first) == []
+    names = {path.name.split("-")[0] for path in (tmp_path / "cache/vllm_metal/startup").iterdir()}
+    assert names == {"key_constants", "decode_answers", "forward_peaks"}
+
+    def unwanted(*_):
+        raise AssertionError("measured although it was kept")
+
+    monkeypatch.setattr(worker_module, "calibrate", unwanted)
+    monkeypatch.setattr(worker_module.workspace_probe, "prefill_peaks", unwanted)
+    monkeypatch.setattr(worker_module.workspace_probe, "decode_peaks", unwanted)
+    monkeypatch.setattr(worker_module.decode_probe, "ask", unwanted)
+    second = loaded(make_compressed())
+    assert measured_before(second) == ["key_constants", "decode_answers", "forward_peaks"]
+    assert second.decode_answers == first.decode_answers
+    assert constants_of(second) == constants_of(first)
+    assert second.step_memory == first.step_memory
+    assert second.plan.workspace == first.plan.workspace
+
+
+def test_formats_share_the_constants_and_not_the_memory(make_compressed):
+    measured_before(loaded(make_compressed()))
+    other = {"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"}
+    assert measured_before(loaded(make_compressed(additional_config=other))) == OF_THE_MODEL
+    assert measured_before(loaded(make_compressed(additional_config={}))) == ["decode_answers"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "shared"),
+    [
+        ({"max_model_len": 96}, ["decode_answers"]),
+        ({"dtype": "bfloat16"}, []),
+        ({"block_size": 32}, OF_THE_MODEL),
+        ({"max_num_seqs": 4}, OF_THE_MODEL),
+        ({"max_num_batched_tokens": 32}, OF_THE_MODEL),
+        ({"additional_config": {"turboquant": True, "skip_layers": [0]}}, OF_THE_MODEL),
+    ],
+    ids=str,
+)
+def test_what_another_configuration_shares(make_compressed, settings, shared):
+    measured_before(loaded(make_compressed()))
+    assert measured_before(loaded(make_compressed(**settings))) == shared
+
+
+def test_another_tokenizer_is_another_calibration(make_compressed, tmp_path):
+    """It may lie outside the model's folder, with the same name and size."""
+    measured_before(loaded(make_compressed()))
+    folder = save_checkpoint(tmp_path / "other", head_dim=64)
+    save_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    config = make_compressed(tokenizer=str(folder))
+    assert measured_before(loaded(config)) == ["forward_peaks"]
+
+
+def test_the_startup_cache_may_be_switched_off(make_compressed, monkeypatch, tmp_path):
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "off")
+    for _ in range(2):
+        assert measured_before(loaded(make_compressed())) == []
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +223,51 @@ def test_the_size_of_blocks(make_config, block_size):
 
 
 def test_rows_are_decoded_together_where_the_model_allows(make_config):
-    assert Serving(make_config()).runner.batched_decode
+    assert Serving(make_config()).runner.decode.batched
+
+
+def test_decode_is_traced_unless_eager_execution_is_asked_for(make_config, monkeypatch):
+    assert isinstance(Serving(make_config()).runner.decode.run, DecodeGraphs)
+    said = messages_of(monkeypatch, "info")
+    runner = Serving(make_config(enforce_eager=True)).runner
+    assert runner.decode.batched and runner.decode.run == runner.model.forward
+    assert any("is not traced: --enforce-eager" in line for line in said)
+
+
+@pytest.mark.parametrize(("seed", "same"), [(1, True), (2, False)])
+def test_the_seed_decides_what_unseeded_requests_sample(make_config, seed, same):
+    sampled = [
+        Serving(make_config(seed=seed)).generate([PROMPT], temperature=1.0) for seed in (1, seed)
+    ]
+    assert (sampled[0] == sampled[1]) == same
+
+
+def messages_of(monkeypatch, level: str) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(worker_module.logger, level, lambda text, *args: said.append(text % args))
+    return said
+
+
+def test_a_fallback_says_why_and_what_it_costs(make_config, monkeypatch, tmp_path):
+    folder = save_checkpoint(
+        tmp_path / "model", "gpt_bigcode", architectures=["GPTBigCodeForCausalLM"]
+    )
+    said = messages_of(monkeypatch, "warning")
+    serving = Serving(make_config(model=str(folder)))
+    assert not serving.runner.decode.batched
+    [line] = [line for line in said if line.startswith("Decode of gpt_bigcode runs one request")]
+    assert "it takes one position for all rows" in line and "N times as long" in line
+
+
+def test_a_step_that_is_not_traced_says_why(make_config, monkeypatch):
+    answers = decode_probe.DecodeAnswers(
+        decode_probe.Answer(True), decode_probe.Answer(False, "it looks at its numbers")
+    )
+    monkeypatch.setattr(worker_module.decode_probe, "ask", lambda *_: answers)
+    said = messages_of(monkeypatch, "info")
+    runner = Serving(make_config()).runner
+    assert runner.decode.batched and runner.decode.run == runner.model.forward
+    assert any("is not traced: it looks at its numbers. Its Python code" in line for line in said)
 
 
 def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):

@@ -1,68 +1,45 @@
-"""Tiny random models of mlx-lm's architectures, and checkpoints of them."""
+"""The tiny random models that tests serve, by kind, and checkpoints of them."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
+from tiny_architectures import config_of, tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from tests.tiny_configs import (
-    FETCHED,
-    LAYERS,
-    MIXED,
-    ONE_AT_A_TIME,
-    PLAIN,
-    RECURRENT,
-    SERVED,
-    SHARED,
-    VOCABULARY,
-    WINDOWED,
+__all__ = ["config_of", "tiny_model"]
+
+VOCABULARY: int = config_of("llama")["vocab_size"]
+LAYERS: int = config_of("llama")["num_hidden_layers"]
+
+SERVED = (
+    *("llama", "qwen2", "qwen3", "qwen3_moe", "phi3", "mixtral", "olmo2", "glm4", "starcoder2"),
+    *("granite", "hunyuan_v1_dense", "smollm3", "cohere", "minicpm3", "openelm"),
 )
+"""Architectures with plain attention."""
 
-__all__ = [
-    "FETCHED",
-    "LAYERS",
-    "MIXED",
-    "ONE_AT_A_TIME",
-    "RECURRENT",
-    "SERVED",
-    "SHARED",
-    "VOCABULARY",
-    "WINDOWED",
-]
+ONE_AT_A_TIME = ("gpt_bigcode",)
+"""Architectures with plain attention that take one position for all rows of a forward.
 
-_ALL = SERVED | ONE_AT_A_TIME | FETCHED | SHARED | WINDOWED | RECURRENT | MIXED
+So do "afm7" of `SHARED` and "gemma2" of `FETCHED`, whose mask does not fit a batch of rows."""
 
+WINDOWED = ("gemma3_text", "olmo3", "gpt_oss")
+"""Architectures with sliding windows in some layers."""
 
-def config_of(name: str, **changes: Any) -> dict[str, Any]:
-    """The `config.json` of a tiny model; its name is its type where it says no other."""
-    return {"model_type": name, "torch_dtype": "float32", **PLAIN, **_ALL[name]} | changes
+RECURRENT = ("mamba", "qwen3_next", "jamba", "falcon_h1", "granitemoehybrid")
+"""Architectures with recurrent states, all but the first with attention, too."""
 
+FETCHED = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "mistral4", "longcat_flash", "stablelm"),
+    "gemma2",
+)
+"""Architectures that compute on what their caches return."""
 
-def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """mlx-lm's model of this name with random float32 weights, large enough to matter."""
-    mx.random.seed(seed)
-    config = config_of(name, **changes)
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
-    key = mx.random.key(seed)
-
-    def random(path: str, array: mx.array) -> mx.array:
-        nonlocal key
-        key, sub = mx.random.split(key)
-        noise = mx.random.normal(array.shape, key=sub)
-        if array.ndim < 2:
-            return array + 0.1 * noise
-        return noise * array.shape[-1] ** -0.5
-
-    model.update(tree_map_with_path(random, model.parameters()))
-    model.eval()
-    mx.eval(model.parameters())
-    return model
+SHARED = ("gemma4_shared", "afm7")
+"""Models with layers that attend over the keys and values of other layers."""
 
 
 def save_checkpoint(

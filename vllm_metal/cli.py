@@ -46,12 +46,12 @@ COMMANDS = (
     ),
     Command(
         "plan",
-        "show how much context each format pair gives in a number of bytes",
+        "show how much context each format pair gives on a machine",
         "vllm_metal.commands.plan:configure",
     ),
     Command(
         "eval",
-        "measure what each format pair loses on a model and a text",
+        "measure the loss of each format pair on a model and a text",
         "vllm_metal.evaluation.command:configure",
     ),
 )
@@ -91,8 +91,8 @@ def sentence(summary: str) -> str:
 def configure_fetch_demo_model(parser: argparse.ArgumentParser) -> None:
     """`vllm-metal fetch-demo-model` prints the folder of the converted model."""
     parser.epilog = (
-        "The folder is made once, under $XDG_CACHE_HOME/vllm_metal or ~/.cache/vllm_metal "
-        "(538 MB), and can be given to `vllm serve`."
+        "The folder (538 MB) is made once, under $XDG_CACHE_HOME/vllm_metal or "
+        "~/.cache/vllm_metal. Give it to `vllm serve` as the model."
     )
     parser.set_defaults(run=run_fetch_demo_model)
 

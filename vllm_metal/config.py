@@ -1,8 +1,8 @@
-"""The user's choices, parsed once at the door.
+"""The user's settings of the KV cache: checked, and parsed into a frozen value.
 
 `additional_config` arrives as a dict, from `--additional-config JSON` or from
 `LLM(additional_config=...)`. The platform parses it when vLLM checks its configuration and the
-worker parses the same dict with the same function, so both hold an equal, frozen value.
+worker parses the same dict with the same function, so both hold equal values.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
 )
 
 DENSE_DTYPES = ("auto", "float16", "bfloat16")
-"""Values of `--kv-cache-dtype` that name dense pages; `auto` is the model's type."""
+"""Values of `--kv-cache-dtype` that select dense pages; `auto` is the model's type."""
 
 PRESETS = {
     "turboquant_k8v4": parse_pair("q8_0/q4_0"),
@@ -26,23 +26,28 @@ PRESETS = {
     "turboquant_k3v4_nc": parse_pair("q3_0/q4_0"),
     "turboquant_3bit_nc": parse_pair("q3_0/q3_0"),
 }
-"""Values of `--kv-cache-dtype` that vLLM knows, and the formats they stand for here."""
+"""Values of `--kv-cache-dtype` that vLLM has for compressed pages, and their formats here."""
 
 DEFAULT_FORMATS = parse_pair("q8_0/q3_0")
 LOSSY_KEY_BITS = 2
-"""Keys of so few bits need `allow_lossy`."""
+"""Keys with this number of bits or fewer require `allow_lossy`."""
 
 
-def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> TurboQuantConfig | None:
+def parse(additional_config: object, cache_dtype: str) -> TurboQuantConfig | None:
     """The user's TurboQuant choice; None for dense pages.
 
     Args:
-        additional_config: vLLM's setting of that name.
+        additional_config: vLLM's setting of that name, which may be any object there.
         cache_dtype: `--kv-cache-dtype`.
 
     Raises:
         UserError: with every reason at once, each naming the key, the value and what is allowed.
     """
+    if additional_config is not None and not isinstance(additional_config, Mapping):
+        raise UserError(
+            "The KV cache settings are not valid",
+            [f"additional_config: {additional_config!r} is not a JSON object"],
+        )
     given = dict(additional_config or {})
     reasons = [
         f"additional_config: unknown key {key!r} (allowed keys: {', '.join(_CHECKS)})"
@@ -55,15 +60,17 @@ def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> Turb
     preset = PRESETS.get(cache_dtype)
     if preset is None and cache_dtype not in DENSE_DTYPES:
         allowed = ", ".join((*DENSE_DTYPES, *PRESETS))
-        reasons.append(f"--kv-cache-dtype {cache_dtype} (allowed: {allowed})")
+        reasons.append(f"--kv-cache-dtype {cache_dtype} is not supported (allowed: {allowed})")
     enabled = given.get("turboquant", preset is not None)
     if preset and (enabled is False or "k_quant" in given or "v_quant" in given):
         reasons.append(
-            f"--kv-cache-dtype {cache_dtype} already means k_quant {preset.key.name}, v_quant "
-            f"{preset.value.name}; give the formats in one place only"
+            f"--kv-cache-dtype {cache_dtype} already selects k_quant {preset.key.name} and v_quant "
+            f"{preset.value.name}: give the formats in one place only"
         )
     if not enabled and (idle := [key for key in given if key in _CHECKS and key != "turboquant"]):
-        reasons.append(f'{", ".join(idle)} without "turboquant": true has no effect')
+        reasons.append(
+            f'additional_config: {", ".join(idle)}: no effect without "turboquant": true'
+        )
     if reasons:
         raise UserError("The KV cache settings are not valid", reasons)
     if not enabled:
@@ -77,8 +84,8 @@ def parse(additional_config: Mapping[str, Any] | None, cache_dtype: str) -> Turb
         raise UserError(
             "additional_config is not valid",
             [
-                f"k_quant {formats.key.name!r} loses most of the model's quality; "
-                'it needs "allow_lossy": true'
+                f"k_quant: {formats.key.name!r} loses most of the model's quality and requires "
+                '"allow_lossy": true'
             ],
         )
     return TurboQuantConfig(

@@ -1,8 +1,8 @@
-"""What the KV cache is made of, at `/metrics`.
+"""The composition of the KV cache, at `/metrics`.
 
-vLLM loads this class through the entry point group `vllm.stat_logger_plugins` in the API server.
-The figures are the start-up report's: computed from the model's config file and the page layouts,
-never from a second formula.
+vLLM loads `KVCacheMetrics` in the API server, through the entry point group
+`vllm.stat_logger_plugins`. The figures are those of the report at start: they are computed by the
+same functions, from the model's config file and the layouts of its pages.
 """
 
 from typing import TYPE_CHECKING
@@ -21,9 +21,9 @@ GAUGES = {
     "num_layers": "attention layers of the model",
     "num_compressed": "layers whose pages are compressed",
     "bytes_per_token": "bytes of one token in the KV cache, all attention layers",
-    "dense_bytes_per_token": "bytes of one token if all attention layers were dense in 16 bits",
+    "dense_bytes_per_token": "bytes of one token if all attention layers had dense 16-bit pages",
     "bits_per_element": "stored bits of a key or value element, metadata included",
-    "ratio": "requests of max_model_len tokens that fit, over those that fit dense; whole cache",
+    "ratio": "requests of max_model_len tokens that fit, relative to dense 16-bit pages",
 }
 
 
@@ -42,7 +42,7 @@ def figures(vllm_config: "VllmConfig") -> dict[str, float]:
 
 
 class KVCacheMetrics(StatLoggerBase):
-    """Gauges `vllm_metal:kv_cache_*`, set once."""
+    """The gauges `vllm_metal:kv_cache_*`, which are set once, when the engine is ready."""
 
     _gauges: dict[str, Gauge] = {}
 
@@ -64,4 +64,4 @@ class KVCacheMetrics(StatLoggerBase):
             gauge.set(values[name])
 
     def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0) -> None:
-        """Nothing changes from step to step."""
+        """Does nothing: no figure changes from step to step."""

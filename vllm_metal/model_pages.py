@@ -73,7 +73,10 @@ class ModelPages:
     def specs(self, max_model_len: int) -> "dict[str, KVCacheSpec]":
         """What vLLM's planner is told."""
         model = self.vllm_config.model_config
-        dtype = torch.float16 if model is None else model.dtype  # `vllm-metal plan` has no model
+        dtype = torch.float16  # `vllm-metal plan` has no model
+        if model is not None:
+            assert isinstance(model.dtype, torch.dtype), "vLLM has resolved the type by now"
+            dtype = model.dtype
         return kv_cache_specs(self.backends, dtype, self.states, max_model_len)
 
     def capacity(self, page_bytes: int, max_model_len: int) -> Capacity:

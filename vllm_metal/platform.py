@@ -5,11 +5,11 @@ imported here.
 """
 
 import json
+import multiprocessing
 import platform as host
 import random
-from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,20 +17,18 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config
-from vllm_metal.errors import UserError
-from vllm_metal.machine import device
+from vllm_metal.errors import ChangedLibraryError, UserError
+from vllm_metal.machine import cache_folder, device
 from vllm_metal.machine.blas import load_fast_blas
-from vllm_metal.model import weight_formats
+from vllm_metal.model import checkpoint_refusals
+from vllm_metal.options import check
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
     from vllm.config import ModelConfig, VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.metal.platform")
-
-BLOCK_SIZES = (8, 16, 32, 64, 128)
-LOAD_FORMATS = ("auto", "safetensors")
-"""Values of `--block-size` that are served."""
 
 
 class MetalPlatform(Platform):
@@ -42,7 +40,7 @@ class MetalPlatform(Platform):
     """torch's device: vLLM samples with torch on the CPU, MLX owns the accelerator."""
     dispatch_key = "CPU"
     simple_compile_backend = "eager"
-    additional_env_vars = [device.DEVICE_VARIABLE]
+    additional_env_vars = [device.DEVICE_VARIABLE, cache_folder.STARTUP_CACHE_VARIABLE]
     supported_quantization: list[str] = []
 
     @property
@@ -59,7 +57,7 @@ class MetalPlatform(Platform):
 
     @classmethod
     def import_kernels(cls) -> None:
-        """vLLM's own C kernels are not used."""
+        """Does nothing: vLLM's own C kernels are not used."""
 
     @classmethod
     def is_pin_memory_available(cls) -> bool:
@@ -71,8 +69,11 @@ class MetalPlatform(Platform):
 
     @classmethod
     def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
-        """vLLM calls it before it reads a model's configuration."""
-        from vllm_metal.model import quantization_config  # noqa: F401, registers itself
+        """Tells vLLM which models there are, and that it need not know the format of their weights.
+
+        vLLM calls it before it reads a model's configuration.
+        """
+        from vllm_metal.model import quantization_config  # noqa: F401, registers a class
         from vllm_metal.model.register_models import register_model_types, register_text_models
 
         register_model_types()
@@ -80,10 +81,10 @@ class MetalPlatform(Platform):
 
     @classmethod
     def verify_quantization(cls, quant: str) -> None:
-        """vLLM calls it with what the checkpoint has, or what `--quantization` asks for.
+        """Refuses `--quantization`. vLLM calls it with what that or the checkpoint says.
 
         Raises:
-            UserError: the weights would have to be quantised while loading.
+            UserError: the weights would have to be quantised while they are loaded.
         """
         from vllm_metal.model.quantization_config import NAME
 
@@ -95,7 +96,7 @@ class MetalPlatform(Platform):
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
-        """torch stays on the CPU."""
+        """Does nothing: torch stays on the CPU."""
 
     @classmethod
     def manual_seed_all(cls, seed: int) -> None:
@@ -111,12 +112,14 @@ class MetalPlatform(Platform):
     def validate_environ(cls, hard_fail: bool) -> None:
         from vllm import envs
 
-        envs.environment_variables.setdefault(device.DEVICE_VARIABLE, device.requested_device)
+        known = envs.environment_variables
+        known.setdefault(device.DEVICE_VARIABLE, device.requested_device)
+        known.setdefault(cache_folder.STARTUP_CACHE_VARIABLE, cache_folder.startup_cache)
         super().validate_environ(hard_fail)
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
-        """The block size is vLLM's default or the user's; nothing in the backend changes it."""
+        """Does nothing: the block size is vLLM's default or the user's."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -125,62 +128,46 @@ class MetalPlatform(Platform):
         vLLM calls it in the main process and again in the engine process.
 
         Raises:
-            UserError: with every reason at once.
+            UserError: the configuration cannot be served; the message gives every reason, but
+                those that only the model's structure shows once there is no other.
         """
         device.requested_device()
+        cache_folder.startup_cache()
+        _clear_layers_that_a_preset_skips(vllm_config)
+        idle = check.without_effect(vllm_config)
+        check.remove_idle_keys(vllm_config)
         reasons = unsupported(vllm_config)
         if reasons:
             raise UserError("This configuration cannot be served", reasons)
+        if vllm_config.use_v2_model_runner:
+            raise UserError(
+                "vLLM's Model Runner V2 is not supported (VLLM_USE_V2_MODEL_RUNNER must be 0)"
+            )
+        if multiprocessing.parent_process() is None:
+            if idle:
+                logger.warning("No effect on this platform: %s", ", ".join(idle))
+            _check_compression(vllm_config)
         from vllm.config import CompilationMode, CUDAGraphMode
 
         vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        if vllm_config.model_config is not None:
-            text_only(vllm_config.model_config)
-        _leave_the_accelerator_alone()
-        _cache_no_prefixes_of_states(vllm_config)
+        _disable_accelerator_cache_release()
+        _disable_prefix_caching_for_states(vllm_config)
 
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
     """Why this configuration cannot be served: one line each, naming the flag and the remedy."""
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     reasons: list[str] = []
     turboquant = None
     try:
-        turboquant = config.parse(vllm_config.additional_config, cache.cache_dtype)
+        turboquant = config.parse(
+            vllm_config.additional_config, vllm_config.cache_config.cache_dtype
+        )
     except UserError as error:
         reasons += error.reasons
-    if cache.block_size not in BLOCK_SIZES:
-        reasons.append(
-            f"--block-size {cache.block_size} (allowed: {', '.join(map(str, BLOCK_SIZES))})"
-        )
-    for flag, size in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        ("--data-parallel-size", parallel.data_parallel_size),
-        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
-        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
-    ):
-        if size > 1:
-            reasons.append(f"{flag} {size}: one process serves one device (allowed: 1)")
-    for given, what in (
-        (vllm_config.speculative_config, "speculative decoding (--speculative-config)"),
-        (vllm_config.lora_config, "LoRA adapters (--enable-lora)"),
-        (vllm_config.kv_transfer_config, "KV transfer (--kv-transfer-config)"),
-        (cache.kv_offloading_size, "KV offloading (--kv-offloading-size)"),
-        (cache.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
-        (vllm_config.load_config.download_dir, "--download-dir (HF_HOME moves the hub's folder)"),
-        (vllm_config.offload_config.uva.cpu_offload_gb, "--cpu-offload-gb"),
-    ):
-        if given:
-            reasons.append(f"{what} is not supported")
-    if vllm_config.load_config.load_format not in LOAD_FORMATS:
-        reasons.append(
-            f"--load-format {vllm_config.load_config.load_format}: mlx-lm loads safetensors "
-            f"(allowed: {', '.join(LOAD_FORMATS)})"
-        )
+    reasons += check.refusals(vllm_config)
     return reasons + _unsupported_model(vllm_config, compresses=turboquant is not None)
 
 
@@ -188,82 +175,114 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
     model = vllm_config.model_config
     if model is None:
         return []
-    reasons = list(_unknown_model(model))
-    if model.runner_type != "generate":
-        reasons.append(f"--runner {model.runner_type}: only text generation is supported")
+    reasons = list(checkpoint_refusals.of(model))
+    if (
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        and model.attention_chunk_size is None  # else vLLM has disabled it by itself
+    ):
+        reasons.append(
+            "--disable-hybrid-kv-cache-manager is not supported: layers of different kinds have "
+            "their own groups of pages"
+        )
     if model.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
-    if callable(model.hf_overrides):
-        reasons.append("--hf-overrides as a function is not supported (allowed: a dictionary)")
-    if model.enable_prompt_embeds:
-        reasons.append("prompt embeddings (--enable-prompt-embeds) are not supported")
     if model.skip_tokenizer_init and compresses:
-        reasons.append("--skip-tokenizer-init: TurboQuant reads a text to calibrate its keys")
-    if reason := weight_formats.refusal(_weight_settings(model)):
-        reasons.append(reason)
+        reasons.append(
+            "--skip-tokenizer-init is not supported with TurboQuant, which needs the tokenizer to "
+            "calibrate its keys on a text"
+        )
     return reasons
 
 
-def _unknown_model(model: "ModelConfig") -> Iterator[str]:
-    from vllm_metal.model.register_models import served_model_types
+def _clear_layers_that_a_preset_skips(vllm_config: "VllmConfig") -> None:
+    """Takes back what vLLM adds to `--kv-cache-dtype-skip-layers` for a preset of TurboQuant.
 
-    model_type, known = model.hf_config.model_type, served_model_types()
-    if model_type not in known and not hasattr(model.hf_config, "model_file"):
-        yield (
-            f"architecture {', '.join(model.architectures)}: mlx-lm has no model of the type "
-            f"{model_type} (it has: {', '.join(sorted(known, key=str.lower))})"
+    Its own TurboQuant keeps the first and the last two layers dense. Here a preset is a name for
+    a pair of formats, and the layers that stay dense are the user's choice.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model is None or cache.cache_dtype not in config.PRESETS:
+        return
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    added = TurboQuantConfig.get_boundary_skip_layers(model)
+    if added and set(cache.kv_cache_dtype_skip_layers) == set(added):
+        cache.kv_cache_dtype_skip_layers = []
+        logger.info(
+            "--kv-cache-dtype %s compresses all layers; "
+            '--additional-config \'{"skip_layers": {"boundary": 2}}\' keeps the first and the last '
+            "two dense, as vLLM does elsewhere",
+            cache.cache_dtype,
         )
 
 
-def _weight_settings(model: "ModelConfig") -> dict[str, Any]:
-    """What `config.json` says about the format of the weights, as vLLM has read it."""
-    return {
-        "model_type": model.hf_config.model_type,
-        "text_config": {"model_type": model.hf_text_config.model_type},
-        "quantization": getattr(model.hf_config, "quantization", None),
-        "quantization_config": model.model_arch_config.quantization_config,
-    }
+def _check_compression(vllm_config: "VllmConfig") -> None:
+    """Refuses a model that TurboQuant cannot compress, before its weights are read.
+
+    Raises:
+        UserError: what the worker would raise.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model is None or config.parse(vllm_config.additional_config, cache.cache_dtype) is None:
+        return
+    structure = _structure(model)
+    from vllm_metal.metal_kernel_backend.selection import neutral_constants
+    from vllm_metal.model.model_binding import ModelBinding
+    from vllm_metal.model_pages import ModelPages
+
+    binding = ModelBinding(structure)
+    layers = binding.layers
+    ModelPages.of(vllm_config, layers, binding.states, neutral_constants(layers))
 
 
-def _cache_no_prefixes_of_states(vllm_config: "VllmConfig") -> None:
-    """Turns prefix caching off where a model has recurrent state.
+def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
+    """Turns prefix caching off for a model with recurrent state.
 
-    vLLM knows of it only for models of its own, so the structure decides. A cached prefix would
-    need the state at its end, and a block holds a request's newest state only.
+    vLLM knows which of its own models have recurrent state, but not which of mlx-lm's, so the
+    model's structure decides. A cached prefix would need the state at its end, and a block holds
+    only the newest state of a request.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
         return
-    load_fast_blas()  # before MLX is first imported
-    from vllm_metal.model.model_loader import load_arguments
+    structure = _structure(model)
+    from vllm_metal.model.layer_kinds import has_recurrent_state
 
-    if _has_recurrent_state(model.model, json.dumps(load_arguments(model))):
+    if has_recurrent_state(structure):
         cache.enable_prefix_caching = False
         cache.mamba_cache_mode = "none"
         cache.mamba_block_size = model.max_model_len
         logger.info("Prefix caching is off: %s has recurrent state", model.model)
 
 
+def _structure(model: "ModelConfig") -> "nn.Module":
+    """The model without its weights."""
+    load_fast_blas()  # before MLX is first imported
+    from vllm_metal.model.model_loader import load_arguments
+
+    return _structure_of(model.model, json.dumps(load_arguments(model)))
+
+
 @cache
-def _has_recurrent_state(model: str, load_arguments: str) -> bool:
-    """Read once, by what the structure depends on: vLLM checks a configuration many times."""
-    from vllm_metal.model.layer_kinds import has_recurrent_state
+def _structure_of(model: str, load_arguments: str) -> "nn.Module":
+    """Built once for the same arguments: vLLM checks a configuration several times."""
     from vllm_metal.model.model_loader import load_structure
 
-    return has_recurrent_state(load_structure(model, **json.loads(load_arguments)))
+    return load_structure(model, **json.loads(load_arguments))
 
 
-def text_only(model: "ModelConfig") -> None:
-    """Makes vLLM refuse images and the like: the worker runs the language model alone."""
-    if model.multimodal_config is not None:
-        model.multimodal_config.language_model_only = True
+def _disable_accelerator_cache_release() -> None:
+    """Replaces two functions of torch, which vLLM calls at its shutdown, with ones that do nothing.
 
-
-def _leave_the_accelerator_alone() -> None:
-    """vLLM's shutdown empties the caches of torch's accelerator.
-
-    torch stays on the CPU here. Emptying fails where it has no accelerator, and crashes the process
-    on Apple's with torch 2.13.
+    torch stays on the CPU here. Emptying the caches of its accelerator fails where it has none, and
+    on Apple's accelerator it crashes the process with torch 2.13.
     """
-    torch.accelerator.empty_cache = lambda: None
-    torch.accelerator.empty_host_cache = lambda: None
+    # patch: torch's functions that empty the caches of its accelerator
+    for name in ("empty_cache", "empty_host_cache"):
+        if not hasattr(torch.accelerator, name):
+            raise ChangedLibraryError("torch", f"torch.accelerator.{name}", "it does not exist")
+        setattr(torch.accelerator, name, _release_nothing)
+
+
+def _release_nothing() -> None:
+    """Takes the place of torch's functions."""

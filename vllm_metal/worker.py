@@ -8,6 +8,7 @@ import mlx.core as mx
 import torch
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from vllm_metal.attention.backend import ChunkMemory
@@ -18,21 +19,32 @@ from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import gathered_tokens
 from vllm_metal.kv_cache.spec import (
     KV_CACHE_LAYOUT,
-    block_table_lengths,
+    block_table_sizes,
     cache_layout,
 )
 from vllm_metal.kv_cache.workspace import StepMemory
 from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
 from vllm_metal.metal_kernel_backend.turboquant import measured_loss
-from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants, calibrate
+from vllm_metal.metal_kernel_backend.turboquant.calibration import TEXT, KeyConstants, calibrate
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model import model_loader
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.model.model_binding import BoundModel, ModelBinding
 from vllm_metal.model_pages import ModelPages
+from vllm_metal.runner.decode_forward import DecodeForward
+from vllm_metal.runner.dispatch import make_dispatch
 from vllm_metal.runner.model_runner import ModelRunner
-from vllm_metal.startup import decode_probe, workspace_probe
+from vllm_metal.startup import decode_probe, dependencies, workspace_probe
+from vllm_metal.startup.crash_marker import CrashMarker
 from vllm_metal.startup.key_samples import collect_key_samples
+from vllm_metal.startup.probe_requests import probe_prompts
+from vllm_metal.startup.result_cache import (
+    DECODE_ANSWERS,
+    FORWARD_PEAKS,
+    KEY_CONSTANTS,
+    ResultCache,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -45,9 +57,12 @@ logger = init_logger("vllm.metal.worker")
 class MetalWorker(WorkerBase):
     """One process, one MLX device. vLLM calls the methods in the order they stand here."""
 
+    model_runner: ModelRunner  # type: ignore[assignment]  # vLLM knows runners that are torch modules
+
     @user_errors_end_child_process()
     def init_device(self) -> None:
         self.device = torch.device("cpu")
+        set_random_seed(self.model_config.seed)
         self.metal_device: Device = select_device()
         mx.set_memory_limit(self.metal_device.memory_limit)  # an earlier worker set it to its plan
         logger.info("MLX device: %s (%s)", self.metal_device.name, self.metal_device.kind)
@@ -57,15 +72,28 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config = self.model_config
-        model = model_loader.load_model(
-            config.model,
+        arguments = model_loader.load_arguments(config)
+        depends_on = dependencies.of_server(
+            model_loader.model_folder(config.model, config.revision),
+            model_loader.config_settings(config.model, **arguments),
             config.dtype,
-            **model_loader.load_arguments(config),
-            max_model_len=config.max_model_len,
+            self.metal_device,
+        )
+        kept = startup_cache_folder()
+        self.results = ResultCache(kept, depends_on)
+        self._tracing = CrashMarker(kept and kept.with_name("tracing"), depends_on)
+        model = model_loader.load_model(
+            config.model, config.dtype, **arguments, max_model_len=config.max_model_len
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
         self.model_pages = self._make_cache()
+        self._prompts = self._probe_prompts()
+        self.decode_answers = self.results.get(
+            DECODE_ANSWERS,
+            dependencies.of_decode_answers(self._prompts),
+            lambda: decode_probe.ask(self.binding, self._prompts, self._tracing),
+        )
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -87,6 +115,9 @@ class MetalWorker(WorkerBase):
             requested_bytes=cache.kv_cache_memory_bytes,
         )
         self.step_memory = self._measure_steps()
+        if self.results.read:
+            results = " and ".join(self.results.read).replace("_", " ")
+            logger.info("Read from %s, not measured anew: %s", self.results.folder, results)
         most = self.model_pages.capacity(plan.page_bytes, model.max_model_len)
         workspace = self.step_memory.workspace(plan.page_bytes, most.pooled_tokens)
         self.plan = replace(plan, workspace=workspace)
@@ -104,13 +135,8 @@ class MetalWorker(WorkerBase):
         self.kv_cache = KVCache(cache.backends, num_blocks, cache.states, layout)
         mx.set_cache_limit(self.plan.workspace)
         mx.set_memory_limit(mx.get_active_memory() + self.plan.workspace)
-        self.model_runner = ModelRunner(
-            self.vllm_config,
-            self.binding,
-            self.kv_cache,
-            block_table_lengths(self.vllm_config, kv_cache_config),
-            self.step_memory.decode_tokens(self.plan.workspace),
-        )
+        self._block_tables = block_table_sizes(self.vllm_config, kv_cache_config)
+        self._dispatch = make_dispatch()  # graphs from here on belong to the stream that it sets
         logger.info(
             planner.report(
                 self.plan,
@@ -124,20 +150,15 @@ class MetalWorker(WorkerBase):
 
     @user_errors_end_child_process()
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        started, name = time.perf_counter(), self.binding.model_type
-        batched = decode_probe.takes_batched_offsets(self.binding, self.kv_cache)
-        self.model_runner.batched_decode = batched
-        if batched and (graphs := decode_probe.traced_decode(self.binding, self.kv_cache)):
-            self.model_runner.forward_decode = graphs
-            logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
-        elif batched:
-            logger.info("%s cannot be traced: decode is built anew each step", name)
-        else:
-            logger.info(
-                "Decode of %s runs one request at a time: two together are not known to give "
-                "what each gives alone",
-                name,
-            )
+        model = self.binding.bind(self.kv_cache)
+        most_tokens = self.step_memory.decode_tokens(self.plan.workspace)
+        self.model_runner = ModelRunner(
+            self.vllm_config,
+            model,
+            self._decode_forward(model, most_tokens),
+            self._block_tables,
+            self._dispatch,
+        )
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def get_supported_tasks(self) -> tuple[str, ...]:
@@ -164,7 +185,7 @@ class MetalWorker(WorkerBase):
         return set()
 
     def shutdown(self) -> None:
-        self.model_runner = None
+        self.model_runner = None  # type: ignore[assignment]
 
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
@@ -181,31 +202,79 @@ class MetalWorker(WorkerBase):
             logger.info("TurboQuant %s, measured loss: %s", formats, loss)
 
     def _calibrate(self) -> list[KeyConstants]:
-        """Constants of the keys, from a short text that the model reads now."""
-        started = time.perf_counter()
-        constants = calibrate(
-            lambda token_ids, offset: collect_key_samples(self.binding, token_ids, offset),
-            cached_tokenizer_from_config(self.model_config).encode,
-            self.model_config.max_model_len,
-        )
-        logger.info("TurboQuant keys calibrated in %.1f s", time.perf_counter() - started)
-        return constants
+        """Constants of the keys: of an earlier start, or from a text that the model reads now."""
+        max_model_len = self.model_config.max_model_len
+        encode = cached_tokenizer_from_config(self.model_config).encode
+
+        def measure() -> list[KeyConstants]:
+            started = time.perf_counter()
+            constants = calibrate(
+                lambda token_ids, offset: collect_key_samples(self.binding, token_ids, offset),
+                encode,
+                max_model_len,
+            )
+            logger.info("TurboQuant keys calibrated in %.1f s", time.perf_counter() - started)
+            return constants
+
+        depends_on = dependencies.of_key_constants(encode(TEXT), max_model_len)
+        return self.results.get(KEY_CONSTANTS, depends_on, measure)
+
+    def _probe_prompts(self) -> list[list[int]]:
+        """Prompts that begin as the tokenizer begins one."""
+        tokenizer = cached_tokenizer_from_config(self.model_config)
+        if tokenizer is not None:
+            return probe_prompts(tokenizer.encode)
+        first = getattr(self.model_config.hf_text_config, "bos_token_id", None)
+        if isinstance(first, int) and 0 <= first < self.model_config.get_vocab_size():
+            return probe_prompts(None, [first])
+        return probe_prompts(None, [])  # none, or a default that lies outside the vocabulary
+
+    def _decode_forward(self, model: BoundModel, most_tokens: int) -> DecodeForward:
+        """How decode rows run, warm; logs why they do not run in the fastest way, if so."""
+        started, name, answers = time.perf_counter(), model.binding.model_type, self.decode_answers
+        if self.model_config.enforce_eager:
+            eager = decode_probe.Answer(False, "--enforce-eager")
+            answers = replace(answers, traced=eager)
+        step, traced = decode_probe.decode_step(model, self._prompts, answers, self._tracing)
+        if traced.holds:
+            logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)
+        elif answers.batched.holds:
+            logger.info(
+                "Decode of %s is not traced: %s. Its Python code runs in every step, which takes "
+                "some milliseconds for a model of many layers",
+                name,
+                traced.reason,
+            )
+        else:
+            logger.warning(
+                "Decode of %s runs one request at a time: %s. A step of N requests takes about N "
+                "times as long as a step of one",
+                name,
+                answers.batched.reason,
+            )
+        return DecodeForward(step, answers.batched.holds, most_tokens)
 
     def _measure_steps(self) -> StepMemory:
-        """What steps take beside weights and pages."""
+        """Measures the memory that steps take in addition to weights and pages."""
         binding, backends = self.binding, self.model_pages.backends
         scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)
         num_heads = self.model_config.get_num_attention_heads(self.parallel_config)
-        probed = KVCache(backends, workspace_probe.NUM_BLOCKS, binding.states)
-        binding.bind(probed)
-        steps = StepMemory(
-            workspace_probe.prefill_peaks(binding, probed, query_len, max_model_len),
-            {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
-            or {ChunkMemory(query_len, tokens=0, scored_rows=0)},
-            workspace_probe.decode_peaks(binding, probed, scheduler.max_num_seqs, max_model_len),
-            scheduler.max_num_seqs,
-            max(1, gathered_tokens(probed.groups, max_model_len)),
+        max_requests = scheduler.max_num_seqs
+        model = binding.bind(KVCache(backends, workspace_probe.NUM_BLOCKS, binding.states))
+        prefill, decode = self.results.get(
+            FORWARD_PEAKS,
+            dependencies.of_forward_peaks(self.vllm_config),
+            lambda: (
+                workspace_probe.prefill_peaks(model, query_len, max_model_len),
+                workspace_probe.decode_peaks(model, max_requests, max_model_len),
+            ),
         )
-        binding.bind(None)
-        return steps
+        chunks = {b.chunk_memory(query_len, max_model_len, num_heads) for b in backends}
+        return StepMemory(
+            prefill,
+            list(chunks) or [ChunkMemory(query_len, tokens=0, scored_rows=0)],
+            decode,
+            max_requests,
+            max(1, gathered_tokens(model.kv_cache.groups, max_model_len)),
+        )

@@ -173,12 +173,12 @@ class Decode:
         launcher = Launcher(self.layout, CudaTarget())
         pages, queries, lengths = move(self.pages), move(self.queries), move(self.lengths)
         tables = [move(table) for table in self.tables]
-        numbers = self.constants
+        ours = self.constants
         constants = LayerConstants(
-            move(numbers.centre),
-            move(numbers.key_factors),
-            move(numbers.query_factors),
-            move(numbers.value_factors),
+            move(ours.centre),
+            move(ours.key_factors),
+            move(ours.query_factors),
+            move(ours.value_factors),
         )
         token = launcher.no_token()
         mx.eval(pages, queries, lengths, tables, token)
@@ -229,7 +229,7 @@ def store_us(tokens: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="where to write the numbers as JSON")
+    parser.add_argument("--output", help="where to write the results as JSON")
     arguments = parser.parse_args()
     results = {"machine": machine(), "copy_terabytes_per_second": copy_terabytes_per_second()}
     print(json.dumps(results), flush=True)

@@ -6,13 +6,13 @@ The text, its compiler (NVRTC) and its bounds are those of `CudaTarget`; only th
 import cupy as cp
 import mlx.core as mx
 import numpy as np
-from cuda_program import cuda_program
+from cuda_program import Instantiation, cuda_program, numpy_type
 
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Run, Target
 
 
 class CupyTarget(Target):
-    """Inputs are CuPy arrays; numbers of the launcher's own may be MLX arrays."""
+    """Inputs are CuPy arrays; those of the launcher's own may be MLX arrays."""
 
     name = "cuda"
 
@@ -24,18 +24,18 @@ class CupyTarget(Target):
         def run(inputs, template, grid, threadgroup, output_shapes, output_dtypes):
             inputs = [self._on_gpu(array) for array in inputs]
             outputs = [
-                cp.empty(shape, _numpy_type(dtype))
+                cp.empty(shape, numpy_type(dtype))
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
             dtypes = tuple(array.dtype for array in (*inputs, *outputs))
-            key = kernel.name, resident, tuple(template), dtypes
-            if key not in self._compiled:
-                text = cuda_program(kernel, template, dtypes, kernel.name, resident)
+            made_for = Instantiation(kernel, tuple(template), dtypes, resident)
+            if made_for not in self._compiled:
                 options = ("-std=c++17", "-I/usr/local/cuda/include")
+                text = cuda_program(made_for, kernel.name)
                 module = cp.RawModule(code=text, options=options, backend="nvrtc")
-                self._compiled[key] = module.get_function(kernel.name)
+                self._compiled[made_for] = module.get_function(kernel.name)
             blocks = tuple(g // t for g, t in zip(grid, threadgroup, strict=True))
-            self._compiled[key](blocks, threadgroup, (*inputs, *outputs))
+            self._compiled[made_for](blocks, threadgroup, (*inputs, *outputs))
             return outputs
 
         return run
@@ -46,9 +46,3 @@ class CupyTarget(Target):
         if id(array) not in self._constants:
             self._constants[id(array)] = (array, cp.asarray(np.array(array)))
         return self._constants[id(array)][1]
-
-
-def _numpy_type(dtype):
-    if isinstance(dtype, mx.Dtype):
-        return np.dtype(str(dtype).removeprefix("mlx.core."))
-    return dtype

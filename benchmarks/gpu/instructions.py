@@ -17,22 +17,15 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from cuda_program import cuda_program
-
-from vllm_metal.metal_kernel_backend.turboquant.kernels import DECODE
-from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.splits import resident_groups
+from cuda_program import Instantiation, cuda_program, decode_instantiation
 
 CASES = [
     *((k, v, 4) for k in ("q8_0", "q6_0", "q5_0", "q4_0", "q3_0", "int8", "uint4")
       for v in ("q3_0", "q4_0")),
     ("q8_0", "q8_0", 4),
-    *(("q8_0", "q3_0", group) for group in (1, 2, 8)),
+    *(("q8_0", "q3_0", heads) for heads in (1, 2, 8)),
 ]  # fmt: skip
-TOKENS = 4
-TYPES = [np.uint16, np.float16, *[np.float32] * 2, *[np.int32] * 2, *[np.float32] * 2]
-TYPES += [np.int32, np.float32, np.uint32, np.float32, np.float32]
+"""Formats of keys and values, and query heads of a KV head."""
 
 KINDS = {
     "multiply-add": ("FFMA", "HFMA2", "FMUL", "HMUL2", "FADD", "HADD2"),
@@ -42,15 +35,11 @@ KINDS = {
 }
 
 
-def machine_code(k_quant: str, v_quant: str, group: int) -> tuple[list[tuple[int, str]], int]:
-    """(address, instruction) of the decode kernel, and its registers."""
-    layout = PageLayout.of(k_quant, v_quant, 128, 8, 16)
-    numbers = {"G": group, "Q": 1, "R": group, "TOKENS": TOKENS, "SIMDGROUPS": 4, "SOFTCAP": 0}
-    template = [*layout.template(), *numbers.items()]
-    bounds = (128, resident_groups(group))
+def machine_code(made_for: Instantiation) -> tuple[list[tuple[int, str]], int]:
+    """(address, instruction) of a kernel, and its registers."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "decode.cu", Path(folder) / "decode.cubin"
-        source.write_text(cuda_program(DECODE, template, TYPES, "decode", bounds))
+        source.write_text(cuda_program(made_for, "decode"))
         command = ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", binary, source]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         dump = subprocess.run([cuobjdump(), "--dump-sass", binary], capture_output=True, text=True)
@@ -77,20 +66,21 @@ def inner_loop(code: list[tuple[int, str]]) -> list[str]:
     raise ValueError("no branch after the vote")
 
 
-def count(k_quant: str, v_quant: str, group: int) -> dict:
+def count(k_quant: str, v_quant: str, heads: int) -> dict:
     """Instructions of one lane for one pair of elements, by kind."""
-    code, registers = machine_code(k_quant, v_quant, group)
+    made_for = decode_instantiation((k_quant, v_quant), heads)
+    code, registers = machine_code(made_for)
     names = Counter()
     for text in inner_loop(code):
         names[re.sub(r"^@!?U?P\d+ ", "", text).split()[0].split(".")[0]] += 1
-    pairs = 16 * TOKENS
-    kinds = {kind: sum(names[name] for name in group) / pairs for kind, group in KINDS.items()}
+    pairs = 16 * dict(made_for.template)["TOKENS"]
+    kinds = {kind: sum(names[name] for name in KINDS[kind]) / pairs for kind in KINDS}
     total = sum(names.values()) / pairs
     kinds["other"] = total - sum(kinds.values())
     return {
         "k_quant": k_quant,
         "v_quant": v_quant,
-        "query_heads_per_kv_head": group,
+        "query_heads_per_kv_head": heads,
         "registers": registers,
         "instructions_per_pair": total,
         "kinds": kinds,
@@ -108,18 +98,18 @@ def cuobjdump() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="where to write the numbers as JSON")
+    parser.add_argument("--output", help="where to write the counts as JSON")
     arguments = parser.parse_args()
     rows = []
     print(f"{'formats':12} {'G':>2} {'regs':>4} {'total':>6} {'/head':>6}  by kind")
     for case in CASES:
         row = count(*case)
         rows.append(row)
-        total, group = row["instructions_per_pair"], row["query_heads_per_kv_head"]
-        kinds = ", ".join(f"{kind} {number:.1f}" for kind, number in row["kinds"].items())
+        total, heads = row["instructions_per_pair"], row["query_heads_per_kv_head"]
+        kinds = ", ".join(f"{kind} {each:.1f}" for kind, each in row["kinds"].items())
         name = f"{row['k_quant']}/{row['v_quant']}"
         print(
-            f"{name:12} {group:2} {row['registers']:4} {total:6.1f} {total / group:6.2f}  {kinds}"
+            f"{name:12} {heads:2} {row['registers']:4} {total:6.1f} {total / heads:6.2f}  {kinds}"
         )
     if arguments.output:
         with open(arguments.output, "w") as file:

@@ -53,8 +53,8 @@ def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
     constants = neutral_constants(binding.layers)
     backends = make_backends(binding.layers, BLOCK_SIZE, mx.float16, turboquant, constants)
     kv_cache = KVCache(backends, NUM_BLOCKS)
-    binding.bind(kv_cache)
-    forward = DecodeGraphs(binding, kv_cache) if traced else binding.forward
+    model = binding.bind(kv_cache)
+    forward = DecodeGraphs(model) if traced else model.forward
     table = 1 + mx.arange(BATCH * BLOCKS_EACH, dtype=mx.int32).reshape(BATCH, BLOCKS_EACH)
     tokens = mx.arange(BATCH, dtype=mx.int32)
     mx.eval(table, tokens)
@@ -100,7 +100,7 @@ def main() -> None:
     for turboquant in (TurboQuantConfig(parse_pair("q8_0/q3_0")), None):
         for traced in (False, True):
             run(turboquant, traced, arguments.steps)
-            gc.collect()  # the caches of a bound model refer to each other
+            gc.collect()
             mx.clear_cache()
 
 

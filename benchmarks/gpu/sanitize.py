@@ -21,7 +21,7 @@ CASES = (
 )
 
 
-def run(k_quant, v_quant, head_size, kv_heads, block_size, group, num_queries) -> float:
+def run(k_quant, v_quant, head_size, kv_heads, block_size, heads_per_kv_head, num_queries) -> float:
     layout = PageLayout.of(k_quant, v_quant, head_size, kv_heads, block_size)
     launcher = Launcher(layout, CupyTarget())
     lengths = [num_queries, 700, block_size + 9]
@@ -38,7 +38,7 @@ def run(k_quant, v_quant, head_size, kv_heads, block_size, group, num_queries) -
         slots = slots.astype(np.int32)
         new = cp.random.standard_normal((length, kv_heads, head_size)).astype(cp.float16)
         token = launcher.store(pages, new, new, cp.asarray(slots), constants, token)
-    shape = 3, num_queries, group * kv_heads, head_size
+    shape = 3, num_queries, heads_per_kv_head * kv_heads, head_size
     queries = cp.random.standard_normal(shape).astype(cp.float16)
     arguments = cp.asarray(table), cp.asarray(np.array(lengths, np.int32)), constants
     total = 0.0

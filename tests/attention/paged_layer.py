@@ -11,8 +11,8 @@ from vllm_metal.attention.backend import AttentionBackend, Chunk, LayerShape, Pa
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.attention.slots import compose_slots
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.group_metadata import decode_rows, prefill_chunk
+from vllm_metal.kv_cache.groups import AttentionGroup
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PagedLayer:
 
     def __init__(self, backend: AttentionBackend, num_blocks: int = 64, seed: int = 0):
         self.backend = backend
-        self.group = KVGroup(
+        self.group = AttentionGroup(
             backend.block_size, layers=(0,), sliding_window=backend.shape.sliding_window
         )
         self.kv_cache = KVCache([backend], num_blocks)
@@ -140,8 +140,7 @@ class PagedLayer:
     def chunk(self, request: Request, start: int, end: int) -> PrefillMetadata:
         """Tokens `start` to `end` of a request as one chunk."""
         table = np.array(request.block_ids, np.int32)
-        [metadata] = prefill_metadata([self.group], [table], start, end - start)
-        return metadata
+        return prefill_chunk(self.group, table, start, end - start)
 
     def rows(
         self, requests: Sequence[Request], lens: Sequence[int], padding: int = 0
@@ -154,8 +153,7 @@ class PagedLayer:
             block_ids = request.block_ids[: -(-seq_len // block_size)]
             table[row, : len(block_ids)] = block_ids
         positions = np.array(lens, np.int32) - 1
-        [metadata] = decode_metadata([self.group], [table], positions)
-        return metadata
+        return decode_rows(self.group, table, positions)
 
     def expected_decode(
         self, requests: Sequence[Request], lens: Sequence[int] | None = None

@@ -1,97 +1,105 @@
-"""`vllm-metal doctor` on the CPU: it finds right kernels right and wrong ones wrong."""
+"""`vllm-metal doctor` on the CPU: its exit code, its report, and what it refuses."""
 
 import argparse
 import json
 
-import numpy as np
 import pytest
 
-from vllm_metal.commands import doctor
+from tests.metal_kernel_backend.lazy_target import LazyTarget, needs_lazy_target
+from vllm_metal.commands import doctor, kernel_checks
+from vllm_metal.commands.decode_timing import StepTime
+from vllm_metal.commands.kernel_trial import KernelTrial
 from vllm_metal.errors import UserError
-from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantizer
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    doctor.configure(parser)
+    return parser.parse_args(arguments)
 
 
 def examine(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    doctor.configure(parser)
-    args = parser.parse_args([*arguments, "--head-size", "64"])
+    args = parse(*arguments, "--head-size", "64")
     return args.run(args)
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(doctor, "CHECK_LENGTHS", (17,))
+    for name in ("LENGTHS", "LENGTHS_ON_HOST"):
+        monkeypatch.setattr(kernel_checks, name, (17,))
 
 
-def test_right_kernels_are_found_right(capsys):
+@needs_lazy_target
+@pytest.mark.parametrize("pair", ["q8_0/q3_0", "uint4/q4_0"])
+def test_right_kernels_that_run_as_late_as_a_gpus_are_ok(capsys, monkeypatch, pair):
+    monkeypatch.setattr(doctor, "HostTarget", LazyTarget)
+    assert examine("--formats", pair) == 0
+    assert capsys.readouterr().out.endswith("OK: all results are right.\n")
+
+
+def test_the_report_and_its_json_hold_the_same(capsys):
     assert examine("--formats", "q8_0/q3_0") == 0
-    out = capsys.readouterr().out
-    assert "equal the codec" in out and "The kernels are right here." in out
-    assert "their speed means nothing" in out
-
-
-def test_json_holds_the_same(capsys):
+    text = capsys.readouterr().out
     assert examine("--formats", "q8_0/q3_0", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["ok"] and found["kernels"] == "host"
-    assert found["formats"][0]["wrong_bytes"] == 0
+    assert found["ok"] and found["kernels"] == "host" and found["steps"] == []
+    assert [check["pages"] for check in found["checks"]] == ["dense", "q8_0/q3_0"]
+    for name in ("device", "system", "python", "vllm_metal", "vllm", "mlx", "mlx-lm"):
+        assert found[name] in text
+    assert "was not measured" in text
 
 
-def test_a_difference_fails(capsys, monkeypatch):
-    """The codec's scales are changed, so that kernel and codec disagree."""
-    quantize = Quantizer.quantize
-
-    def different(self, y):
-        return quantize(self, y * np.float32(1.01))
-
-    monkeypatch.setattr(Quantizer, "quantize", different)
+def test_wrong_kernels_fail(capsys, monkeypatch):
+    monkeypatch.setattr(KernelTrial, "wrong_bytes", lambda *_: 7)
     assert examine("--formats", "q8_0/q3_0") == 1
-    assert "FAILED: q8_0/q3_0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "q8_0/q3_0: 14 stored bytes differ from those of the codec" in out
+    assert out.endswith("FAILED: q8_0/q3_0\n")
 
 
-@pytest.mark.parametrize("what", ["sinks", "window"])
-def test_sinks_and_windows_are_checked_too(capsys, monkeypatch, what):
-    decode = doctor.Trial.decode
-    monkeypatch.setattr(
-        doctor.Trial,
-        "decode",
-        lambda self, token, **settings: decode(
-            self, token, **{name: value for name, value in settings.items() if name != what}
-        ),
-    )
-    assert examine("--formats", "uint4/q3_0") == 1
-    assert "numbers are off by" in capsys.readouterr().out
+def test_all_pairs_of_the_documentation_are_the_default():
+    assert parse().formats == list(map(str, SHOWN_PAIRS))
 
 
-def test_what_prefill_dequantises_is_checked_too(capsys, monkeypatch):
-    dequantize = doctor.Trial.dequantize
+class Gpu(LazyTarget):
+    """Stands for a GPU's target."""
 
-    def off(self, token):
-        keys, values = dequantize(self, token)
-        return keys, values * 1.1
+    name = "metal"
 
-    monkeypatch.setattr(doctor.Trial, "dequantize", off)
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(doctor, "available_target", Gpu)
+    monkeypatch.setattr(doctor, "KV_HEADS", 2)
+    monkeypatch.setattr(doctor, "copy_gigabytes_per_second", lambda: 100.0)
+
+
+@needs_lazy_target
+def test_on_a_gpu_steps_of_dense_pages_and_of_every_pair_are_timed(capsys, monkeypatch, gpu):
+    def steps(backends, memory_limit):
+        assert memory_limit > 0
+        for name, backend in backends:
+            yield StepTime(name, 1, 1024, 2.0, 28 * 1024 * 2 * backend.slot_size)
+
+    monkeypatch.setattr(doctor, "time_steps", steps)
+    assert examine("--formats", "q8_0/q3_0", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [step["pages"] for step in found["steps"]] == ["dense", "q8_0/q3_0"]
+    assert found["copy_gigabytes_per_second"] == 100.0
+
+
+@needs_lazy_target
+def test_a_timing_that_fails_leaves_what_was_found(capsys, monkeypatch, gpu):
+    def stops(*_):
+        yield StepTime("dense", 1, 1024, 2.0, 10**6)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(doctor, "time_steps", stops)
     assert examine("--formats", "q8_0/q3_0") == 1
-    assert "numbers are off by 1.0e-01" in capsys.readouterr().out
-
-
-def test_a_kernel_that_cannot_be_compiled_fails(capsys, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(doctor, "check", broken)
-    assert examine("--formats", "q8_0/q3_0") == 1
-    assert "no compiler" in capsys.readouterr().out
-
-
-def test_speeds_are_a_table():
-    speed = doctor.Speed(8192, 120.0, 180.0, 30.0, 512.4, 90.0)
-    report = doctor.Report("q8_0/q3_0", store_us=5.0, speeds=[speed])
-    facts = {"kernels": "metal", "memory_limit": 1 << 34}
-    lines = doctor.render(facts, [report], 128, 8).splitlines()
-    header, row = lines[lines.index(doctor.SPEED_HEADER) :][:2]
-    assert row.split() == ["8192", "120", "180", "1.50", "x", "512", "25", "%", "90"]
-    assert len(header) == len(row)
+    out = capsys.readouterr().out
+    assert "The timing stopped: RuntimeError: out of memory" in out and "1 x 1,024" in out
+    assert out.endswith("FAILED: timing\n")
 
 
 def test_unknown_formats_are_refused():

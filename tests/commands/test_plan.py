@@ -106,7 +106,7 @@ def test_a_model_without_keys_and_values(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config_of("mamba")))
     assert run(tmp_path, "--memory", "1GiB") == 0
     text = capsys.readouterr().out
-    assert "0 attention layers, 3 recurrent states" in text
+    assert "0 attention layers, 4 recurrent states" in text
     assert "it has no keys and values" in text
 
 

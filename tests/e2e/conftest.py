@@ -13,7 +13,8 @@ from tests.tiny_models import save_checkpoint, save_tokenizer
 @pytest.fixture(scope="session")
 def reading_model(tmp_path_factory) -> Path:
     """A tiny Llama that reads characters: calibration needs a tokenizer."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "characters")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}
+    folder = save_checkpoint(tmp_path_factory.mktemp("models") / "characters", **sizes)
     save_tokenizer(folder)
     return folder
 
@@ -38,6 +39,6 @@ def demo_engine(demo_model) -> Iterator[LLM]:
 
 @pytest.fixture(scope="session")
 def chunking_engine(demo_model) -> Iterator[LLM]:
-    """The demo model in chunks of 32 tokens, over pages for the longest prompt and little more."""
+    """The demo model in chunks of 64 tokens, over few pages."""
     with e2e.engine(demo_model, **e2e.CHUNKS_IN_FEW_BLOCKS) as llm:
         yield llm

@@ -20,18 +20,19 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 from tests import garbage  # noqa: E402
 
-PROMPT_LENGTHS = (5, 64, 250, 700)
+PROMPT_LENGTHS = (5, 64, 250, 500)
 """Tokens: within a block, whole blocks, and several chunks with a part of a block at the end."""
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 CHUNKS_IN_FEW_BLOCKS = {
-    "max_num_batched_tokens": 32,
-    "num_gpu_blocks_override": 48,
+    "max_num_batched_tokens": 64,
+    "num_gpu_blocks_override": 56,
     "enable_prefix_caching": False,
-    "max_model_len": 736,
+    "max_model_len": 528,
     "disable_log_stats": False,
 }
-"""Settings of an engine that preempts requests of `PROMPT_LENGTHS`."""
+"""Settings of an engine whose pages hold prompts of `PROMPT_LENGTHS`, and 55 blocks in all: the
+last request is preempted when those before it grow by a block."""
 
 
 @contextlib.contextmanager

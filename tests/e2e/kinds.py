@@ -9,7 +9,7 @@ from tests.tiny_models import save_checkpoint, save_tokenizer
 
 @dataclass(frozen=True)
 class Kind:
-    """A model of `tiny_configs`, and what the engine is to do with it."""
+    """A model of `tiny_architectures`, and what the engine is to do with it."""
 
     name: str
     architecture: str
@@ -35,6 +35,14 @@ class Kind:
 
 NO_PREFIXES = {"caches_prefixes": False}
 FOUR_BITS = {"quantization": {"group_size": 32, "bits": 4}}
+THREE_LAYERS = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "sliding_window": 16,
+    "sliding_window_pattern": 3,
+}
+"""Two windows of one block and a layer of full attention."""
 NOTHING = "it has no keys and values"
 LATENT = "layer 0: its cache holds a latent (MLA)"
 
@@ -47,7 +55,7 @@ KINDS = [
     # mixture of experts
     Kind("mixtral", "MixtralForCausalLM"),
     # sliding windows, and with sinks
-    Kind("gemma3_text", "Gemma3ForCausalLM", 19),
+    Kind("gemma3_text", "Gemma3ForCausalLM", 19, changes=THREE_LAYERS),
     Kind("olmo3", "Olmo3ForCausalLM", 21),
     Kind("gpt_oss", "GptOssForCausalLM", 19),
     # hybrids with a gated delta net and with Mamba; recurrent state only
@@ -59,7 +67,7 @@ KINDS = [
     # shared keys and values; afm7 is unknown to vLLM and decodes one request at a time
     Kind("afm7", "AFMForCausalLM"),
     # head sizes by layer, in windows and full attention: with shared layers, and with experts
-    Kind("gemma4_e2b", "Gemma4ForCausalLM", 19),
+    Kind("gemma4_shared", "Gemma4ForCausalLM", 19),
     Kind("gemma4_26b_a4b", "Gemma4ForCausalLM", 16),
     # another number of KV heads in every layer
     Kind("openelm", "OpenELMForCausalLM"),

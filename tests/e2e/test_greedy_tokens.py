@@ -19,8 +19,9 @@ def expected(demo_model, prompts):
 
 def test_alone_in_a_batch_and_after_prefix_hits(demo_engine, prompts, expected):
     demo_engine.reset_prefix_cache()
-    assert [e2e.generate(demo_engine, [prompt])[0] for prompt in prompts] == expected
-    assert e2e.num_cached_tokens(demo_engine, prompts[-1]) >= 640
+    for i in (0, -1):
+        assert e2e.generate(demo_engine, [prompts[i]]) == [expected[i]]
+    assert e2e.num_cached_tokens(demo_engine, prompts[-1]) >= 480
     assert e2e.generate(demo_engine, prompts) == expected
     demo_engine.reset_prefix_cache()
     assert e2e.generate(demo_engine, prompts) == expected
@@ -32,6 +33,7 @@ def test_chunked_prefill_and_preemption(chunking_engine, prompts, expected):
     assert e2e.num_preemptions(chunking_engine) > before
 
 
+@pytest.mark.nightly
 def test_chunked_prefill_and_preemption_with_synchronous_scheduling(demo_model, prompts, expected):
     settings = e2e.CHUNKS_IN_FEW_BLOCKS
     with e2e.engine(demo_model, async_scheduling=False, **settings) as llm:

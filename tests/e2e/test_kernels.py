@@ -1,4 +1,8 @@
-"""The engine on the kernels, run on the CPU, against the engine on MLX operations."""
+"""The engine on the kernels, run on the CPU, against the engine on MLX operations.
+
+`HostTarget` runs a kernel while its launch is built, so that decode cannot be traced; `LazyTarget`
+runs it when MLX evaluates, in traced steps too, as a GPU does.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +11,10 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
+from tests.metal_kernel_backend.lazy_target import LazyTarget, needs_lazy_target
 from tests.runner.test_model_runner import PROMPTS
 from vllm_metal.metal_kernel_backend import selection
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
-
-pytestmark = pytest.mark.engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
 
@@ -38,16 +41,17 @@ def _answer(completion) -> Answer:
 
 
 @pytest.fixture
-def use_host_kernels(monkeypatch) -> Callable[[], list[str]]:
-    """Makes the next engines run the kernels on the CPU; gives the names of those it builds."""
-    built = []
+def use_kernels(monkeypatch) -> Callable[[type[HostTarget]], list[str]]:
+    """Makes the next engines run the kernels; gives the names of those that they build."""
 
-    class Recording(HostTarget):
-        def build(self, kernel, resident=None):
-            built.append(kernel.name)
-            return super().build(kernel, resident)
+    def use(target: type[HostTarget]) -> list[str]:
+        built = []
 
-    def use():
+        class Recording(target):
+            def build(self, kernel, resident=None):
+                built.append(kernel.name)
+                return super().build(kernel, resident)
+
         monkeypatch.setattr(selection, "available_target", Recording)
         return built
 
@@ -55,15 +59,18 @@ def use_host_kernels(monkeypatch) -> Callable[[], list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("model", "k_quant", "v_quant", "tolerance"),
+    ("model", "k_quant", "v_quant", "tolerance", "target"),
     [
-        pytest.param("reading_model", "q8_0", "q8_0", 0.02, marks=pytest.mark.nightly),
-        ("reading_model", "q8_0", "q3_0", 0.05),
-        ("long_heads_model", "q8_0", "q8_0", 0.02),
+        pytest.param(
+            *("reading_model", "q8_0", "q8_0", 0.02, HostTarget), marks=pytest.mark.nightly
+        ),
+        pytest.param("reading_model", "q8_0", "q8_0", 0.02, LazyTarget, marks=needs_lazy_target),
+        ("reading_model", "q8_0", "q3_0", 0.05, HostTarget),
+        ("long_heads_model", "q8_0", "q8_0", 0.02, HostTarget),
     ],
 )
 def test_the_kernels_answer_as_the_reference_path(
-    request, use_host_kernels, model, k_quant, v_quant, tolerance
+    request, use_kernels, model, k_quant, v_quant, tolerance, target
 ):
     """Log-probabilities agree, and tokens part at near ties only; with 8 bits, nowhere.
 
@@ -72,7 +79,7 @@ def test_the_kernels_answer_as_the_reference_path(
     """
     folder = request.getfixturevalue(model)
     expected = generate(folder, k_quant, v_quant)
-    built = use_host_kernels()
+    built = use_kernels(target)
     answers = generate(folder, k_quant, v_quant)
     assert {"turboquant_store", "turboquant_decode", "turboquant_merge"} <= set(built)
     for answer, reference in zip(answers, expected, strict=True):

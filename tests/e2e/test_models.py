@@ -21,6 +21,7 @@ from tests.e2e import engine as e2e
 from tests.e2e.kinds import KINDS, Kind
 from tests.tiny_models import VOCABULARY
 from vllm_metal.errors import UserError
+from vllm_metal.kv_cache.groups import AttentionGroup
 
 pytestmark = pytest.mark.engine
 
@@ -68,7 +69,15 @@ CASES = [
 ]
 
 COMPRESSED = (
-    *("llama", "qwen3-heads of 128", "gemma3_text", "gpt_oss", "jamba", "gemma4_e2b", "minicpm3"),
+    *(
+        "llama",
+        "qwen3-heads of 128",
+        "gemma3_text",
+        "gpt_oss",
+        "jamba",
+        "gemma4_shared",
+        "minicpm3",
+    ),
 )
 """Kinds with compressed pages whose tests are not left to the night: plain, with levels, windows,
 windows with sinks, recurrent states, layers of two sizes of which some share, and keys and values
@@ -228,7 +237,7 @@ def test_preemption_for_want_of_blocks(kind, tmp_path):
     pool = {"num_gpu_blocks_override": kind.scarce_blocks}
     with e2e.engine(folder, **LIMITS, **pool) as llm:
         [groups] = llm.collective_rpc(lambda worker: worker.kv_cache.groups)
-        block_size = max(group.block_size for group in groups if group.layers)
+        block_size = max(group.block_size for group in groups if isinstance(group, AttentionGroup))
         prompts = [prompt(block_size - 1 - i) for i in range(4)]
         expected = [mlx_lm_tokens(model, given) for given in prompts]
         assert e2e.generate(llm, prompts, greedy()) == expected

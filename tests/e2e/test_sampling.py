@@ -48,20 +48,6 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_in_chunks(llm, chunki
     assert e2e.generate(chunking_engine, [prompt] * 3, seeded) == alone
 
 
-def test_temperature_is_the_spread_of_what_is_drawn(llm, prompt):
-    """Of two tokens, 400 draws without a seed: the better one's share is that of its weight."""
-    draws, temperature = 400, 2.0
-    [best] = run(llm, prompt, temperature=0, max_tokens=1, logprobs=2).outputs[0].logprobs
-    (first, better), (second, other) = best.items()
-    weights = [math.exp(score.logprob / temperature) for score in (better, other)]
-    share = weights[0] / sum(weights)
-    assert 0.05 < share < 0.95
-    limits = {"max_tokens": 1, "n": draws, "allowed_token_ids": [first, second]}
-    outputs = run(llm, prompt, temperature=temperature, **limits).outputs
-    found = sum(list(output.token_ids) == [first] for output in outputs) / draws
-    assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / draws))
-
-
 @pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_limits_that_leave_one_token_are_greedy(llm, prompt, greedy, limit):
     assert tokens(llm, prompt, temperature=1.0, **limit) == greedy

@@ -55,6 +55,22 @@ def test_memory_report(script):
         script.memory_report("(APIServer pid=1) INFO 11-21 23:22:01 [a.py:1] hello\n")
 
 
+def test_progress_elsewhere_than_on_a_terminal(script, capsys):
+    progress = script.Progress()
+    for seconds in (0.0, 9.9, 10.1, 15.0, 20.0, 20.2):
+        progress.show(f"waited {seconds}", seconds)
+    progress.end("ready")
+    assert capsys.readouterr().out.splitlines() == ["waited 10.1", "waited 20.2", "ready"]
+
+
+def test_progress_on_a_terminal(script, capsys, monkeypatch):
+    monkeypatch.setattr(script.sys.stdout, "isatty", lambda: True)
+    progress = script.Progress()
+    progress.show("waited 0.5", 0.5)
+    progress.end("ready")
+    assert capsys.readouterr().out == "\r\033[Kwaited 0.5\r\033[Kready\n"
+
+
 @pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
 def test_stop_where_the_group_has_ended(script, monkeypatch, error):
     """Linux says that there is no such group, macOS that a group of zombies may not be killed."""

@@ -1,6 +1,9 @@
 // Metal's language for a compile-only check with clang, stricter than Metal's own compiler: every
-// address space is a type of its own, doubles do not exist, functions are only declared. It has
-// what kernels/*.metal uses and what MLX's text around a kernel needs, nothing more.
+// address space is a type of its own, doubles do not exist, functions of Metal's library are only
+// declared, so that the optimiser knows nothing of their results. It has
+// what the kernels use and what MLX's text around a kernel needs, nothing more.
+
+#pragma once
 
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2)))
@@ -27,15 +30,15 @@ typedef uint uint4 __attribute__((ext_vector_type(4)));
 struct half2 {
   half x, y;
   half2() = default;
-  half2(half, half);
+  METAL_FUNC half2(half x, half y) : x(x), y(y) {}
 };
 struct ushort2 {
   ushort x, y;
   ushort2() = default;
-  ushort2(ushort, ushort);
+  METAL_FUNC ushort2(ushort x, ushort y) : x(x), y(y) {}
 };
-half2 operator+(half2, half2);
-half2 operator*(half2, half2);
+METAL_FUNC half2 operator+(half2 a, half2 b) { return half2(half(a.x + b.x), half(a.y + b.y)); }
+METAL_FUNC half2 operator*(half2 a, half2 b) { return half2(half(a.x * b.x), half(a.y * b.y)); }
 
 namespace metal {
 

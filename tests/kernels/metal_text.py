@@ -13,12 +13,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.kernel_library import Kernel, MetalTarget, Run, Target
+from vllm_metal.metal_kernel_backend.kernel_library import (
+    KERNELS,
+    Kernel,
+    MetalTarget,
+    Run,
+    Target,
+)
 
 SHIM = Path(__file__).parent / "metal_strict.h"
 
 FLAGS = (
-    "-std=c++14 -x c++ -fsyntax-only -nostdinc -nostdinc++ -Wall -Wextra -Wno-unused-parameter "
+    "-std=c++14 -x c++ -nostdinc -nostdinc++ -Wall -Wextra -Wno-unused-parameter "
     "-Wno-unused-const-variable -Wno-unknown-attributes -Wno-ignored-attributes -Werror "
     "-Wconversion -Wno-sign-conversion -Wdouble-promotion"
 ).split()
@@ -95,8 +101,25 @@ def for_clang(source: str) -> str:
 
 def compile_errors(source: str) -> str:
     """What clang says of a program, in strict C++14 with distinct address spaces; "" if nothing."""
+    return _clang("-fsyntax-only", "-", input=source).stderr
+
+
+def file_errors(file: Path) -> str:
+    """The same of a file of the kernels as it stands, with its own includes."""
+    allowed = "-Wno-pragma-once-outside-header"
+    return _clang("-fsyntax-only", allowed, "-I", KERNELS, file).stderr
+
+
+def compile_program(source: str, *flags: str) -> str:
+    """What clang writes for a program with these flags. Raises RuntimeError if it has errors."""
+    result = _clang(*flags, "-", input=source)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return result.stdout
+
+
+def _clang(*arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "metal_stdlib").write_text(SHIM.read_text())
-        command = [sys.executable, "-m", "ziglang", "clang", *FLAGS, "-I", folder, "-"]
-        result = subprocess.run(command, input=source, text=True, capture_output=True)
-    return result.stderr if result.returncode else ""
+        command = [sys.executable, "-m", "ziglang", "clang", *FLAGS, "-I", folder, *arguments]
+        return subprocess.run(command, input=input, text=True, capture_output=True)

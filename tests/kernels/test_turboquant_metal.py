@@ -1,4 +1,4 @@
-"""Every instantiation of `kernels/turboquant.metal` compiles, in the text that MLX generates."""
+"""Every instantiation of the TurboQuant kernels compiles, in the text that MLX generates."""
 
 import re
 from dataclasses import replace
@@ -8,52 +8,17 @@ from itertools import product
 import mlx.core as mx
 import pytest
 
-from tests.kernels.metal_text import PrintingTarget, compile_errors, for_clang, joined, metal_text
-from vllm_metal.metal_kernel_backend.kernel_library import library_source
+from tests.kernels.launched import LAYOUT, sources
+from tests.kernels.metal_text import compile_errors, file_errors, for_clang, joined
+from vllm_metal.metal_kernel_backend.kernel_library import KERNELS
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
-from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 pytest.importorskip("ziglang", reason="clang comes from the package ziglang (extra: test)")
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-LAYOUT = PageLayout.of("q8_0", "q3_0", 128, 2, 16)
-
-
-def sources(
-    layout: PageLayout,
-    group: int = 4,
-    num_queries: int = 1,
-    dtype: mx.Dtype = mx.float16,
-    batch: int = 2,
-    settings: dict | None = None,
-    **options,
-) -> list[str]:
-    """Texts of store, decode, merge and dequantize for one layer and one shape of step."""
-    launcher = Launcher(layout, PrintingTarget(), num_cores=8, **options)
-    heads, key_size, value_size = layout.num_kv_heads, layout.key_head_size, layout.value_head_size
-
-    def step(pages, keys, values, slots, queries, table, lengths, key_numbers, value_numbers):
-        constants = LayerConstants(key_numbers, key_numbers, key_numbers, value_numbers)
-        token = launcher.store(pages, keys, values, slots, constants)
-        output = launcher.decode(
-            pages, queries, table, lengths, constants, 0.1, 40, token, **(settings or {})
-        )
-        return output, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtype)
-
-    return metal_text(
-        step,
-        mx.zeros(layout.pages_shape(4), mx.uint16),
-        mx.zeros((batch, heads, key_size), dtype),
-        mx.zeros((batch, heads, value_size), dtype),
-        mx.zeros((batch,), mx.int32),
-        mx.zeros((batch, num_queries, heads * group, key_size), dtype),
-        mx.zeros((batch, 3), mx.int32),
-        mx.zeros((batch,), mx.int32),
-        mx.zeros((heads, key_size)),
-        mx.zeros((value_size,)),
-    )
+FILES = sorted(file for file in KERNELS.rglob("*") if file.is_file())
 
 
 def check(texts: list[str]) -> None:
@@ -89,17 +54,17 @@ def test_every_head_size(head_size):
 @pytest.mark.parametrize("num_queries", range(1, 9))
 def test_every_number_of_query_rows(num_queries):
     texts = []
-    for group, max_rows in product((1, 2, 3, 4, 5, 6, 7, 8, 12, 16), (4, 8)):
-        texts += sources(LAYOUT, group, num_queries, max_rows=max_rows)
+    for heads, max_rows in product((1, 2, 3, 4, 5, 6, 7, 8, 12, 16), (4, 8)):
+        texts += sources(LAYOUT, heads, num_queries, max_rows=max_rows)
     check(texts)
 
 
 def test_sinks_softcaps_and_keys_longer_than_values():
     texts = []
-    for group, settings in product((2, 8), [{"softcap": 30.0}, {"window": 8}, {"sinks": True}]):
+    for heads, settings in product((2, 8), [{"softcap": 30.0}, {"window": 8}, {"sinks": True}]):
         if "sinks" in settings:
-            settings = {"sinks": mx.zeros((2 * group,))}
-        texts += sources(LAYOUT, group, settings=settings)
+            settings = {"sinks": mx.zeros((2 * heads,))}
+        texts += sources(LAYOUT, heads, settings=settings)
     texts += sources(replace(LAYOUT, value_head_size=64))
     texts += sources(replace(LAYOUT, key_head_size=64))
     check(texts)
@@ -109,11 +74,24 @@ def test_sinks_softcaps_and_keys_longer_than_values():
 def test_small_inputs_lie_in_the_constant_address_space(batch):
     """MLX passes arrays of fewer than 8 elements as `constant`, others as `device`."""
     tiny = PageLayout.of("q4_0", "q4_0", 32, 1, 8)
-    texts = sources(tiny, group=1, batch=batch)
+    texts = sources(tiny, heads_per_kv_head=1, batch=batch)
     program = "".join(joined(texts))
     assert ("const constant int32_t* seq_lens" in program) == (batch < 8)
     assert ("const constant float* states" in program) == (batch < 4)
     check(texts)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_file_compiles_alone(file):
+    """Each includes what it needs. The top file makes no kernel by itself, so it takes all."""
+    assert file.suffix in (".h", ".metal")
+    assert file_errors(file) == ""
+
+
+def test_a_file_that_lacks_an_include_does_not_compile_alone(tmp_path):
+    text = (KERNELS / "turboquant/packing.h").read_text()
+    (tmp_path / "packing.h").write_text(text.replace('#include "turboquant/base.h"\n', ""))
+    assert "error" in file_errors(tmp_path / "packing.h")
 
 
 @cache
@@ -123,10 +101,10 @@ def programs() -> list[str]:
 
 PLANTED = {
     "a lost device": (
-        "const device uchar* page = Slots::head_page(",
-        "const uchar* page = Slots::head_page(",
+        "const device uchar* page = Layout::head_page(",
+        "const uchar* page = Layout::head_page(",
     ),
-    "a double": ("float softcap = scales[1];", "double softcap = scales[1];"),
+    "a double": ("float softcap = decode.softcap;", "double softcap = decode.softcap;"),
     "a double literal": ("float x = float(steps) + 0.5f;", "float x = float(steps) + 0.5;"),
     "threadgroup memory taken for device memory": (
         "const threadgroup uint* query_chunk = query_words + chunk * 4;",
@@ -140,7 +118,11 @@ PLANTED = {
         "float largest = 0.0f, total = 0.0f;",
         "threadgroup float buffer[32]; float largest = 0.0f, total = buffer[0];",
     ),
-    "a write to constant memory": ("int window = params[2];", "int window = params[2]++;"),
+    "a write to constant memory": (
+        "return *(const constant Parameters*)words;",
+        "return ((const constant Parameters*)words)[0] = {};",
+    ),
+    "a member that no parameter struct has": ("decode.window", "decode.windows"),
     "too much threadgroup memory": (
         "threadgroup float scratch[",
         "threadgroup float scratch[9000 + ",
@@ -164,15 +146,16 @@ def test_planted_errors_are_caught(name):
 
 def test_every_pointer_cast_names_an_address_space():
     """Clang lets an explicit cast lose its address space; Metal does not."""
-    text = library_source("turboquant")
-    pointers = re.findall(r"\(([^()]*?\b(?:u?char|u?short|u?int|half|float|T)\d?\*)\)", text)
+    text = "".join(file.read_text() for file in FILES)
+    names = "u?char|u?short|u?int|half|float|T|Parameters"
+    pointers = re.findall(rf"\(([^()]*?\b(?:{names})\d?\*)\)", text)
     assert pointers
     for pointer in pointers:
         assert re.search(r"\b(device|threadgroup|constant|thread)\b", pointer), pointer
 
 
-def test_the_file_is_ascii_without_double_literals():
-    text = library_source("turboquant")
-    assert text.isascii()
-    code = "\n".join(line.split("//")[0] for line in text.splitlines())
-    assert not re.findall(r"\b\d+\.\d*(?:e-?\d+)?(?![\dfe.])", code)
+def test_the_files_are_ascii_without_double_literals():
+    for file in FILES:
+        text = file.read_text(encoding="ascii")
+        code = "\n".join(line.split("//")[0] for line in text.splitlines())
+        assert not re.findall(r"\b\d+\.\d*(?:e-?\d+)?(?![\dfe.])", code), file

@@ -12,7 +12,7 @@ from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata, State
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache import group_metadata
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
+from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, Region, StateGroup
 from vllm_metal.metal_kernel_backend.dense import DensePages
 
 BLOCK = 16
@@ -27,7 +27,7 @@ def decode_metadata(seq_lens: list[int], blocks_each: int) -> DecodeMetadata:
     """Request i owns the `blocks_each` blocks after block `1 + i * blocks_each`."""
     table = 1 + np.arange(len(seq_lens) * blocks_each, dtype=np.int32).reshape(len(seq_lens), -1)
     positions = np.array(seq_lens, np.int32) - 1
-    [metadata] = group_metadata.decode_metadata([KVGroup(BLOCK)], [table], positions)
+    [metadata] = group_metadata.decode_metadata([AttentionGroup(BLOCK)], [table], positions)
     return metadata
 
 
@@ -125,12 +125,12 @@ def shared_cache(num_blocks: int) -> KVCache:
     """Two layers and a state in the same bytes, each a group of its own."""
     backends = [DensePages(shape, BLOCK, mx.float32) for shape in (SHAPE, WINDOW)]
     groups = (
-        KVGroup(BLOCK, layers=(0,)),
-        KVGroup(BLOCK, layers=(1,), sliding_window=8),
-        KVGroup(100, states=(0,)),
+        AttentionGroup(BLOCK, layers=(0,)),
+        AttentionGroup(BLOCK, layers=(1,), sliding_window=8),
+        StateGroup((0,), max_tokens=100),
     )
     region = Region(backends[0].page_size_bytes, layers=(0, 1), states=(0,))
-    return KVCache(backends, num_blocks, [STATE], CacheLayout(num_blocks, groups, (region,)))
+    return KVCache(backends, num_blocks, [STATE], CacheLayout(groups, (region,)))
 
 
 def test_layers_that_share_bytes_keep_to_their_blocks():
@@ -142,7 +142,7 @@ def test_layers_that_share_bytes_keep_to_their_blocks():
     cache.begin_forward((*metadata, state))
     for layer in range(2):
         cache.store(layer, *kv(1, seed=layer), metadata[layer])
-    cache.keep_state(0, [mx.arange(1000.0).reshape(1, 40, 25)])
+    cache.states.keep(0, [mx.arange(1000.0).reshape(1, 40, 25)])
     cache.evaluate()
     [array] = cache.arrays
     assert array.dtype == mx.uint16
@@ -152,7 +152,7 @@ def test_layers_that_share_bytes_keep_to_their_blocks():
         for page, new in zip(pages, kv(1, seed=layer), strict=True):
             assert mx.array_equal(page[block, :, token], new[0])
     cache.begin_forward((*metadata, replace(state, begins=False)))
-    [old] = cache.old_state(0)
+    [old] = cache.states.old(0)
     assert mx.array_equal(old, mx.arange(1000.0).reshape(1, 40, 25))
 
 
@@ -174,7 +174,7 @@ def test_shared_bytes_are_written_in_place():
             cache.store(layer, keys + mx.mean(out), values, rows)
             out = backend.decode(cache.pages(layer), Rows(query, rows, 1.0))
             outs.append(out)
-        cache.keep_state(0, [mx.full((2, 40, 25), step) + mx.mean(out)])
+        cache.states.keep(0, [mx.full((2, 40, 25), step) + mx.mean(out)])
         cache.evaluate(*outs)
     assert mx.get_peak_memory() - before < cache.nbytes // 50
 
@@ -184,9 +184,9 @@ def test_layers_of_one_region_that_store_through_it_need_no_evaluation():
         stores_through = True
 
     backends = [StoresThrough(shape, BLOCK, mx.float32) for shape in (SHAPE, WINDOW)]
-    groups = (KVGroup(BLOCK, (0,)), KVGroup(BLOCK, (1,), sliding_window=8))
+    groups = (AttentionGroup(BLOCK, (0,)), AttentionGroup(BLOCK, (1,), sliding_window=8))
     region = Region(backends[0].page_size_bytes, layers=(0, 1))
-    assert not KVCache(backends, 3, (), CacheLayout(3, groups, (region,))).shares_arrays
+    assert not KVCache(backends, 3, (), CacheLayout(groups, (region,))).shares_arrays
 
 
 def test_taken_arrays_are_put_back():

@@ -7,11 +7,11 @@ from vllm_metal.kv_cache.group_metadata import (
     gathered_tokens,
     prefill_metadata,
 )
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
 
-FULL = KVGroup(8, layers=(0,))
-WINDOW = KVGroup(4, layers=(1,), sliding_window=6)
-STATES = KVGroup(100, states=(0,))
+FULL = AttentionGroup(8, layers=(0,))
+WINDOW = AttentionGroup(4, layers=(1,), sliding_window=6)
+STATES = StateGroup((0,), max_tokens=100)
 GROUPS = (FULL, WINDOW, STATES)
 TABLE = np.arange(20, 28, dtype=np.int32)
 """Of a window group: blocks of 4 tokens at positions 0, 4, 8, ..."""
@@ -47,7 +47,7 @@ def test_decode_of_a_window_begins_at_the_first_block_that_it_touches():
 
 
 def test_work_in_a_window_does_not_grow_with_the_request():
-    group = KVGroup(4, layers=(0,), sliding_window=6)
+    group = AttentionGroup(4, layers=(0,), sliding_window=6)
     table = np.arange(1, 1001, dtype=np.int32)[None]
     widths = set()
     for position in range(100, 3900, 37):

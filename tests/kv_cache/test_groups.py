@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.state_shape import StateShape
-from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
+from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, Region, StateGroup
 from vllm_metal.metal_kernel_backend.dense import DensePages
 
 FULL = DensePages(LayerShape(1, 8, 8), 16, mx.float16)
@@ -13,11 +13,11 @@ STATE = StateShape(((3,),), (mx.float32,))
 
 
 def test_a_separate_layout_has_a_group_for_each_kind_and_shares_nothing():
-    layout = CacheLayout.separate([WINDOW, FULL, WINDOW], [STATE, STATE], 7)
+    layout = CacheLayout.separate([WINDOW, FULL, WINDOW], [STATE, STATE])
     assert layout.groups == (
-        KVGroup(16, layers=(0, 2), sliding_window=5),
-        KVGroup(16, layers=(1,)),
-        KVGroup(1, states=(0, 1)),
+        AttentionGroup(16, layers=(0, 2), sliding_window=5),
+        AttentionGroup(16, layers=(1,)),
+        StateGroup((0, 1)),
     )
     pages = 16 * 16 * 2
     assert layout.regions[0] == Region(pages, layers=(0,))
@@ -26,6 +26,6 @@ def test_a_separate_layout_has_a_group_for_each_kind_and_shares_nothing():
 
 
 def test_groups_describe_themselves():
-    assert KVGroup(16, layers=(0, 1)).describe() == "2 layers (16 tokens)"
-    assert KVGroup(8, (0,), sliding_window=4).describe() == "1 layers (8 tokens, window 4)"
-    assert KVGroup(8, states=(0, 1)).describe() == "2 states"
+    assert AttentionGroup(16, layers=(0, 1)).describe() == "2 layers (16 tokens)"
+    assert AttentionGroup(8, (0,), sliding_window=4).describe() == "1 layers (8 tokens, window 4)"
+    assert StateGroup((0, 1), max_tokens=8).describe() == "2 states"

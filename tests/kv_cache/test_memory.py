@@ -18,9 +18,10 @@ from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
+from vllm_metal.kv_cache.groups import StateGroup
 from vllm_metal.kv_cache.spec import (
     KV_CACHE_LAYOUT,
-    block_table_lengths,
+    block_table_sizes,
     cache_layout,
     capacity,
     kv_cache_specs,
@@ -132,8 +133,11 @@ def test_bytes_planned_are_bytes_held(model, setting, make_config):
 
     blocks = get_max_concurrency_for_kv_cache_config(config, planned)
     assert planned.num_blocks / blocks == pytest.approx(needs.blocks_for(128))
-    assert len(block_table_lengths(config, planned)) == len(cache.groups)
+    assert len(block_table_sizes(config, planned)) == len(cache.groups)
     for group in cache.groups:
+        if isinstance(group, StateGroup):
+            assert group.max_tokens == 128
+            continue
         assert {backends[layer].block_size for layer in group.layers} <= {group.block_size}
         windows = {backends[layer].shape.sliding_window for layer in group.layers}
         assert windows <= {group.sliding_window}

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
 from vllm_metal.kv_cache.planner import (
     GIB,
     MemoryPlan,
@@ -154,8 +154,8 @@ def test_the_report_of_a_compressed_cache_compares_with_a_dense_one():
 
 def test_the_ratio_is_that_of_the_whole_cache():
     """Compressed layers beside a state as large as ten of their blocks: not their own ratio."""
-    groups = KVGroup(64, layers=(0,)), KVGroup(4096, states=(0,))
-    dense_groups = KVGroup(16, layers=(0,)), KVGroup(4096, states=(0,))
+    groups = AttentionGroup(64, layers=(0,)), StateGroup((0,), max_tokens=4096)
+    dense_groups = AttentionGroup(16, layers=(0,)), StateGroup((0,), max_tokens=4096)
     blocks = Capacity(100 * MIB, MIB, 64, groups)
     dense = Capacity(100 * MIB, MIB, 16, dense_groups)
     summary = CacheSummary(1, 1, 0.25, 1.0, 1)

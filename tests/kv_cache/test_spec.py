@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.kv_cache.groups import KVGroup, Region
+from vllm_metal.kv_cache.groups import AttentionGroup, Region, StateGroup
 from vllm_metal.kv_cache.spec import (
     KV_CACHE_LAYOUT,
     TurboQuantAttentionSpec,
@@ -169,9 +169,9 @@ def test_windows_are_groups_of_their_own(compressed, make_config):
     planned = plan(make_config(), specs)
     layout = cache_layout(planned)
     assert layout.groups == (
-        KVGroup(BLOCK, layers=(0,)),
-        KVGroup(BLOCK, layers=(1,), sliding_window=32),
-        KVGroup(BLOCK, layers=(2,), sliding_window=32),
+        AttentionGroup(BLOCK, layers=(0,)),
+        AttentionGroup(BLOCK, layers=(1,), sliding_window=32),
+        AttentionGroup(BLOCK, layers=(2,), sliding_window=32),
     )
     assert layout.regions == (Region(backends[0].page_size_bytes, layers=(0, 1, 2)),)
 
@@ -181,11 +181,11 @@ def test_states_share_the_pages_of_attention(make_config):
     backends = [DensePages(SHAPE, BLOCK, mx.float16)] * 2
     specs = kv_cache_specs(backends, torch.float32, [state] * 4, max_model_len=128)
     layout = cache_layout(plan(make_config(), specs))
-    assert [(group.layers, group.states) for group in layout.groups] == [
-        ((0, 1), ()),
-        ((), (0, 2)),
-        ((), (1, 3)),
-    ]
+    assert layout.groups == (
+        AttentionGroup(BLOCK, layers=(0, 1)),
+        StateGroup((0, 2), max_tokens=128),
+        StateGroup((1, 3), max_tokens=128),
+    )
     page = backends[0].page_size_bytes
     assert layout.regions == (Region(page, (0,), (0, 1)), Region(page, (1,), (2, 3)))
 

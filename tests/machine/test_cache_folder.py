@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from vllm_metal.machine.cache_folder import cache_folder
+import pytest
+
+from vllm_metal.errors import UserError
+from vllm_metal.machine.cache_folder import (
+    STARTUP_CACHE_VARIABLE,
+    cache_folder,
+    startup_cache_folder,
+)
 
 
 def test_the_users_cache(monkeypatch):
@@ -16,3 +23,20 @@ def test_the_users_cache(monkeypatch):
 def test_another_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "vllm_metal"
+
+
+def test_results_of_starts_are_kept_unless_that_is_switched_off(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(STARTUP_CACHE_VARIABLE, raising=False)
+    assert startup_cache_folder() == tmp_path / "vllm_metal" / "startup"
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "on")
+    assert startup_cache_folder() == tmp_path / "vllm_metal" / "startup"
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "off")
+    assert startup_cache_folder() is None
+
+
+@pytest.mark.parametrize("value", ["", "0", "no", "ON"])
+def test_other_values_are_refused(monkeypatch, value):
+    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, value)
+    with pytest.raises(UserError, match=f"VLLM_METAL_STARTUP_CACHE='{value}' .*allowed: on, off"):
+        startup_cache_folder()

@@ -30,16 +30,16 @@ def run(
     body: str,
     x: mx.array,
     threads: int = 64,
-    groups: int = 1,
+    threadgroups: int = 1,
     template=(),
     target: Target | None = None,
 ) -> mx.array:
     """One kernel with input x and an output of its size and type."""
-    kernel = Kernel("probe", "turboquant", (), ("x",), ("y",), POSITION + body)
+    kernel = Kernel("probe", "", "", ("x",), ("y",), POSITION + body)
     return (target or HostTarget()).build(kernel)(
         inputs=[x],
         template=list(template),
-        grid=(threads * groups, 1, 1),
+        grid=(threads * threadgroups, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[x.shape],
         output_dtypes=[x.dtype],
@@ -57,13 +57,13 @@ X = mx.arange(128).astype(mx.float32)
 
 def test_simdgroup_functions_see_the_32_lanes_of_their_simdgroup():
     x = np.array(X).reshape(4, 32)
-    sums = run("y[i] = simd_sum(x[i]);", X, groups=2)
+    sums = run("y[i] = simd_sum(x[i]);", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(sums).reshape(4, 32), x.sum(1, keepdims=True) + 0 * x)
-    largest = run("y[i] = simd_max(-x[i]);", X, groups=2)
+    largest = run("y[i] = simd_max(-x[i]);", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(largest).reshape(4, 32)[:, 0], -x[:, 0])
-    swapped = run("y[i] = simd_shuffle_xor(x[i], 5);", X, groups=2)
+    swapped = run("y[i] = simd_shuffle_xor(x[i], 5);", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(swapped).reshape(4, 32), x[:, np.arange(32) ^ 5])
-    any_over_40 = run("y[i] = simd_any(x[i] > 40.0f) ? 1 : 0;", X, groups=2)
+    any_over_40 = run("y[i] = simd_any(x[i] > 40.0f) ? 1 : 0;", X, threadgroups=2)
     np.testing.assert_array_equal(np.array(any_over_40).reshape(4, 32)[:, 7], [0, 1, 1, 1])
 
 
@@ -74,7 +74,7 @@ def test_threadgroup_memory_is_shared_and_barriers_order_it():
   threadgroup_barrier(mem_flags::mem_threadgroup);
   y[i] = shared[63 - local];
 """
-    y = np.array(run(body, X, groups=2)).reshape(2, 64)
+    y = np.array(run(body, X, threadgroups=2)).reshape(2, 64)
     np.testing.assert_array_equal(y, np.array(X).reshape(2, 64)[:, ::-1])
 
 
@@ -106,7 +106,7 @@ def test_what_only_some_threads_reach_is_an_error(body):
 
 def test_compiled_kernels_are_kept_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    np.testing.assert_array_equal(np.array(run("y[i] = x[i] + 17.0f;", X, groups=2)), X + 17)
+    np.testing.assert_array_equal(np.array(run("y[i] = x[i] + 17.0f;", X, threadgroups=2)), X + 17)
     [kept] = (file for file in tmp_path.rglob("*") if file.is_file())
     assert kept.parent == tmp_path / "vllm_metal" / "host-kernels"
     assert kept.name.startswith("probe_")
@@ -125,7 +125,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     host_target.compile_ahead(recorder.programs)
-    np.testing.assert_array_equal(np.array(run(body, X, groups=2)), X + 19)
+    np.testing.assert_array_equal(np.array(run(body, X, threadgroups=2)), X + 19)
     assert len(commands) == 1
 
 
@@ -154,7 +154,7 @@ def test_a_lazy_kernel_runs_when_its_output_is_evaluated():
 def test_a_lazy_kernel_is_traced_and_replayed():
     @mx.compile
     def traced(x):
-        return run("y[i] = x[i] * x[i];", x + 1, groups=2, target=LazyTarget()) - 1
+        return run("y[i] = x[i] * x[i];", x + 1, threadgroups=2, target=LazyTarget()) - 1
 
     for x in (X, 2 * X):
         np.testing.assert_array_equal(np.array(traced(x)), np.array(x + 1) ** 2 - 1)

@@ -1,23 +1,32 @@
 """The text of kernels on its way to a target."""
 
+import tarfile
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from vllm_metal.metal_kernel_backend import kernel_library
 from vllm_metal.metal_kernel_backend.kernel_library import (
+    KERNELS,
     CudaTarget,
     Kernel,
     available_target,
     compact,
     declare_threadgroup,
-    library_source,
+    expanded,
+    header_source,
     library_text,
     without_device,
 )
 
-KERNEL = Kernel("scale", "turboquant", ("rotation",), ("x",), ("y",), "  y[0] = x[0];\n")
+CONSTANTS = "#pragma once\nconstant constexpr int SIMD_SIZE = 32;\n"
+
+KERNEL = Kernel(
+    "scale", "turboquant/rotation.h", CONSTANTS, ("x", "factor"), ("y",), "  y[0] = x[0];\n"
+)
 
 
 def test_no_target_is_chosen_on_a_cpu():
@@ -25,21 +34,49 @@ def test_no_target_is_chosen_on_a_cpu():
         assert available_target() is None
 
 
-def test_the_kernel_library_is_found():
-    assert "store_vectors" in library_source("turboquant")
-
-
-def test_a_kernel_takes_the_start_of_the_file_and_its_sections():
+def test_a_kernel_takes_its_header_and_what_that_includes():
     text = library_text(KERNEL)
-    assert "SIMD_SIZE = 32" in text and "struct Vector" in text and "store_vectors" not in text
-    with pytest.raises(KeyError, match="no such"):
-        library_text(replace(KERNEL, sections=("no such",)))
+    assert text.count("SIMD_SIZE = 32") == text.count("struct Vector") == 1
+    assert "store_vectors" not in text and '#include "' not in text and "#pragma once" not in text
+    with pytest.raises(FileNotFoundError, match="none.h"):
+        library_text(replace(KERNEL, header="turboquant/none.h"))
+
+
+def test_a_kernel_without_a_header_has_no_library():
+    assert library_text(replace(KERNEL, header="")) == ""
+
+
+def test_what_two_headers_include_is_expanded_once_and_before_both(monkeypatch):
+    files = {
+        "a.h": '#pragma once\n#include "b.h"\n#include "c.h"\nint a;\n',
+        "b.h": '#include "c.h"\nint b;\n',
+        "c.h": '#include "x/constants.h"\nint c;\n',
+    }
+    monkeypatch.setattr(kernel_library, "header_source", files.__getitem__)
+    assert expanded("a.h", "#pragma once\nint d;\n") == "int d;\nint c;\nint b;\nint a;\n"
+
+
+def test_inputs_are_ordered_by_name():
+    assert KERNEL.in_order({"factor": 2, "x": 1}) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"x": 1}, r"kernel scale: inputs missing: \['factor'\], superfluous: \[\]"),
+        ({"x": 1, "factor": 2, "z": 3}, r"missing: \[\], superfluous: \['z'\]"),
+    ],
+)
+def test_inputs_that_are_missing_or_superfluous_are_named(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        KERNEL.in_order(inputs)
 
 
 def test_compact_text_keeps_the_program_and_loses_the_comments():
-    text = compact(library_source("turboquant"))
+    source = header_source("turboquant/rotation.h")
+    text = compact(source)
     assert "//" not in text and "\n\n" not in text and "\n " not in text
-    assert text.count("{") == library_source("turboquant").count("{")
+    assert text.count("{") == source.count("{")
 
 
 def test_cuda_text_keeps_words_that_contain_device():
@@ -63,3 +100,30 @@ def test_cuda_names_change_with_anything_that_is_compiled(monkeypatch):
     CudaTarget().build(KERNEL, (128, 3))
     CudaTarget().build(replace(KERNEL, body="  y[0] = -x[0];\n"))
     assert len(set(names)) == 3
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def packaged_kernels(wheel: str) -> set[str]:
+    """Paths of the files in the package's `kernels` folder."""
+    prefix = "vllm_metal/kernels/"
+    with zipfile.ZipFile(wheel) as archive:
+        return {name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)}
+
+
+def test_a_wheel_and_one_made_of_the_sdist_hold_every_kernel_file(tmp_path):
+    pytest.importorskip("hatchling", reason="the build backend is in the extra: test")
+    from hatchling.builders.sdist import SdistBuilder
+    from hatchling.builders.wheel import WheelBuilder
+
+    files = {str(file.relative_to(KERNELS)) for file in KERNELS.rglob("*") if file.is_file()}
+    assert "turboquant.metal" in files and "turboquant/decode/decode.h" in files
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
+    assert packaged_kernels(wheel) == files
+    [sdist] = SdistBuilder(str(ROOT)).build(directory=str(tmp_path))
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "sdist", filter="data")
+    [unpacked] = (tmp_path / "sdist").iterdir()
+    [wheel] = WheelBuilder(str(unpacked)).build(directory=str(tmp_path / "second"))
+    assert packaged_kernels(wheel) == files

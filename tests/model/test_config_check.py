@@ -40,7 +40,9 @@ def parameters(**values):
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **values}}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3", "deepseek_v2", "gpt_oss", "mamba"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "phi3", "deepseek_v2", "gpt_oss", "mamba"]
+)
 def test_the_model_of_the_file_is_served(name):
     check_built_model(build(config_of(name)), config_of(name), max_model_len=512)
 
@@ -69,16 +71,20 @@ def test_another_factor():
 
 def test_a_scaling_that_the_model_ignores():
     """mlx-lm's Qwen3 MoE reads `rope_scaling` and leaves it out."""
-    written = config_of("qwen3_moe", rope_scaling={"rope_type": "yarn", "factor": 4.0} | {
-        "original_max_position_embeddings": 128
-    })
+    written = config_of(
+        "qwen3_moe",
+        rope_scaling={"rope_type": "yarn", "factor": 4.0}
+        | {"original_max_position_embeddings": 128},
+    )
     [reason] = reasons(written, written)
     assert "rope_type is yarn" in reason and "rope_theta 10000" in reason
 
 
 def test_an_attention_factor_that_the_model_does_not_read():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-    check_built_model(build(config_of("llama", rope_scaling=yarn)), config_of("llama", rope_scaling=yarn))
+    check_built_model(
+        build(config_of("llama", rope_scaling=yarn)), config_of("llama", rope_scaling=yarn)
+    )
     written = config_of("llama", rope_scaling=yarn | {"attention_factor": 2.0})
     assert reasons(written, written)
 

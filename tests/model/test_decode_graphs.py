@@ -19,7 +19,7 @@ from vllm_metal.model.model_binding import ModelBinding
 BLOCK = 8
 NUM_BLOCKS = 64
 COMPRESSED = TurboQuantConfig(parse_pair("q8_0/q3_0"))
-BY_DAY = ["llama", "qwen3_moe", "openelm", "minicpm3", "gemma4_text"]
+BY_DAY = ["llama", "qwen3_moe", "openelm", "minicpm3", "gemma4_shared"]
 """Plain, experts, other heads in each layer, keys and values of unequal sizes, shared layers.
 
 The others are traced in this way at night, and many of them by the engines of `e2e/test_models`."""
@@ -27,9 +27,9 @@ The others are traced in this way at night, and many of them by the engines of `
 KINDS = [
     *(
         pytest.param(name, None, id=name, marks=[] if name in BY_DAY else [pytest.mark.nightly])
-        for name in (*SERVED, *sorted(FETCHED.keys() - {"gemma2"}), "gemma4_text")
+        for name in (*SERVED, *(name for name in FETCHED if name != "gemma2"), "gemma4_shared")
     ),
-    pytest.param("gemma4_text", COMPRESSED, id="gemma4_text-turboquant"),
+    pytest.param("gemma4_shared", COMPRESSED, id="gemma4_shared-turboquant"),
     pytest.param("llama", COMPRESSED, id="llama-turboquant"),
     pytest.param("llama", TurboQuantConfig(parse_pair("q4_0/q2_0")), id="llama-few-bits"),
 ]
@@ -43,10 +43,10 @@ class Decoder:
         constants = neutral_constants(self.binding.layers)
         backends = make_backends(self.binding.layers, BLOCK, mx.float32, turboquant, constants)
         self.kv_cache = KVCache(backends, num_blocks)
-        self.binding.bind(self.kv_cache)
+        self.model = self.binding.bind(self.kv_cache)
         rng = np.random.default_rng(0)
         self.blocks = rng.permutation(np.arange(1, num_blocks)).astype(np.int32)
-        self.graphs = DecodeGraphs(self.binding, self.kv_cache)
+        self.graphs = DecodeGraphs(self.model)
 
     def metadata(self, lens: list[int]) -> DecodeMetadata:
         """Requests of these lengths, each with blocks of its own."""
@@ -69,7 +69,7 @@ def difference(logits: mx.array, expected: mx.array) -> float:
 def store_somewhere(decoder: Decoder, lens: list[int]) -> None:
     """Fills the pages of requests of `lens` with the tokens of earlier steps."""
     for length in range(1, max(lens)):
-        decoder.run(decoder.binding.forward, [min(length, n) for n in lens], seed=length)
+        decoder.run(decoder.model.forward, [min(length, n) for n in lens], seed=length)
 
 
 @pytest.mark.parametrize(("model_type", "turboquant"), KINDS)
@@ -93,7 +93,7 @@ def test_lengths(turboquant, lens):
 def assert_replay_is_the_step(decoder: Decoder, lens: list[int]) -> None:
     if max(lens) < 100:
         store_somewhere(decoder, lens)
-    expected = decoder.run(decoder.binding.forward, lens, seed=0)
+    expected = decoder.run(decoder.model.forward, lens, seed=0)
     pages = [mx.array(array) for array in decoder.kv_cache.arrays]
     for _ in range(3):
         assert difference(decoder.run(decoder.graphs, lens, seed=0), expected) < 1e-4
@@ -106,9 +106,33 @@ def test_a_trace_serves_other_tokens_and_other_lengths():
     decoder = Decoder()
     store_somewhere(decoder, [24, 24])
     for lens in ([17, 20], [17, 20], [24, 18], [19, 23]):
-        expected = decoder.run(decoder.binding.forward, lens, seed=1)
+        expected = decoder.run(decoder.model.forward, lens, seed=1)
         assert difference(decoder.run(decoder.graphs, lens, seed=1), expected) < 1e-4
     assert len(decoder.graphs._graphs) == 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v32", "longcat_flash"])
+def test_no_step_computes_arrays_without_elements(model_type):
+    """Not even where a layer caches one array, whose values have none."""
+    decoder = Decoder(model_type)
+    arguments = mx.array([[3], [4]]), [decoder.metadata([5, 9])]
+    assert decoder.graphs.empty_operations(*arguments) == []
+    expected = decoder.run(decoder.model.forward, [5, 9], seed=0)
+    assert difference(decoder.run(decoder.graphs, [5, 9], seed=0), expected) < 1e-4
+
+
+def test_operations_on_arrays_without_elements_are_named(monkeypatch):
+    decoder = Decoder()
+    forward = decoder.model.forward
+
+    def with_nothing(*arguments):
+        logits = forward(*arguments)
+        nothing = logits[..., :0]
+        return mx.concatenate([logits, nothing * 2 + 1, nothing], axis=-1)
+
+    monkeypatch.setattr(decoder.model, "forward", with_nothing)
+    found = decoder.graphs.empty_operations(mx.array([[3]]), [decoder.metadata([5])])
+    assert sorted(found) == ["Add", "Multiply"]
 
 
 def test_lazy_tokens_go_in():
@@ -116,7 +140,7 @@ def test_lazy_tokens_go_in():
     for _ in range(3):
         lazy = mx.argmax(mx.array([[0, 0, 0, 1.0]]), axis=-1)[:, None]
         logits = decoder.graphs(lazy, [decoder.metadata([5])])
-        expected = decoder.binding.forward(mx.array([[3]]), [decoder.metadata([5])])
+        expected = decoder.model.forward(mx.array([[3]]), [decoder.metadata([5])])
         assert difference(logits, expected) < 1e-4
 
 
@@ -127,7 +151,7 @@ def test_the_padding_of_the_table_is_not_seen():
     full = [mx.full(array.shape, 99.0) for array in taken.regions]
     decoder.kv_cache.put(taken._replace(regions=full))
     assert rounded_blocks(17) == 18
-    expected = decoder.run(decoder.binding.forward, [17 * BLOCK], seed=2)
+    expected = decoder.run(decoder.model.forward, [17 * BLOCK], seed=2)
     for _ in range(2):
         assert difference(decoder.run(decoder.graphs, [17 * BLOCK], seed=2), expected) < 1e-4
 

@@ -1,5 +1,8 @@
 """The cache protocol of one layer: what is stored, and what a model gets back."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import pytest
 
@@ -9,7 +12,14 @@ from vllm_metal.attention.masks import causal_mask
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.metal_kernel_backend.dense import DensePages
-from vllm_metal.model.layer_cache import Forward, LayerKVCache, forget_layers, paged_layer
+from vllm_metal.model.layer_cache import (
+    CachePositions,
+    ForwardPass,
+    InPages,
+    LayerKVCache,
+    Observer,
+    paged_layer,
+)
 
 BLOCK = 4
 CHUNK = PrefillMetadata(mx.array([[2, 1]]), mx.array([11, 4, 5]), context_len=3, query_len=3)
@@ -23,7 +33,7 @@ def layer_of(
     metadata: AttentionMetadata, shape: LayerShape, masks_rows: bool = False
 ) -> LayerKVCache:
     kv_cache = KVCache([DensePages(shape, BLOCK, mx.float32)], 4)
-    return LayerKVCache(0, shape, Forward((metadata,), kv_cache), masks_rows)
+    return LayerKVCache(0, shape, ForwardPass(kv_cache, (metadata,), masks_rows, Observer()))
 
 
 def shape(fetched: bool, head_size_v: int = 6) -> LayerShape:
@@ -58,19 +68,42 @@ def test_what_comes_back_has_the_shape_of_all_tokens(metadata):
         assert keys.shape == (batch, 2, 6, 8) and values.shape == (batch, 2, 6, 6)
 
 
-def test_stand_ins_are_known_by_identity_until_the_forward_ends():
-    layer = layer_of(CHUNK, shape(fetched=False))
+def test_arrays_in_pages_name_their_layer():
+    layer, other = (layer_of(CHUNK, shape(fetched=False)) for _ in range(2))
     keys, values = layer.update_and_fetch(*new(CHUNK))
+    _, others = other.update_and_fetch(*new(CHUNK))
     assert paged_layer(keys, values) is layer
     assert layer.keys_and_values() == (keys, values)
     assert paged_layer(keys, keys) is None
-    assert paged_layer(mx.array(keys), values) is None
-    forget_layers([layer])
+    assert paged_layer(keys, others) is None
+    assert paged_layer(values, keys) is None
+
+
+@pytest.mark.parametrize(
+    "compute", [mx.array, lambda x: x + 0, lambda x: x[:, :1], mx.contiguous, lambda x: -x]
+)
+def test_whatever_is_computed_from_them_is_a_plain_array(compute):
+    layer = layer_of(CHUNK, shape(fetched=False))
+    keys, values = layer.update_and_fetch(*new(CHUNK))
+    assert not isinstance(compute(keys), InPages)
+    assert paged_layer(compute(keys), values) is None
+
+
+def test_they_do_not_keep_their_layer_alive():
+    """A graph that holds them would otherwise hold the pages, and the next write copy those."""
+    layer = layer_of(CHUNK, shape(fetched=False))
+    keys, values = layer.update_and_fetch(*new(CHUNK))
+    gone = weakref.ref(layer)
+    gc.disable()
+    try:
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()
     assert paged_layer(keys, values) is None
-    assert layer.keys_and_values() is None
 
 
-def test_stand_ins_are_no_numbers():
+def test_they_are_full_of_nan():
     """Whoever computes on them after all is found out."""
     keys, values = layer_of(ROWS, shape(fetched=False)).update_and_fetch(*new(ROWS))
     assert mx.isnan(keys).all() and mx.isnan(values).all()
@@ -81,6 +114,42 @@ def test_fetched_arrays_are_never_taken_for_pages():
     keys, values = layer.update_and_fetch(*new(CHUNK))
     assert paged_layer(keys, values) is None
     assert not mx.isnan(keys).any()
+
+
+def test_a_layer_read_before_it_is_updated():
+    with pytest.raises(RuntimeError, match="before it stores any"):
+        layer_of(CHUNK, shape(fetched=True)).keys_and_values()
+
+
+def test_a_cache_never_updated_has_positions():
+    unused = CachePositions(CHUNK)
+    assert unused.offset == 3
+    assert unused.make_mask(3) == "causal"
+    with pytest.raises(RuntimeError, match="asks for positions"):
+        _ = CachePositions(None).offset
+
+
+class Notes(Observer):
+    def __init__(self):
+        self.seen = []
+
+    def stored(self, layer, keys, values):
+        self.seen.append(("stored", layer, keys.shape, values.shape))
+
+    def attended(self, layer, chunk, outputs):
+        self.seen.append(("attended", layer, chunk.queries.shape, chunk.scale, outputs.shape))
+
+
+def test_an_observer_is_told_what_passes_through():
+    notes = Notes()
+    kv_cache = KVCache([DensePages(shape(False), BLOCK, mx.float32)], 4)
+    layer = LayerKVCache(0, shape(False), ForwardPass(kv_cache, (CHUNK,), False, notes))
+    layer.update_and_fetch(*new(CHUNK))
+    layer.attend(mx.random.normal((1, 4, 3, 8)), 0.5, "causal", None)
+    assert notes.seen == [
+        ("stored", 0, (3, 2, 8), (3, 2, 6)),
+        ("attended", 0, (4, 3, 8), 0.5, (4, 3, 6)),
+    ]
 
 
 def test_one_array_given_twice_is_stored_once():

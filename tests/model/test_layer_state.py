@@ -1,68 +1,24 @@
-"""Recurrent states: read before a forward, written after it, never anybody else's."""
+"""Recurrent states as a model sees them, and their shapes, found out at load."""
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ArraysCache
 
 from tests.tiny_models import RECURRENT, tiny_model
-from vllm_metal.attention.metadata import StateMetadata
-from vllm_metal.attention.state_shape import StateShape
-from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.model.dry_forward import UnsupportedModelError
-from vllm_metal.model.layer_cache import Forward
-from vllm_metal.model.layer_state import LayerState, state_shapes
+from vllm_metal.model.layer_state import state_cache, state_shapes
 from vllm_metal.model.model_binding import ModelBinding
 
-SHAPE = StateShape(((2, 3), None, (4,)), (mx.float32, None, mx.bfloat16))
 
-
-class Layer:
-    """One state over a cache of a few blocks."""
-
-    def __init__(self):
-        self.kv_cache = KVCache([], 6, [SHAPE])
-        self.forward = Forward((), self.kv_cache)
-        self.state = LayerState(0, SHAPE, self.forward)
-
-    def begin(self, blocks: list[int], begins: bool = False) -> LayerState:
-        metadata = (StateMetadata(mx.array(blocks), begins),)
-        self.kv_cache.begin_forward(metadata)
-        self.state.begin_forward()
-        return self.state
-
-    def run(self, blocks: list[int], value: float, begins: bool = False) -> None:
-        state = self.begin(blocks, begins)
-        state[0] = mx.full((len(blocks), 2, 3), value)
-        state[2] = mx.full((len(blocks), 4), -value, mx.bfloat16)
-        state.end_forward()
-        self.kv_cache.evaluate()
-
-
-def test_a_request_begins_without_a_state_whatever_its_block_held():
-    layer = Layer()
-    layer.run([2], 7.0, begins=True)
-    state = layer.begin([2], begins=True)
-    assert list(state.cache) == [None, None, None]
-    assert isinstance(state, ArraysCache) and state.empty()
-
-
-def test_states_go_with_their_requests_in_any_order():
-    layer = Layer()
-    for block, value in ((2, 2.0), (5, 5.0), (1, 1.0)):
-        layer.run([block], value, begins=True)
-    state = layer.begin([5, 1, 2])
-    assert state[0].dtype == mx.float32 and state[2].dtype == mx.bfloat16
-    assert state[0][:, 0, 0].tolist() == [5, 1, 2]
-    assert state[2][:, 3].tolist() == [-5, -1, -2]
-    assert state[1] is None
-    layer.run([1, 5], 9.0)
-    assert layer.begin([2, 5])[0][:, 1, 2].tolist() == [2, 9]
-
-
-def test_a_forward_holds_nothing_afterwards():
-    layer = Layer()
-    layer.run([3], 1.0, begins=True)
-    assert list(layer.state.cache) == [None] * 3
+def test_a_state_is_what_models_ask_for():
+    """They ask whether it is an `ArraysCache`, and replace its entries."""
+    begins = state_cache([None, None])
+    assert isinstance(begins, ArraysCache) and begins.empty()
+    arrays = [mx.array([1.0]), None]
+    state = state_cache(arrays)
+    assert state[0] is arrays[0] and not state.empty()
+    state[1] = mx.array([2.0])
+    assert state.cache[1].item() == 2
 
 
 @pytest.mark.parametrize("model_type", RECURRENT)

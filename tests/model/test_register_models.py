@@ -7,8 +7,6 @@ import mlx.core as mx
 import mlx_lm.utils
 import pytest
 import torch
-import vllm.model_executor.models.registry as vllm_registry
-import vllm.transformers_utils.config as vllm_config
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm.engine.arg_utils import EngineArgs
@@ -17,6 +15,7 @@ from vllm.model_executor.models import ModelRegistry
 from tests import transformers_checkpoints
 from tests.serving import Serving
 from tests.tiny_models import save_checkpoint, tiny_model
+from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.model import register_models
 from vllm_metal.model.register_models import (
     MlxLmConfig,
@@ -116,24 +115,51 @@ def test_a_checkpoints_own_code_is_used_where_it_is_trusted(tmp_path):
     assert isinstance(AutoConfig.from_pretrained(folder, trust_remote_code=False), MlxLmConfig)
 
 
+@pytest.mark.parametrize("table", [None, {}, ["llama"]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("vllm.transformers_utils.config._CONFIG_REGISTRY", register_model_types),
+        ("vllm.model_executor.models.registry._MULTIMODAL_MODELS", register_text_models),
+    ],
+)
+def test_a_vllm_without_one_of_its_tables_is_named(monkeypatch, name, use, table):
+    """vLLM does not promise to keep them; to go on without one would go wrong much later."""
+    if table is None:
+        monkeypatch.delattr(name)
+    else:
+        monkeypatch.setattr(name, table)
+    with pytest.raises(ChangedLibraryError, match=f"vllm .*{name}"):
+        use()
+
+
+def test_an_mlx_lm_without_its_table_is_named(monkeypatch, tmp_path):
+    (tmp_path / "utils.py").write_text("OTHER = {}")
+    monkeypatch.setattr(register_models, "_mlx_lm_folders", lambda: [tmp_path])
+    served_model_types.cache_clear()
+    with pytest.raises(ChangedLibraryError, match=r"mlx-lm .*MODEL_REMAPPING"):
+        served_model_types()
+
+
+def test_a_transformers_that_compares_no_modules_is_named(monkeypatch, tmp_path):
+    """It matters for a checkpoint with code of its own, and there it is told."""
+    own = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    with_code = save_checkpoint(tmp_path / "code", "afm7", **own)
+    without = save_checkpoint(tmp_path / "none", "afm7")
+    check = register_models.require_that_code_of_checkpoints_comes_first
+    monkeypatch.setattr(
+        register_models.inspect, "getsource", lambda _: "def from_pretrained(): ..."
+    )
+    check.cache_clear()
+    assert isinstance(AutoConfig.from_pretrained(without), MlxLmConfig)
+    with pytest.raises(ChangedLibraryError, match=r"transformers .*AutoConfig\.from_pretrained"):
+        AutoConfig.from_pretrained(with_code, trust_remote_code=False)
+    check.cache_clear()
+
+
 def test_types_that_mlx_lm_runs_with_the_file_of_another():
     assert {"mistral", "qwen2_5_vl", "kimi_k2"} <= served_model_types() - mlx_lm_model_types()
     assert served_model_types() == mlx_lm_model_types() | set(mlx_lm.utils.MODEL_REMAPPING)
-
-
-@pytest.mark.parametrize("table", [None, [], {}, ["llama"], {1: "llama"}], ids=str)
-@pytest.mark.parametrize(
-    ("module", "name", "use"),
-    [
-        (vllm_config, "_CONFIG_REGISTRY", register_model_types),
-        (vllm_registry, "_MULTIMODAL_MODELS", register_text_models),
-    ],
-)
-def test_a_table_of_vllms_that_is_not_what_it_was(monkeypatch, module, name, use, table):
-    """vLLM does not promise to keep it; to go on without it would go wrong much later."""
-    monkeypatch.setattr(module, name, table)
-    with pytest.raises(RuntimeError, match=f"no table {name}; vllm_metal needs vLLM 0.32"):
-        use()
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma3", "mistral3"])

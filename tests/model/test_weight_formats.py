@@ -277,7 +277,8 @@ def test_other_weights_are_refused_by_the_name_of_their_format(case, words, fold
 
 
 @pytest.mark.parametrize(
-    "method", ["aqlm", "auto-round", "bitsandbytes", "eetq", "fbgemm_fp8", "hqq", "quark", "torchao"]
+    "method",
+    ["aqlm", "auto-round", "bitsandbytes", "eetq", "fbgemm_fp8", "hqq", "quark", "torchao"],
 )
 def test_methods_that_mlx_lm_does_not_know(method):
     config = {"model_type": "llama", "quantization_config": {"quant_method": method}}
@@ -311,7 +312,12 @@ def test_the_types_of_the_tensors_of_all_files(tmp_path):
     for i in (1, 2):
         file = tmp_path / f"model-0000{i}-of-00002.safetensors"
         mx.save_safetensors(str(file), {f"a{i}": mx.zeros(3), f"b{i}": mx.zeros(2, mx.uint8)})
-    assert weight_formats.tensor_types(tmp_path) == {"a1": "F32", "b1": "U8", "a2": "F32", "b2": "U8"}
+    assert weight_formats.tensor_types(tmp_path) == {
+        "a1": "F32",
+        "b1": "U8",
+        "a2": "F32",
+        "b2": "U8",
+    }
 
 
 def _save_with_experts(folder: Path, name: str) -> Path:

@@ -4,18 +4,19 @@ import mlx.core as mx
 import pytest
 
 from tests.scheduler_outputs import Continued, new_request, scheduler_output
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 
 BLOCK = 8
-GROUPS = [KVGroup(BLOCK, layers=(0, 1))]
+GROUPS = [AttentionGroup(BLOCK, layers=(0, 1))]
 
 
 @pytest.fixture
 def batch(make_config) -> RequestBatch:
     """Prompts of 7, 16 and 2 tokens, each with one output token; blocks in no order."""
-    batch = RequestBatch(make_config(block_size=BLOCK), [BLOCK], [16])
+    batch = RequestBatch(make_config(block_size=BLOCK), [BlockTableSize(BLOCK, 16)])
     new = [
         new_request("a", range(10, 17), [3]),
         new_request("b", range(20, 36), [9, 4]),
@@ -132,5 +133,5 @@ def test_a_request_that_is_too_long_runs_alone(batch):
 
 
 def test_recurrent_states_gather_no_tokens(batch):
-    states = [KVGroup(1 << 20, states=(0,))]
+    states = [StateGroup((0,), max_tokens=1 << 20)]
     assert forward_inputs.split_decode(batch.rows, [0, 1, 2], states, 1) == [[0, 1, 2]]

@@ -1,5 +1,7 @@
 """Steps of the runner under vLLM's own scheduler: mlx-lm's tokens, however the work is cut."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -55,7 +57,7 @@ def test_alone_and_in_one_batch(make_config, async_scheduling, expected):
 def test_decode_in_several_forwards(make_config, async_scheduling, expected, most_decode_tokens):
     """Each request alone, and those together that fit; they change places as they grow."""
     serving = Serving(make_config(async_scheduling=async_scheduling, enable_prefix_caching=False))
-    serving.runner.most_decode_tokens = most_decode_tokens
+    serving.runner.decode = replace(serving.runner.decode, most_tokens=most_decode_tokens)
     assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == expected
 
 
@@ -109,7 +111,7 @@ def test_preemption(make_config, async_scheduling, expected):
 
 def test_decode_one_request_at_a_time(make_config, async_scheduling, expected):
     serving = Serving(make_config(async_scheduling=async_scheduling, enable_prefix_caching=False))
-    serving.runner.batched_decode = False
+    serving.runner.decode = replace(serving.runner.decode, batched=False)
     assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == expected
 
 

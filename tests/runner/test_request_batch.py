@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.scheduler_outputs import Continued, new_request, scheduler_output
+from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 
 BLOCK = 16
@@ -11,7 +12,7 @@ BLOCK = 16
 
 @pytest.fixture
 def batch(make_config) -> RequestBatch:
-    return RequestBatch(make_config(), [BLOCK], [8])
+    return RequestBatch(make_config(), [BlockTableSize(BLOCK, 8)])
 
 
 def token_ids(batch: RequestBatch, name: str) -> list[int]:

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 from tests.tiny_models import tiny_model
-from vllm_metal.attention.backend import Chunk, LayerShape, Pages
+from vllm_metal.attention.backend import Chunk
 from vllm_metal.attention.metadata import PrefillMetadata
 from vllm_metal.model.model_binding import ModelBinding
-from vllm_metal.startup import key_samples
-from vllm_metal.startup.key_samples import collect_key_samples
+from vllm_metal.startup.key_samples import KeySamples, collect_key_samples
 
 TOKENS = [5, 3, 8, 1, 9]
 
@@ -45,31 +44,31 @@ def test_an_offset_turns_the_keys(model):
 
 
 def test_queries_of_every_layer_that_shares_the_keys_are_taken():
-    """gemma4_text: two layers of their own keys, two that read those of the second."""
-    binding = ModelBinding(tiny_model("gemma4_text"))
+    """gemma4_shared: two layers of their own keys, two that read those of the second."""
+    binding = ModelBinding(tiny_model("gemma4_shared"))
     own, shared = collect_key_samples(binding, TOKENS, 7)
-    assert own[0].shape == (len(TOKENS), 4, 32)
-    assert shared[0].shape == (len(TOKENS), 3 * 4, 32)
-    assert own[1].shape == shared[1].shape == (len(TOKENS), 1, 32)
+    for shape, (queries, keys), layers in zip(binding.layers, (own, shared), (1, 3), strict=True):
+        assert queries.shape == (len(TOKENS), layers * 4, shape.head_size)
+        assert keys.shape == (len(TOKENS), 1, shape.head_size)
 
 
 def test_queries_go_with_the_kv_head_that_they_read():
-    binding = ModelBinding(tiny_model("gemma4_text", num_key_value_heads=2))
+    binding = ModelBinding(tiny_model("gemma4_shared", num_key_value_heads=2))
     queries = [collect_key_samples(binding, TOKENS, 0)[layer][0] for layer in (0, 1)]
     assert queries[1].shape[1] == 3 * queries[0].shape[1]
-    recorder = key_samples._Recorder(LayerShape(2, 4, 4))
-    recorder.store(Pages(mx.zeros((0, 0))), mx.zeros((1, 2, 4)), mx.zeros((1, 2, 4)), None)
+    samples = KeySamples([2])
+    samples.stored(0, mx.zeros((1, 2, 4)), mx.zeros((1, 2, 4)))
     metadata = PrefillMetadata(mx.zeros((1, 0)), mx.zeros((0,)), 0, 1)
     for start in (0, 10):
         heads = mx.repeat(mx.arange(start, start + 4)[:, None, None], 4, axis=2).astype(mx.float32)
-        zeros = mx.zeros((2, 1, 4))
-        recorder.prefill(Pages(zeros), Chunk(heads, zeros, zeros, metadata, 1.0))
-    assert recorder.sample()[0][0, :, 0].tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
+        samples.attended(0, Chunk(heads, mx.zeros((2, 1, 4)), None, metadata, 1.0), None)
+    assert samples.sample(0)[0][0, :, 0].tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
 
 
 def test_fetched_layers_keep_their_queries_to_themselves():
-    samples = collect_key_samples(ModelBinding(tiny_model("gemma2")), TOKENS, 100)
+    binding = ModelBinding(tiny_model("gemma2"))
+    samples = collect_key_samples(binding, TOKENS, 100)
     assert all(queries is None for queries, _ in samples)
-    near = collect_key_samples(ModelBinding(tiny_model("gemma2")), TOKENS, 0)[0][1]
-    assert samples[0][1].shape == near.shape == (len(TOKENS), 2, 16)
+    near = collect_key_samples(binding, TOKENS, 0)[0][1]
+    assert samples[0][1].shape == near.shape == (len(TOKENS), 2, binding.layers[0].head_size)
     assert np.abs(samples[0][1] - near).max() > 1e-3

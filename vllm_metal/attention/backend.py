@@ -22,7 +22,7 @@ from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, Pre
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the cache must know of one attention layer, read off a dry forward."""
+    """The shape of one attention layer, as a dry forward finds it: all that the cache needs."""
 
     num_kv_heads: int
     head_size: int
@@ -38,7 +38,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a layer attends with in a prefill: one chunk of one prompt."""
+    """The inputs of one layer's attention in a prefill: one chunk of one prompt."""
 
     queries: mx.array
     """[Hq, L, Dk]."""
@@ -55,7 +55,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a layer attends with in a decode step: one new token of each of B requests."""
+    """The inputs of one layer's attention in a decode step: one new token of each request."""
 
     queries: mx.array
     """[B, Hq, Dk]."""
@@ -72,8 +72,9 @@ class Pages(NamedTuple):
     array: mx.array
     """[num_blocks, page], elements of `AttentionBackend.page_dtype`."""
     token: mx.array | None = None
-    """What the last `store` returned to order the reads after it; None for a backend whose `store`
-    returns a new array, which orders them by itself."""
+    """An array that the last `store` returned and that every reader takes, so that MLX runs the
+    reader after the store. None for a backend whose `store` returns a new array of pages, which
+    orders the readers by itself."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class AttentionBackend(ABC):
     format_names: tuple[str, str] | None = None
     """Names of the key and the value format of compressed pages; None for dense pages."""
     stores_through: bool = False
-    """Whether `store` writes through the array that it is given, whoever else holds it."""
+    """Whether `store` writes into the memory of its array, however many holders the array has."""
     page_dtype: mx.Dtype
     """Element type of the array of pages."""
     reproducible: bool = False
@@ -172,7 +173,7 @@ class AttentionBackend(ABC):
         values: mx.array,  # [B, H, L, Dv]
         metadata: AttentionMetadata,
     ) -> tuple[mx.array, mx.array]:  # [B, H, S, Dk], [B, H, S, Dv]
-        """All keys and values of the requests, in the type of the new ones.
+        """Returns all keys and values of the requests, in the type of the new ones.
 
         A prefill chunk gets its own as they are, unless `reproducible`. Rows of shorter requests
         end in zeros, so that a masked token adds nothing even where an earlier owner of its block
@@ -190,7 +191,7 @@ class AttentionBackend(ABC):
         )
 
     def chunk_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
-        """What a chunk of `query_len` tokens at the end of `seq_len` takes, for the memory plan."""
+        """Memory of a chunk of `query_len` tokens that ends at `seq_len`, for the memory plan."""
         if self.shape.sliding_window is not None:
             begins_in = self.block_size - 1  # a window may begin anywhere in a block
             held = self.shape.sliding_window + query_len - 1 + begins_in
@@ -210,7 +211,13 @@ def _joined(
     context_len: int,
     metadata: AttentionMetadata,
 ) -> mx.array:  # [B, H, S, D]
-    """The first `context_len` stored tokens, and after them the new ones that they lack."""
+    """The first `context_len` stored tokens, and after them the new ones that they lack.
+
+    Of a layer that caches one array, the values have no elements. They are not computed: MLX's
+    CUDA backend divides by the number of elements of a fused operation, which ends the process.
+    """
+    if not new.shape[-1]:
+        return mx.zeros((*new.shape[:2], metadata.max_seq_len, 0), new.dtype)
     stored = stored[:, :, :context_len].astype(new.dtype)
     if isinstance(metadata, PrefillMetadata):
         exact = new[:, :, context_len - metadata.context_len :]

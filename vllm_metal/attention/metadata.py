@@ -1,4 +1,4 @@
-"""What one forward pass tells the attention layers.
+"""The metadata of one forward pass: what its attention layers need besides keys and values.
 
 Lengths follow vLLM:
 
@@ -104,7 +104,7 @@ AttentionMetadata = DecodeMetadata | PrefillMetadata
 
 @dataclass(frozen=True)
 class StateMetadata:
-    """Where the recurrent states of a forward's requests are."""
+    """The blocks that hold the recurrent states of the requests."""
 
     block_ids: mx.array
     """[B] int32, the one block of each request."""
@@ -113,4 +113,4 @@ class StateMetadata:
 
 
 GroupMetadata = AttentionMetadata | StateMetadata
-"""What one forward pass tells the layers of one group."""
+"""The metadata of one forward pass for the layers of one group."""

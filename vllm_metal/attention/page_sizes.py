@@ -32,7 +32,7 @@ class PageSize:
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """What an attention layer needs of its pages."""
+    """The bytes that an attention layer needs for one token."""
 
     bytes_per_token: int
     sliding_window: int | None = None

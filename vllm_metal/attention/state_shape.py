@@ -8,17 +8,23 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class StateShape:
-    """The arrays of one layer's state, read off a dry forward; None: never set by the model."""
+    """The arrays of one layer's state, as a dry forward finds them.
+
+    None stands for an array that the model never sets.
+    """
 
     shapes: tuple[tuple[int, ...] | None, ...]
-    """Without the axis of requests."""
+    """Shapes without the axis of requests."""
     dtypes: tuple[mx.Dtype | None, ...]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of one request's state."""
-        arrays = zip(self.shapes, self.dtypes, strict=True)
-        return sum(prod(shape) * dtype.size for shape, dtype in arrays if shape is not None)
+        return sum(
+            prod(shape) * dtype.size
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+            if shape is not None and dtype is not None
+        )
 
     @property
     def page_bytes(self) -> int:

@@ -1,106 +1,175 @@
-"""Two requests through the kernels, beside what the codec makes of the same keys and values."""
+"""Two requests of random keys and values, stored and attended to, beside the right answers.
+
+`KernelTrial` runs the kernels of a format pair, `DenseTrial` the dense pages. The answers are
+computed on the CPU in float32: from what the codec makes of the keys and values, or from the keys
+and values themselves.
+"""
+
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
+from vllm_metal.attention.backend import LayerShape, Pages, Rows
+from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.attention.slots import compose_slots, split_slots
+from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.slots import Slots
 
-GROUP = 4
-"""Query heads of a KV head."""
+QUERY_HEADS_PER_KV_HEAD = 4
+REQUESTS = 2
 
 
 class Trial:
-    """Two requests of random keys and values, stored through the kernel."""
+    """Keys, values and queries of two requests, and where their tokens are stored.
+
+    Args:
+        shape: heads and head sizes of the layer; keys and values of one size.
+        block_size: tokens of a block.
+        length: tokens of each request.
+        dtype: of queries, keys and values.
+    """
+
+    def __init__(self, shape: LayerShape, block_size: int, length: int, dtype: mx.Dtype):
+        self.shape, self.block_size, self.length, self.dtype = shape, block_size, length, dtype
+        rng = np.random.default_rng(length)
+        heads, size = shape.num_kv_heads, shape.head_size
+        self.centre = rng.standard_normal((heads, size)).astype(np.float32)
+        with mx.stream(mx.cpu):
+            tokens = REQUESTS * length, heads, size
+            self.keys = mx.array(rng.standard_normal(tokens) + self.centre).astype(dtype)
+            self.values = mx.array(rng.standard_normal(tokens)).astype(dtype)
+        blocks = -(-length // block_size)
+        self.num_blocks = REQUESTS * blocks + 1
+        self.table = 1 + rng.permutation(REQUESTS * blocks).reshape(REQUESTS, blocks)
+        num_queries = heads * QUERY_HEADS_PER_KV_HEAD
+        self.queries = mx.array(rng.standard_normal((REQUESTS, num_queries, size))).astype(dtype)
+        self.sinks = mx.array(rng.standard_normal(num_queries).astype(np.float32))
+        mx.eval(self.keys, self.values, self.queries)
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return self.shape.head_size**-0.5
+
+    def block_table(self) -> mx.array:  # [2, N] int32
+        return mx.array(self.table.astype(np.int32))
+
+    def slot_mapping(self) -> mx.array:  # [2 * length] int32
+        """Where the tokens of both requests go."""
+        positions = np.tile(np.arange(self.length), (REQUESTS, 1))
+        return mx.array(compose_slots(self.table, positions, self.block_size).reshape(-1))
+
+    def plain(self) -> list[mx.array]:  # [2, H, length, D] each, float32
+        """The keys and values that attention should see."""
+        with mx.stream(mx.cpu):
+            return [self._by_request(x.astype(mx.float32)) for x in (self.keys, self.values)]
+
+    def expected(self, sinks: mx.array | None = None, window: int = 0) -> np.ndarray:
+        """Float32 attention of both queries over `plain`, [2, Hq, D]."""
+        with mx.stream(mx.cpu):
+            seen = mx.arange(self.length) >= (self.length - window if window else 0)
+            out = mx.fast.scaled_dot_product_attention(
+                self.queries.astype(mx.float32)[:, :, None],
+                *self.plain(),
+                scale=self.scale,
+                mask=seen[None],
+                sinks=sinks,
+            )
+            return np.array(out[:, :, 0])
+
+    def _by_request(self, tokens: mx.array) -> mx.array:
+        return tokens.reshape(REQUESTS, self.length, *tokens.shape[1:]).swapaxes(1, 2)
+
+
+class KernelTrial(Trial):
+    """The same through the kernels of one pair of formats."""
 
     def __init__(self, launcher: Launcher, length: int, dtype: mx.Dtype = mx.float16):
-        """`dtype` is that of queries, keys and values."""
-        layout = launcher.layout
-        self.launcher, self.length, self.dtype = launcher, length, dtype
-        rng = np.random.default_rng(length)
-        heads, size = layout.num_kv_heads, layout.key_head_size
-        centre = rng.standard_normal((heads, size)).astype(np.float32)
+        layout: PageLayout = launcher.layout
+        shape = LayerShape(layout.num_kv_heads, layout.key_head_size, layout.value_head_size)
+        super().__init__(shape, layout.block_size, length, dtype)
+        self.launcher = launcher
         with mx.stream(mx.cpu):
-            self.key_codec = KeyCodec(layout.key_format, centre, np.ones_like(centre))
-            self.value_codec = ValueCodec(layout.value_format, size)
-            shape = 2 * length, heads, size
-            self.keys = mx.array(rng.standard_normal(shape) + centre).astype(dtype)
-            self.values = mx.array(rng.standard_normal(shape)).astype(dtype)
+            ones = np.ones_like(self.centre)
+            self.key_codec = KeyCodec(layout.key_format, self.centre, ones)
+            self.value_codec = ValueCodec(layout.value_format, shape.head_size_v)
         self.constants = LayerConstants(
             self.key_codec.centre,
             self.key_codec.key_factors,
             self.key_codec.query_factors,
             self.value_codec.factors,
         )
-        blocks = -(-length // layout.block_size)
-        self.table = 1 + rng.permutation(2 * blocks).reshape(2, blocks)
-        self.pages = mx.zeros(layout.pages_shape(2 * blocks + 1), mx.uint16)
-        shape = 2, 1, heads * GROUP, size
-        self.queries = mx.array(rng.standard_normal(shape)).astype(dtype)
-        self.sinks = mx.array(rng.standard_normal(heads * GROUP).astype(np.float32))
-        mx.eval(self.pages, self.keys, self.values, self.queries)
+        self.pages = mx.zeros(layout.pages_shape(self.num_blocks), mx.uint16)
+        mx.eval(self.pages)
 
     def store(self) -> mx.array:
-        arguments = self.keys, self.values, self._slots(), self.constants
+        """The token of a store of all keys and values."""
+        arguments = self.keys, self.values, self.slot_mapping(), self.constants
         return self.launcher.store(self.pages, *arguments)
 
-    def decode(self, token: mx.array, **settings) -> mx.array:  # [2, 1, Hq, D]
+    def decode(self, token: mx.array, **settings) -> mx.array:  # [2, Hq, D]
         """`settings` are `sinks` and `window` of the launcher."""
         return self.launcher.decode(
             self.pages,
-            self.queries,
-            mx.array(self.table.astype(np.int32)),
-            mx.array([self.length] * 2),
+            self.queries[:, None],
+            self.block_table(),
+            mx.array([self.length] * REQUESTS),
             self.constants,
-            self.queries.shape[-1] ** -0.5,
+            self.scale,
             self.length,
             token,
             **settings,
-        )
+        )[:, 0]
 
     def dequantize(self, token: mx.array) -> tuple[mx.array, mx.array]:  # [H, length, D] each
-        """The last request."""
-        table = mx.array(self.table[-1].astype(np.int32))
-        arguments = self.constants, 0, self.length, token, self.dtype
-        return self.launcher.dequantize(self.pages, table, *arguments)
+        """Keys and values of the last request."""
+        table, arguments = self.block_table()[-1], (0, self.length, token, self.dtype)
+        return self.launcher.dequantize(self.pages, table, self.constants, *arguments)
 
-    def wrong_bytes(self) -> int:
-        """Stored bytes of codes, levels, scales and biases that are not the codec's."""
-        slots, size = Slots(self.launcher.layout), self.launcher.layout.block_size
+    def wrong_bytes(self, token: mx.array) -> int:
+        """Stored bytes of codes, levels, scales and biases that are not the codec's.
+
+        The pages are read once the store behind `token` has run: in MLX's graph the array of pages
+        depends on no store, so reading it alone waits for none.
+        """
+        slots = Slots(self.launcher.layout)
         with mx.stream(mx.cpu):
             tokens = TokenCodec(self.key_codec, self.value_codec).quantize(self.keys, self.values)
             expected = np.array(slots.pack(tokens))
-            indices = slots.indices(*split_slots(self._slots(), size))
+            indices = slots.indices(*split_slots(self.slot_mapping(), self.block_size))
             blocks, columns = (np.array(index) for index in indices)
+        mx.eval(token)
         stored = np.array(self.pages)[blocks, columns]
         return int((stored.view(np.uint8) != expected.view(np.uint8)).sum())
 
-    def _slots(self) -> mx.array:
-        """Where the tokens of both requests go, int32 [2 * length]."""
-        positions = np.tile(np.arange(self.length), (2, 1))
-        slots = compose_slots(self.table, positions, self.launcher.layout.block_size)
-        return mx.array(slots.reshape(-1))
-
-    def plain(self) -> list[mx.array]:  # [2, H, length, D] each, float32
+    def plain(self) -> list[mx.array]:
         """What the codec makes of the keys and values."""
         with mx.stream(mx.cpu):
             keys = self.key_codec.dequantize(self.key_codec.quantize(self.keys))
             values = self.value_codec.dequantize(self.value_codec.quantize(self.values))
-            split = 2, self.length, *keys.shape[1:]
-            return [x.reshape(split).swapaxes(1, 2) for x in (keys, values)]
+            return [self._by_request(x) for x in (keys, values)]
 
-    def expected(self, sinks: mx.array | None = None, window: int = 0) -> np.ndarray:
-        """Float32 attention over them, [2, 1, Hq, D]."""
-        with mx.stream(mx.cpu):
-            queries = self.queries.astype(mx.float32).swapaxes(1, 2)
-            seen = mx.arange(self.length) >= (self.length - window if window else 0)
-            out = mx.fast.scaled_dot_product_attention(
-                queries,
-                *self.plain(),
-                scale=queries.shape[-1] ** -0.5,
-                mask=seen[None],
-                sinks=sinks,
-            )
-            return np.array(out.swapaxes(1, 2))
+
+class DenseTrial(Trial):
+    """The same through dense pages of the type of the keys and values."""
+
+    def decode(self, sinks: mx.array | None = None, window: int = 0) -> mx.array:  # [2, Hq, D]
+        shape = replace(self.shape, sliding_window=window or None)
+        backend = DensePages(shape, self.block_size, self.dtype)
+        lengths = [self.length] * REQUESTS
+        metadata = DecodeMetadata(
+            block_table=self.block_table(),
+            seq_lens=mx.array(lengths),
+            slot_mapping=self.slot_mapping(),
+            offset=mx.array(lengths) - 1,
+            max_seq_len=self.length,
+        )
+        page = backend.page_size_bytes // self.dtype.size
+        pages = Pages(mx.zeros((self.num_blocks, page), self.dtype))
+        pages = backend.store(pages, self.keys, self.values, metadata)
+        sinks = None if sinks is None else sinks.astype(self.dtype)
+        return backend.decode(pages, Rows(self.queries, metadata, self.scale, sinks))

@@ -1,8 +1,8 @@
-"""`vllm-metal plan`: how much context each format pair gives on a machine, before it is started.
+"""`vllm-metal plan`: how much context each format pair gives on a machine, without a server.
 
-From the config file alone: the model is built without weights and run dry, so layers, windows and
-recurrent states are those that the server will see, and its figures come from the same functions
-(`model_cache`), with vLLM's own grouping of the layers.
+The model's config file is enough: the model is built without weights and run dry, so the layers,
+sliding windows and recurrent states are those that the server will see. The figures come from the
+functions that the server uses (`ModelPages`), with vLLM's own grouping of the layers.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.model_pages import ModelPages
 
 WORKSPACE = GIB // 2
-"""Assumed for activations; a running server measures its own."""
+"""Bytes that are assumed for a step's temporary memory; a server measures its own."""
 
 
 @dataclass(frozen=True)
@@ -35,37 +35,49 @@ class Row:
     k_quant: str
     v_quant: str
     bits_per_element: float | None
-    """Of keys and values; None where a model has none."""
+    """Stored bits of a key or value element; None where a model has no keys and values."""
     ratio: float
-    """Requests of `max_model_len` tokens, over those that fit dense: of the whole cache."""
+    """Requests of `max_model_len` tokens that fit, relative to dense 16-bit pages."""
     bytes_per_request: int
-    """Of `max_model_len` tokens."""
+    """Bytes of a request of `max_model_len` tokens."""
     tokens: int
     """Length of the one request that fills the cache."""
     max_context: int
     """Longest request: `tokens`, bounded by the model's own length."""
     requests: float
-    """Requests of `max_model_len` tokens at once."""
+    """Requests of `max_model_len` tokens that fit at the same time."""
     kld: float | None
-    """Measured loss, mean KL divergence; None for dense pages or where none is measured."""
+    """Measured mean KL divergence in nats; None for dense pages, and for pairs not measured."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("model", help="model folder or Hugging Face name")
     parser.add_argument(
-        "--memory", required=True, type=parse_size, help="memory of the machine, e.g. 16GiB"
+        "--memory", required=True, type=parse_size, help="memory limit of the device, e.g. 16GiB"
     )
     parser.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.92, help="as in vLLM (default: 0.92)"
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.92,
+        help="part of the memory to use, as in vLLM (default: 0.92)",
     )
     parser.add_argument(
-        "--max-model-len", type=int, default=8192, help="length that 'requests' counts"
+        "--max-model-len",
+        type=int,
+        default=8192,
+        help="tokens of the requests that are counted (default: 8192)",
     )
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--weights", type=parse_size, help="bytes of weights, where unknown")
-    parser.add_argument("--revision", help="of a model on the hub, as in vLLM")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument(
+        "--block-size", type=int, default=16, help="tokens of a block, as in vLLM (default: 16)"
+    )
+    parser.add_argument(
+        "--weights", type=parse_size, help="size of the weights (default: that of the files)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face name")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that comes with the model"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
 
@@ -108,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layers(binding: ModelBinding) -> str:
-    """What the cache is for, in words."""
+    """The layers that the cache serves, in words."""
     windows = sum(shape.sliding_window is not None for shape in binding.layers)
     parts = [f"{len(binding.layers)} attention layers"]
     if windows:
@@ -125,10 +137,13 @@ def table(
     max_model_len: int,
     longest: int | None,
 ) -> tuple[list[Row], UserError | None]:
-    """Dense pages and every recommended pair, in order of size; or why there is no pair."""
+    """A row for dense pages and for every shown pair, in the order of their bytes.
+
+    Where TurboQuant refuses the model, the row of dense pages alone and the refusal.
+    """
     vllm_config = _quiet_config()
     vllm_config.cache_config.block_size = block_size
-    rows = []
+    rows: list[Row] = []
     for pair in (None, *SHOWN_PAIRS):
         try:
             cache = ModelPages.with_pages(
@@ -146,7 +161,7 @@ def table(
 
 
 def _quiet_config() -> VllmConfig:
-    """vLLM's defaults, without what it logs about them."""
+    """vLLM's default configuration, without the log lines of its construction."""
     logger = logging.getLogger("vllm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -203,16 +218,17 @@ def render(rows: list[Row], max_model_len: int) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `16GiB`, `16GB`, `512MiB` or a plain number.
+    """The bytes of a size such as `16GiB`, `16GB`, `512MiB` or `17179869184`.
 
     Raises:
-        argparse.ArgumentTypeError: it is none of these.
+        argparse.ArgumentTypeError: the text is not a size.
     """
     units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": GIB}
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?)(i?b)?\s*", text.lower())
     try:
-        return int(float(match[1]) * units[match[2]])
-    except (TypeError, ValueError):
+        number, unit = match.group(1, 2) if match else (text, "")
+        return int(float(number) * units[unit])
+    except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a size (examples: 16GiB, 512MiB, 17179869184)"
         ) from None

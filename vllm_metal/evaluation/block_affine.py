@@ -1,4 +1,4 @@
-"""The formats that other TurboQuant caches use, to measure ours beside.
+"""The formats that other TurboQuant caches use, to compare ours with.
 
 Keys: blocks of 32, affine, not rotated, float16 scale and rounded float16 zero point. Values:
 rotated, Lloyd-Max codes of a Gaussian, one float16 RMS for each 32. What is stored is what the
@@ -54,7 +54,7 @@ class BlockAffine(DensePages):
 
     @property
     def bits_per_element(self) -> float:
-        """With a scale and a zero point for each block of a key, and an RMS for each of a value."""
+        """Stored bits: codes, a scale and a zero point of a key block, an RMS of a value block."""
         return (self.key_bits + 2 * 16 / GROUP + self.value_bits + 16 / GROUP) / 2
 
     def store(

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    measured = measure(
-        study, ModelBinding(model), encode(text), encode, tokenizer.decode, progress_line()
-    )
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(token_ids)))
+
+    measured = measure(study, ModelBinding(model), encode(text), encode, decode, progress_line())
     print(file=sys.stderr)
     figures = describe(study, Path(args.model).name, args.text, blas) | measured
     print(table(figures["pairs"]))

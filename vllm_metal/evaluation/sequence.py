@@ -9,12 +9,13 @@ from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.model.layer_cache import Observer
 from vllm_metal.model.model_binding import ModelBinding
 
 PREFILL_CHUNK = 512
 
 MAX_ROWS = 8
-"""Requests that are computed anew at a time, each with pages of its own."""
+"""Rows that are computed from their first token at a time, each with pages of its own."""
 
 
 class PagedSequence:
@@ -26,12 +27,18 @@ class PagedSequence:
         binding: the model.
         backends: one for each layer.
         max_tokens: length the pages have room for.
+        observer: sees what passes through the layers.
     """
 
     def __init__(
-        self, binding: ModelBinding, backends: Sequence[AttentionBackend], max_tokens: int
+        self,
+        binding: ModelBinding,
+        backends: Sequence[AttentionBackend],
+        max_tokens: int,
+        observer: Observer | None = None,
     ):
         self.binding = binding
+        self._observer = observer
         self._backends = backends
         self._num_blocks = self._blocks_for(max_tokens)
         self.kv_cache = self._cache(self._num_blocks + bool(binding.states))
@@ -51,12 +58,12 @@ class PagedSequence:
         """Logits [B, vocabulary] of a decode step at each of several positions already stored.
 
         Each row is the request as it was when its newest token stood at that position. A recurrent
-        state is at one position only, so at others the rows are computed anew.
+        state is at one position only, so rows at others are computed from their first token.
         """
         if self.binding.states and list(positions) != [self._state_length]:
             starts = range(0, len(positions), MAX_ROWS)
             parts = [positions[start : start + MAX_ROWS] for start in starts]
-            return mx.concatenate([self._decode_anew(token_ids, part) for part in parts])
+            return mx.concatenate([self._decode_from_start(token_ids, part) for part in parts])
         self._state_length = positions[0] + 1
         table = np.tile(_blocks(1, self._num_blocks), (len(positions), 1))
         return self._decode(self.kv_cache, token_ids, positions, table)
@@ -69,7 +76,7 @@ class PagedSequence:
         tokens = list(token_ids)
         generated: list[int] = []
         while True:
-            token = int(mx.argmax(logits[-1]).item())
+            token = int(np.argmax(np.array(logits[-1])))
             generated.append(token)
             if len(generated) == new_tokens:
                 break
@@ -81,8 +88,8 @@ class PagedSequence:
         self._copy_state(saved, 1)
         return generated
 
-    def _decode_anew(self, token_ids: Sequence[int], positions: Sequence[int]) -> mx.array:
-        """As `decode_at`, from the first token on and in pages for this purpose."""
+    def _decode_from_start(self, token_ids: Sequence[int], positions: Sequence[int]) -> mx.array:
+        """`decode_at`, with all tokens computed again from the first, in pages of their own."""
         each = self._blocks_for(max(positions) + 1)
         kv_cache = self._cache(len(positions) * each)
         table = np.stack([_blocks(1 + row * each, each) for row in range(len(positions))])
@@ -118,14 +125,12 @@ class PagedSequence:
         metadata: Sequence[GroupMetadata],
         all_rows: bool = False,
     ) -> mx.array:
-        self.binding.bind(kv_cache)
-        logits = self.binding.forward(mx.array(token_ids), metadata, all_rows).astype(mx.float32)
-        kv_cache.evaluate(logits)
-        return logits
+        model = self.binding.bind(kv_cache, self._observer)
+        return model.evaluate(mx.array(token_ids), metadata, all_rows).astype(mx.float32)
 
     def _copy_state(self, source: int, destination: int) -> None:
         if self.binding.states:
-            self.kv_cache.copy_states(source, destination)
+            self.kv_cache.states.copy(source, destination)
 
     def _cache(self, num_blocks: int) -> KVCache:
         return KVCache(self._backends, num_blocks + 1, self.binding.states)

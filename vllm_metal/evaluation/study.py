@@ -1,4 +1,4 @@
-"""What `vllm-metal eval` measures: every candidate against the dense cache, on one model and text.
+"""The measurements of `vllm-metal eval`: each candidate against the dense cache, on one model.
 
 A candidate's backends are those that the server would choose on this machine, kernels included
 where there are some. Beside the windows stands one long window: the constants of the keys are
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.errors import UserError
-from vllm_metal.evaluation.attention_error import WithAttentionError, attention_error
+from vllm_metal.evaluation.attention_error import attention_error
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
@@ -32,12 +32,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be measured."""
+    """The candidates and texts of a study."""
 
     pairs: Sequence[FormatPair]
     """The formats of each candidate."""
     block_affine: Sequence[tuple[int, int]] = ()
-    """Bits of block-affine keys and Lloyd-Max values, to measure beside them."""
+    """Bits of block-affine keys and Lloyd-Max values, measured as further candidates."""
     windows: int = 3
     window_tokens: int = 1024
     long_window_tokens: int = 0
@@ -95,8 +95,7 @@ def measure(
         sizes = {"bits_per_element": bits, "ratio": DENSE_BITS / bits}
         results[name] = sizes | fidelity[name].summary()
         progress(f"attention error: {name}")
-        observed = [WithAttentionError(backend) for backend in make()]
-        results[name]["attention_error"] = attention_error(binding, observed, windows[0])
+        results[name]["attention_error"] = attention_error(binding, make(), windows[0])
     if study.long_window_tokens:
         length = study.long_window_tokens
         candidates = _candidates(study, binding, encode, study.max_model_len or length)
@@ -141,7 +140,7 @@ def _backends(binding, config, constants) -> Sequence[AttentionBackend]:
 
 
 def _needle_figures(found: Sequence[Needle], expected: Sequence[Needle]) -> dict[str, int]:
-    """Counts of a candidate's answers, beside those of the dense cache."""
+    """Counts of a candidate's answers and of the dense cache's."""
     return {
         "needles_found": sum(needle.found for needle in found),
         "needles_kept": sum(a.found for a, b in zip(found, expected, strict=True) if b.found),

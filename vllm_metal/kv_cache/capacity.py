@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
-from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Capacity:
     block_size: int
     """Tokens of a block, where there is one group of full attention."""
     groups: tuple[KVGroup, ...] = ()
-    """Of layers that draw blocks of their own from the pool; by default one of full attention."""
+    """Groups that draw blocks of their own from the pool; by default one of full attention."""
     step_tokens: int = 0
-    """Tokens that a request may have beyond a window while a step runs."""
+    """Tokens that a request may hold in addition to a window while a step runs."""
 
     @property
     def num_blocks(self) -> int:
@@ -37,13 +37,13 @@ class Capacity:
         usable = max(0, self.num_blocks - 1)
         if not self.groups:
             return usable * self.block_size
-        lengths = range(usable * max(group.block_size for group in self.groups) + 1)
+        lengths = range(usable * max(map(_most_tokens, self.groups)) + 1)
         return max(0, bisect_right(lengths, usable, key=self.blocks_for) - 1)
 
     @property
     def pooled_tokens(self) -> int:
         """Tokens of all requests together in one layer: more fit in no layer."""
-        sizes = [group.block_size for group in self.groups if not group.states]
+        sizes = [group.block_size for group in self.groups if isinstance(group, AttentionGroup)]
         return self.num_blocks * max(sizes, default=self.block_size)
 
     def requests(self, max_model_len: int) -> float:
@@ -52,7 +52,7 @@ class Capacity:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks of one request of `num_tokens` tokens, over all groups."""
-        groups = self.groups or (KVGroup(self.block_size),)
+        groups = self.groups or (AttentionGroup(self.block_size),)
         return sum(self._blocks_of(group, num_tokens) for group in groups)
 
     def bytes_for(self, num_tokens: int) -> int:
@@ -67,12 +67,17 @@ class Capacity:
         return dense.bytes_for(max_model_len) / self.bytes_for(max_model_len)
 
     def _blocks_of(self, group: KVGroup, num_tokens: int) -> int:
-        if group.states:
+        if isinstance(group, StateGroup):
             return 1
         if group.sliding_window is None:
             return -(-num_tokens // group.block_size)
         held = min(group.sliding_window - 1 + self.step_tokens, num_tokens)
         return -(-held // group.block_size) + 1  # a window may begin inside a block
+
+
+def _most_tokens(group: KVGroup) -> int:
+    """Tokens of a request that one block covers at most."""
+    return group.block_size if isinstance(group, AttentionGroup) else group.max_tokens or 0
 
 
 DENSE_BITS = 16
@@ -81,13 +86,13 @@ DENSE_BITS = 16
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What the attention layers' part of a cache is made of, for reports."""
+    """The attention layers' part of a cache, summed up for reports."""
 
     num_layers: int
     num_compressed: int
     bytes_per_token: float
     dense_bytes_per_token: float
-    """Of the same layers, dense in 16 bits and with nothing unused in their pages."""
+    """Bytes of a token in the same layers if they were dense in 16 bits, without unused bytes."""
     num_elements: int
     """Key and value coordinates of one token, all layers."""
 

@@ -1,4 +1,4 @@
-"""From block tables to the metadata of every KV group.
+"""Makes the metadata of every KV group from the block tables.
 
 A request in a group of sliding-window layers begins at the first block that its window touches,
 so that the work of a step does not grow with the request.
@@ -16,7 +16,7 @@ from vllm_metal.attention.metadata import (
     StateMetadata,
 )
 from vllm_metal.attention.slots import compose_slots
-from vllm_metal.kv_cache.groups import KVGroup, rounded_blocks
+from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup, rounded_blocks
 
 
 def decode_metadata(
@@ -24,10 +24,12 @@ def decode_metadata(
     block_tables: Sequence[np.ndarray],  # int32 [B, N] for each group
     positions: np.ndarray,  # int32 [B], of the new tokens
 ) -> tuple[GroupMetadata, ...]:
-    """For a `(B, 1)` forward: one new token for each request."""
-    offset = int(positions[0]) if len(positions) == 1 else mx.array(positions)
+    """The metadata of a `(B, 1)` forward: one new token for each request."""
+    offset = _offset(positions)
     return tuple(
-        _decode_group(group, table, positions, offset)
+        StateMetadata(mx.array(table[:, 0]), begins=False)
+        if isinstance(group, StateGroup)
+        else decode_rows(group, table, positions, offset)
         for group, table in zip(groups, block_tables, strict=True)
     )
 
@@ -38,9 +40,11 @@ def prefill_metadata(
     start: int,
     query_len: int,
 ) -> tuple[GroupMetadata, ...]:
-    """For a `(1, L)` forward: tokens start .. start + query_len - 1 of one request."""
+    """The metadata of a `(1, L)` forward: tokens start .. start + query_len - 1 of a request."""
     return tuple(
-        _prefill_group(group, table, start, query_len)
+        StateMetadata(mx.array(table[:1]), begins=start == 0)
+        if isinstance(group, StateGroup)
+        else prefill_chunk(group, table, start, query_len)
         for group, table in zip(groups, block_tables, strict=True)
     )
 
@@ -48,11 +52,11 @@ def prefill_metadata(
 def gathered_tokens(groups: Sequence[KVGroup], seq_len: int) -> int:
     """Tokens that one layer gathers of a request in a decode step, with the padding of its graph.
 
-    Of the layer that gathers most; 0 where all layers are recurrent.
+    The layer that gathers most counts; 0 where all layers are recurrent.
     """
     most = 0
     for group in groups:
-        if group.states:
+        if isinstance(group, StateGroup):
             continue
         held = seq_len
         if group.sliding_window is not None:
@@ -61,11 +65,14 @@ def gathered_tokens(groups: Sequence[KVGroup], seq_len: int) -> int:
     return most
 
 
-def _decode_group(
-    group: KVGroup, table: np.ndarray, positions: np.ndarray, offset: mx.array | int
-) -> GroupMetadata:
-    if group.states:
-        return StateMetadata(mx.array(table[:, 0]), begins=False)
+def decode_rows(
+    group: AttentionGroup,
+    table: np.ndarray,  # int32 [B, N]
+    positions: np.ndarray,  # int32 [B], of the new tokens
+    offset: mx.array | int | None = None,
+) -> DecodeMetadata:
+    """`decode_metadata` for one group. Groups may share the array `offset` of the positions."""
+    offset = _offset(positions) if offset is None else offset
     size = group.block_size
     slots = compose_slots(table, positions[:, None], size)[:, 0]
     seq_lens = positions + 1
@@ -85,9 +92,13 @@ def _decode_group(
     )
 
 
-def _prefill_group(group: KVGroup, table: np.ndarray, start: int, query_len: int) -> GroupMetadata:
-    if group.states:
-        return StateMetadata(mx.array(table[:1]), begins=start == 0)
+def prefill_chunk(
+    group: AttentionGroup,
+    table: np.ndarray,  # int32 [N]
+    start: int,
+    query_len: int,
+) -> PrefillMetadata:
+    """`prefill_metadata` for one group."""
     size, end = group.block_size, start + query_len
     [slots] = compose_slots(table[None], np.arange(start, end)[None], size)
     first = 0
@@ -100,3 +111,8 @@ def _prefill_group(group: KVGroup, table: np.ndarray, start: int, query_len: int
         query_len=query_len,
         skipped=first * size,
     )
+
+
+def _offset(positions: np.ndarray) -> mx.array | int:
+    """The positions as `DecodeMetadata.offset`: a plain int where there is one request."""
+    return int(positions[0]) if len(positions) == 1 else mx.array(positions)

@@ -1,7 +1,7 @@
 """Groups of layers and regions of memory, as vLLM's planner lays a cache out.
 
-Layers of one group share a block table. Layers of different groups may live in the same bytes,
-because a block id belongs to one group at a time: such a stretch of memory is a region, with the
+Layers of one group share a block table. Layers of different groups may occupy the same bytes,
+because a block id belongs to one group at a time. Such a stretch of memory is a region, with the
 pages of its blocks one after another.
 
                 region 0        region 1                     block 3, say, is given to group 1
@@ -20,24 +20,35 @@ from vllm_metal.attention.state_shape import StateShape
 
 
 @dataclass(frozen=True)
-class KVGroup:
-    """Layers with one block table."""
+class AttentionGroup:
+    """Attention layers with one block table."""
 
     block_size: int
-    """Tokens of a block; of recurrent states, the longest request: a block holds one state."""
+    """Tokens of a block."""
     layers: tuple[int, ...] = ()
-    """Attention layers."""
-    states: tuple[int, ...] = ()
-    """Recurrent states. A group has one kind of the two."""
     sliding_window: int | None = None
-    """Tokens that the attention layers see; None: all."""
+    """Tokens that the layers see; None for all."""
 
     def describe(self) -> str:
-        """For reports, after a number of groups."""
-        if self.states:
-            return f"{len(self.states)} states"
+        """Text for reports, to stand after a number of groups."""
         window = f", window {self.sliding_window}" if self.sliding_window else ""
         return f"{len(self.layers)} layers ({self.block_size} tokens{window})"
+
+
+@dataclass(frozen=True)
+class StateGroup:
+    """Recurrent states with one block table: a request has one block, whatever its length."""
+
+    states: tuple[int, ...]
+    max_tokens: int | None = None
+    """Tokens of the longest request; None where nothing limits it."""
+
+    def describe(self) -> str:
+        """Text for reports, to stand after a number of groups."""
+        return f"{len(self.states)} states"
+
+
+KVGroup = AttentionGroup | StateGroup
 
 
 @dataclass(frozen=True)
@@ -54,38 +65,43 @@ class Region:
 class CacheLayout:
     """Everything that decides where a layer's bytes are."""
 
-    num_blocks: int
     groups: tuple[KVGroup, ...]
     regions: tuple[Region, ...]
 
     @classmethod
     def separate(
-        cls,
-        backends: Sequence[AttentionBackend],
-        states: Sequence[StateShape],
-        num_blocks: int,
+        cls, backends: Sequence[AttentionBackend], states: Sequence[StateShape]
     ) -> "CacheLayout":
         """A region for every layer, so that requests may own the same block ids in all groups.
 
-        For whoever has no scheduler: layers of one window and one block size are a group, in the
-        order of their first layers; recurrent states are the last one.
+        This serves callers without a scheduler. Layers of one window and one block size are a
+        group, in the order of their first layers; recurrent states are the last one.
         """
         kinds: dict[tuple[int, int | None], list[int]] = {}
         for layer, backend in enumerate(backends):
             kind = backend.block_size, backend.shape.sliding_window
             kinds.setdefault(kind, []).append(layer)
-        groups = [
-            KVGroup(block_size, layers=tuple(layers), sliding_window=window)
+        groups: list[KVGroup] = [
+            AttentionGroup(block_size, tuple(layers), window)
             for (block_size, window), layers in kinds.items()
         ]
         if states:
-            groups.append(KVGroup(1, states=tuple(range(len(states)))))
+            groups.append(StateGroup(tuple(range(len(states)))))
         regions = [Region(b.page_size_bytes, layers=(i,)) for i, b in enumerate(backends)]
         regions += [Region(state.page_bytes, states=(i,)) for i, state in enumerate(states)]
-        return cls(num_blocks, tuple(groups), tuple(regions))
+        return cls(tuple(groups), tuple(regions))
+
+
+_ROUNDING_SHIFT = 3
+"""Rounding adds at most one part in 2^3."""
 
 
 def rounded_blocks(num_blocks: int) -> int:
-    """The next number of blocks that graphs are made for: at most an eighth more."""
-    step = 1 << max(0, num_blocks.bit_length() - 4)
+    """The next number of blocks that decode graphs are made for: at most an eighth more."""
+    step = 1 << max(0, num_blocks.bit_length() - 1 - _ROUNDING_SHIFT)
     return -(-num_blocks // step) * step
+
+
+def most_rounded(num_tokens: int) -> int:
+    """The most tokens that `rounded_blocks` makes of so many."""
+    return num_tokens + (num_tokens >> _ROUNDING_SHIFT)

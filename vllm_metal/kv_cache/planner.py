@@ -3,7 +3,7 @@
 memory limit x utilization          what vllm_metal may use
   - held by other processes         only where memory is shared with them (CPU)
   - weights
-  - workspace                       what the largest step takes beside them (`workspace`)
+  - workspace                       what the largest step takes in addition (`workspace`)
   = bytes for pages
 """
 
@@ -39,7 +39,7 @@ class MemoryPlan:
 
     @property
     def budget(self) -> int:
-        """What vllm_metal may use in all."""
+        """Bytes that vllm_metal may use in all."""
         allowed = int(self.device.memory_limit * self.utilization)
         return min(allowed, self.device.memory_limit - self.device.memory_in_use)
 
@@ -51,7 +51,7 @@ class MemoryPlan:
         return self.budget - self.weights - self.workspace
 
     def require(self, max_model_len: int, capacity: Capacity) -> None:
-        """Checks that one request of `max_model_len` tokens fits beside vLLM's null block.
+        """Checks that one request of `max_model_len` tokens fits, and vLLM's null block with it.
 
         Raises:
             UserError: it does not; names the sum and the largest `max_model_len` that fits.

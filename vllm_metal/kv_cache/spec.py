@@ -1,4 +1,4 @@
-"""What vLLM's scheduler and planner are told of each layer's pages, and what they answer.
+"""Tells vLLM's scheduler and planner about each layer's pages, and reads their answer.
 
 The bytes of a page travel in `state_content_bytes`, the bytes of one KV head of one token, which
 vLLM compares when it merges layers into groups, and in `page_size_padded`.
@@ -7,7 +7,7 @@ vLLM compares when it merges layers into groups, and in `page_size_padded`.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.capacity import Capacity
-from vllm_metal.kv_cache.groups import CacheLayout, KVGroup, Region
+from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, KVGroup, Region, StateGroup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,33 +34,38 @@ KV_CACHE_LAYOUT = "LBNHC"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TurboQuantAttentionSpec(FullAttentionSpec):
-    """Full attention over compressed pages."""
+class _Formats:
+    """The fields that compressed pages add to a spec of vLLM's."""
 
     k_quant: str = ""
     v_quant: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboQuantAttentionSpec(_Formats, FullAttentionSpec):
+    """Full attention over compressed pages."""
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """The spec of a group; vLLM's own keeps no field that it does not know.
 
         Raises:
-            AssertionError: the layers cannot be in one group, which vLLM asks by trying.
+            AssertionError: the layers cannot be in one group. vLLM finds out by trying, and catches
+                this error alone.
         """
-        formats = {(type(spec), *_formats(spec)) for spec in specs}
-        assert len(formats) == 1, "layers of one group have one key and one value format"
-        merged = super().merge(specs)
-        for field in ("k_quant", "v_quant"):
-            object.__setattr__(merged, field, getattr(specs[0], field))
-        return merged
+        first = specs[0]
+        for spec in specs:
+            if type(spec) is not cls or (spec.k_quant, spec.v_quant) != (
+                first.k_quant,
+                first.v_quant,
+            ):
+                raise AssertionError("layers of one group have one key and one value format")
+        return replace(super().merge(specs), k_quant=first.k_quant, v_quant=first.v_quant)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TurboQuantSlidingWindowSpec(SlidingWindowSpec):
+class TurboQuantSlidingWindowSpec(_Formats, SlidingWindowSpec):
     """A sliding window over compressed pages."""
-
-    k_quant: str = ""
-    v_quant: str = ""
 
 
 def layer_name(layer: int) -> str:
@@ -82,10 +87,10 @@ def kv_cache_specs(
     """One spec for each layer and each recurrent state.
 
     Args:
-        backends: of the attention layers.
-        dtype: the model's.
+        backends: one for each attention layer.
+        dtype: element type of the model.
         states: shapes of the recurrent states.
-        max_model_len: what a recurrent state's one block is said to hold.
+        max_model_len: tokens that the one block of a recurrent state is said to hold.
     """
     page_bytes = max(
         [state.page_bytes for state in states] + [b.page_size_bytes for b in backends], default=0
@@ -104,15 +109,17 @@ def kv_cache_specs(
 
 
 def _attention_spec(backend: AttentionBackend, dtype: torch.dtype) -> KVCacheSpec:
-    shape, kind, fields = backend.shape, FullAttentionSpec, {}
-    if shape.sliding_window is not None:
-        kind, fields = SlidingWindowSpec, {"sliding_window": shape.sliding_window}
+    shape, window = backend.shape, backend.shape.sliding_window
+    kind: type[FullAttentionSpec | SlidingWindowSpec]
+    fields: dict[str, Any] = {}
     if backend.format_names is not None:
-        kind = {
-            FullAttentionSpec: TurboQuantAttentionSpec,
-            SlidingWindowSpec: TurboQuantSlidingWindowSpec,
-        }[kind]
-        fields |= dict(zip(("k_quant", "v_quant"), backend.format_names, strict=True))
+        kind = TurboQuantAttentionSpec if window is None else TurboQuantSlidingWindowSpec
+        k_quant, v_quant = backend.format_names
+        fields |= {"k_quant": k_quant, "v_quant": v_quant}
+    else:
+        kind = FullAttentionSpec if window is None else SlidingWindowSpec
+    if window is not None:
+        fields["sliding_window"] = window
     spec = kind(
         block_size=backend.block_size,
         num_kv_heads=shape.num_kv_heads,
@@ -127,10 +134,6 @@ def _attention_spec(backend: AttentionBackend, dtype: torch.dtype) -> KVCacheSpe
     return replace(spec, page_size_padded=backend.page_size_bytes)
 
 
-def _formats(spec: KVCacheSpec) -> tuple[str, str]:
-    return getattr(spec, "k_quant", ""), getattr(spec, "v_quant", "")
-
-
 def cache_layout(planned: KVCacheConfig) -> CacheLayout:
     """Groups and regions of vLLM's plan.
 
@@ -138,12 +141,15 @@ def cache_layout(planned: KVCacheConfig) -> CacheLayout:
         ValueError: layers overlap that do not share a whole region, so that the plan cannot be
             followed.
     """
-    groups = []
+    groups: list[KVGroup] = []
     for group in planned.kv_cache_groups:
         spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
-        numbers = _numbers(group.layer_names)
+        layers, states = _numbers(group.layer_names)
+        if states:
+            groups.append(StateGroup(states, max_tokens=spec.block_size))
+            continue
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
-        groups.append(KVGroup(spec.block_size, *numbers, sliding_window=window))
+        groups.append(AttentionGroup(spec.block_size, layers, window))
     names: dict[int, list[str]] = {}
     strides: dict[int, int] = {}
     for tensor in planned.kv_cache_tensors:
@@ -158,13 +164,13 @@ def cache_layout(planned: KVCacheConfig) -> CacheLayout:
             raise ValueError(f"layers {names[start]} overlap others")
         end = start + strides[start] * planned.num_blocks
     regions = [Region(strides[start], *_numbers(names[start])) for start in sorted(names)]
-    return CacheLayout(planned.num_blocks, tuple(groups), tuple(regions))
+    return CacheLayout(tuple(groups), tuple(regions))
 
 
 def capacity(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec], page_bytes: int) -> Capacity:
-    """What `page_bytes` hold, by vLLM's own grouping of the layers.
+    """What fits in `page_bytes`, by vLLM's own grouping of the layers.
 
-    Also before vLLM has settled the layout, as in the process that serves `/metrics`.
+    It works before vLLM has settled the layout, too, as in the process that serves `/metrics`.
     """
     vllm_config = copy(vllm_config)
     vllm_config.cache_config = copy(vllm_config.cache_config)
@@ -172,19 +178,29 @@ def capacity(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec], page_byte
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     layout = cache_layout(get_kv_cache_config_from_groups(vllm_config, groups, 1 << 50))
     bytes_per_block = sum(region.page_bytes for region in layout.regions)
-    block_size = layout.groups[0].block_size
+    block_size = next(iter(iter_layer_specs(groups[0].kv_cache_spec))).block_size
     if len(layout.groups) == 1 and is_full_attention_spec(groups[0].kv_cache_spec):
         return Capacity(page_bytes, bytes_per_block, block_size)
     step_tokens = vllm_config.max_in_flight_tokens
     return Capacity(page_bytes, bytes_per_block, block_size, layout.groups, step_tokens)
 
 
-def block_table_lengths(vllm_config: "VllmConfig", planned: KVCacheConfig) -> list[int]:
-    """Blocks of the longest request in each group, freed ones included."""
+@dataclass(frozen=True)
+class BlockTableSize:
+    """The block table of one KV group, as vLLM's `InputBatch` holds it."""
+
+    block_size: int
+    """Tokens that a block covers; all tokens of a request where the layers are recurrent."""
+    num_blocks: int
+    """Blocks of the longest request, freed ones included."""
+
+
+def block_table_sizes(vllm_config: "VllmConfig", planned: KVCacheConfig) -> list[BlockTableSize]:
+    """The block table of each group."""
     longest = vllm_config.model_config.max_model_len
     return [
-        group.kv_cache_spec.max_num_blocks_per_req(vllm_config, longest)
-        for group in planned.kv_cache_groups
+        BlockTableSize(spec.block_size, spec.max_num_blocks_per_req(vllm_config, longest))
+        for spec in (group.kv_cache_spec for group in planned.kv_cache_groups)
     ]
 
 

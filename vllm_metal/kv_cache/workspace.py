@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_metal.attention.backend import ChunkMemory
+from vllm_metal.kv_cache.groups import most_rounded
 
 DECODE_SHARE = 16
 """Part of the memory that a decode step may take for what it gathers, as 1 / DECODE_SHARE. It runs
@@ -29,17 +30,17 @@ class ForwardPeaks:
     """Peaks in bytes, measured with few rows and tokens, and what follows for many."""
 
     by_rows: dict[int, int]
-    """By number of rows, with no context to speak of."""
+    """Peaks by number of rows, with a context of a few tokens."""
     by_rows_and_tokens: dict[tuple[int, int], int]
-    """By number of rows and tokens: all pairs of one or two numbers of each, small numbers of rows,
-    so that attention takes more than anything else."""
+    """Peaks by number of rows and of tokens: all pairs of one or two numbers of each. The numbers
+    of rows are small, so that attention takes more memory than anything else."""
 
     def of(self, rows: int, tokens: int) -> int:
         """Peak of a forward pass of `rows` rows that attend over `tokens` tokens each."""
         return self.of_chunk(ChunkMemory(rows, tokens, rows))
 
     def of_chunk(self, chunk: ChunkMemory) -> int:
-        """Peak of a prefill chunk."""
+        """Peak of the forward pass of a prefill chunk."""
         return round((1 + MARGIN) * max(self._dense(chunk.query_len), self._attention(chunk)))
 
     def _dense(self, rows: int) -> float:
@@ -62,13 +63,13 @@ class ForwardPeaks:
 
 
 def _slope(x: float, y: float, other_x: float, other_y: float) -> float:
-    """Of the line through two points; 0 where it falls, or they are one."""
+    """Slope of the line through two points; 0 where it falls, or where the points are one."""
     return max(0.0, (other_y - y) / (other_x - x)) if other_x > x else 0.0
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What the steps of a server take beside weights and pages."""
+    """Memory that the steps of a server take in addition to weights and pages."""
 
     prefill: ForwardPeaks
     chunks: Sequence[ChunkMemory]
@@ -84,10 +85,9 @@ class StepMemory:
 
         Args:
             page_bytes: what pages may take at most.
-            num_tokens: of all requests, in the layer that holds most.
+            num_tokens: tokens of all requests together, in the layer that holds most.
         """
-        padding = num_tokens // 8  # the most that `DecodeGraphs` adds
-        decode = self.decode_bytes(num_tokens + padding)
+        decode = self.decode_bytes(most_rounded(num_tokens))
         return max(
             *map(self.prefill.of_chunk, self.chunks),
             self.decode.of(1, self.max_tokens),

@@ -90,9 +90,8 @@ def select_device() -> Device:
     mx.set_default_device(mx.gpu)
     info = mx.device_info()
     name = str(info.get("device_name", kind))
-    limit = info.get("max_recommended_working_set_size") or info.get("total_memory")
-    if not limit:
-        limit = info.get("memory_size", machine_memory())
+    sizes = ("max_recommended_working_set_size", "total_memory", "memory_size")
+    limit = next((int(info[size]) for size in sizes if info.get(size)), machine_memory())
     if kind == "metal":
-        mx.set_wired_limit(int(limit))  # or macOS may page the weights of an idle server out
-    return Device(kind, name, int(limit), 0)
+        mx.set_wired_limit(limit)  # or macOS may page the weights of an idle server out
+    return Device(kind, name, limit, 0)

@@ -20,7 +20,7 @@ FUSED_HEAD_SIZES = (64, 80, 128)
 def finite(values: mx.array) -> mx.array:
     """Values with 0 for NaN and infinities.
 
-    The weight of a masked slot is 0, and 0 times NaN would carry one request's failure to the next
+    The weight of a masked slot is 0, and 0 * NaN is NaN: one request's failure would reach the next
     owner of its block.
     """
     return mx.where(values - values == 0, values, 0)
@@ -58,10 +58,11 @@ def causal_attention(
     rows = query_len
     if not _is_fused(queries, values):
         rows = scored_rows(query_len, seq_len, heads)
-    tiles = []
+    tiles: list[mx.array] = []
     for start in range(0, query_len, rows):
         end = min(start + rows, query_len)
-        first, visible, mask = 0, context_len + end, "causal"
+        first, visible = 0, context_len + end
+        mask: mx.array | str = "causal"
         if sliding_window is not None and visible > sliding_window:
             first = max(0, context_len + start + 1 - sliding_window)
             positions = mx.arange(context_len + start, context_len + end)
@@ -100,7 +101,7 @@ def causal_memory(
     sliding_window: int | None,
     held: Fraction = Fraction(1),
 ) -> ChunkMemory:
-    """What `causal_attention` holds at a time. Where it is fused, scores measure as nothing.
+    """The memory that `causal_attention` holds at a time. Where it is fused, scores take none.
 
     Args:
         query_len: tokens of the chunk.

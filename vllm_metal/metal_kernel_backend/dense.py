@@ -78,9 +78,9 @@ class DensePages(AttentionBackend):
     ) -> Pages:
         unit = self._geometry.unit(1)
         units = metadata.once(_token_units, self._geometry)
-        keys, values = keys.astype(self.dtype), finite(values.astype(self.dtype))
-        tokens = keys.shape[0]
-        new = mx.concatenate([keys.flatten(1), values.flatten(1)], axis=1)
+        tokens, new = keys.shape[0], keys.astype(self.dtype).flatten(1)
+        if self.shape.head_size_v:
+            new = mx.concatenate([new, finite(values.astype(self.dtype)).flatten(1)], axis=1)
         array = pages.array.reshape(-1, unit)
         array[units] = new.reshape(tokens, -1, unit)
         return Pages(array.reshape(pages.array.shape))
@@ -109,7 +109,9 @@ class DensePages(AttentionBackend):
         rows = batch, self.shape.num_kv_heads, blocks * self.block_size
         return (
             units[keys].reshape(*rows, self.shape.head_size),
-            units[values].reshape(*rows, self.shape.head_size_v),
+            mx.zeros((*rows, 0), self.dtype)
+            if values is None
+            else units[values].reshape(*rows, self.shape.head_size_v),
         )
 
     def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
@@ -118,7 +120,7 @@ class DensePages(AttentionBackend):
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What addresses within the pages depend on; layers of equal geometry share index arrays."""
+    """The numbers that addresses depend on; layers of equal geometry share index arrays."""
 
     num_kv_heads: int
     head_sizes: tuple[int, int]
@@ -137,21 +139,27 @@ class _Geometry:
 
 
 def _token_units(metadata: AttentionMetadata, geometry: _Geometry) -> mx.array:
-    """Units that hold each new token's keys, head by head, and then its values: [T, R]."""
+    """Units that hold each new token's keys, head by head, and then its values: [T, R].
+
+    A layer without values adds nothing, not even arrays without elements: see `_joined` in
+    `attention/backend.py`.
+    """
     unit, heads = geometry.unit(1), geometry.num_kv_heads
     block_ids, offsets = split_slots(metadata.slot_mapping[:, None], geometry.block_size)
     parts, begin = [], 0
-    for size in geometry.head_sizes:
+    for size in filter(None, geometry.head_sizes):
         each = size // unit
         units = mx.arange(heads * each)[None, :]
-        head = units // each if each else units
+        head = units // each
         parts.append(begin + (head * geometry.block_size + offsets) * each + units - head * each)
         begin += heads * geometry.block_size * each
     return block_ids * (geometry.page_elements // unit) + mx.concatenate(parts, axis=1)
 
 
-def _block_units(metadata: AttentionMetadata, geometry: _Geometry) -> tuple[mx.array, mx.array]:
-    """Units of every block's keys, head by head, and of its values: [B, H, N, R] each."""
+def _block_units(
+    metadata: AttentionMetadata, geometry: _Geometry
+) -> tuple[mx.array, mx.array | None]:
+    """Units of every block's keys, head by head, and of its values, if any: [B, H, N, R] each."""
     unit, heads = geometry.unit(geometry.block_size), geometry.num_kv_heads
     first = (metadata.block_table * (geometry.page_elements // unit))[:, None, :, None]
     keys, values = (geometry.block_size * size // unit for size in geometry.head_sizes)
@@ -159,4 +167,4 @@ def _block_units(metadata: AttentionMetadata, geometry: _Geometry) -> tuple[mx.a
     def units(begin: int, each: int) -> mx.array:
         return first + begin + mx.arange(heads * each).reshape(heads, 1, each)
 
-    return units(0, keys), units(heads * keys, values)
+    return units(0, keys), units(heads * keys, values) if values else None

@@ -81,15 +81,16 @@ class HostTarget(Target):
         ) -> list[mx.array]:
             inputs = [mx.contiguous(array) for array in inputs]
             mx.eval(inputs)
-            outputs = [
+            outputs: list[np.ndarray] = [
                 np.empty(tuple(shape), _numpy_type(dtype))
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
             launch = compiled(HostProgram.of(kernel, inputs, template, output_dtypes))
             views = [_numpy_view(array) for array in inputs] + outputs
             buffers = (ctypes.c_void_p * len(views))(*(view.ctypes.data for view in views))
-            groups = (ctypes.c_uint * 3)(*(g // t for g, t in zip(grid, threadgroup, strict=True)))
-            if launch(buffers, groups, threadgroup[0]):
+            counts = (threads // each for threads, each in zip(grid, threadgroup, strict=True))
+            threadgroups = (ctypes.c_uint * 3)(*counts)
+            if launch(buffers, threadgroups, threadgroup[0]):
                 raise RuntimeError(
                     f"kernel {kernel.name}: a simdgroup function or a barrier was reached by only "
                     "some of its threads"
@@ -139,9 +140,9 @@ HOST_PROGRAM = """{shim}
 namespace metal {{
 
 {library}
-static void metal_host_body(void* arguments, uint3 group, uint thread_index) {{
+static void metal_host_body(void* arguments, uint3 position, uint thread_index) {{
   void* const* buffers = static_cast<void* const*>(arguments);
-  const uint3 threadgroup_position_in_grid = group;
+  const uint3 threadgroup_position_in_grid = position;
   const uint simdgroup_index_in_threadgroup = thread_index / 32;
   const uint thread_index_in_simdgroup = thread_index % 32;
 {declarations}
@@ -149,8 +150,8 @@ static void metal_host_body(void* arguments, uint3 group, uint thread_index) {{
 }}
 
 extern "C" __attribute__((visibility("default"))) int launch(
-    void* const* buffers, const uint* groups, uint threads) {{
-  return host::run_grid(groups, threads, metal_host_body, const_cast<void**>(buffers));
+    void* const* buffers, const uint* threadgroups, uint threads) {{
+  return host::run_grid(threadgroups, threads, metal_host_body, const_cast<void**>(buffers));
 }}
 
 }} // namespace metal
@@ -239,7 +240,7 @@ def host_compiler() -> list[str]:
         if name and (path := shutil.which(name)):
             return [path]
     try:
-        import ziglang  # noqa: F401
+        import ziglang  # type: ignore[import-untyped]  # noqa: F401
     except ImportError:
         raise RuntimeError("the host target needs a C++ compiler; install g++ or clang") from None
     return [sys.executable, "-m", "ziglang", "c++"]

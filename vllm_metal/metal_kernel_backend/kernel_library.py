@@ -4,17 +4,19 @@
     cuda    mx.fast.cuda_kernel, with shims/metal_cuda.h in front
     host    host_target.py: the same file on the CPU, for tests and for `vllm-metal doctor`
 
-A kernel is a file of functions (`kernels/*.metal`) and a short body that declares threadgroup
-memory and calls one of them. The file's text goes through MLX as the kernel's header.
+A kernel is a header in `kernels/`, with what it includes, and a short body that declares
+threadgroup memory and calls a function of the header. The expanded text goes through MLX as the
+kernel's header. Its constants come from Python.
 """
 
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -32,14 +34,27 @@ class Kernel:
     """One kernel, before its template arguments are known."""
 
     name: str
-    library: str
-    """File name in `kernels/`, without `.metal`."""
-    sections: tuple[str, ...]
-    """The parts of the file that it needs, by their ruled headings, in the file's order."""
+    header: str
+    """The file in `kernels/` with its function; empty: the body needs none."""
+    constants: str = field(repr=False)
+    """The text that stands where the headers include `constants.h`."""
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     body: str
     """MSL. Threadgroup arrays are declared here, each on a line that begins with `threadgroup`."""
+
+    def in_order(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The inputs in the order of `input_names`.
+
+        Raises ValueError, with the names, where one is missing or superfluous.
+        """
+        if inputs.keys() != set(self.input_names):
+            missing = [name for name in self.input_names if name not in inputs]
+            superfluous = [name for name in inputs if name not in self.input_names]
+            raise ValueError(
+                f"kernel {self.name}: inputs missing: {missing}, superfluous: {superfluous}"
+            )
+        return [inputs[name] for name in self.input_names]
 
 
 class Target(ABC):
@@ -62,13 +77,14 @@ class MetalTarget(Target):
     name = "metal"
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
-        return mx.fast.metal_kernel(
+        run: Any = mx.fast.metal_kernel(
             name=_unique_name(kernel, library_text(kernel)),
             input_names=list(kernel.input_names),
             output_names=list(kernel.output_names),
             header=library_text(kernel),
             source=kernel.body,
         )
+        return run
 
 
 class CudaTarget(Target):
@@ -78,7 +94,7 @@ class CudaTarget(Target):
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
         library = cuda_library(kernel, resident)
-        return mx.fast.cuda_kernel(
+        run: Any = mx.fast.cuda_kernel(
             # MLX keeps compiled CUDA kernels by their names alone, on disk too.
             name=_unique_name(kernel, library),
             input_names=list(kernel.input_names),
@@ -86,6 +102,7 @@ class CudaTarget(Target):
             header=library,
             source=cuda_body(kernel),
         )
+        return run
 
 
 def cuda_library(kernel: Kernel, resident: tuple[int, int] | None) -> str:
@@ -123,15 +140,36 @@ def available_target() -> Target | None:
     return CudaTarget()
 
 
+KERNELS = Path(__file__).parents[1] / "kernels"
+"""The folder of the kernels' sources: in the source tree a link to the one at its root."""
+
+CONSTANTS = "constants.h"
+"""Name of the headers that repeat a kernel's `constants`, for editors and Metal's own compiler."""
+
+
+def expanded(header: str, constants: str, seen: set[str] | None = None) -> str:
+    """A header of `kernels/` with the headers it includes in their places, each once.
+
+    Raises FileNotFoundError for a header that does not exist.
+    """
+    seen = set() if seen is None else seen
+    if header in seen:
+        return ""
+    seen.add(header)
+    is_constants = Path(header).name == CONSTANTS
+    text = ""
+    for line in (constants if is_constants else header_source(header)).splitlines(keepends=True):
+        if line.startswith('#include "'):
+            text += expanded(line.split('"')[1], constants, seen)
+        elif not line.startswith("#pragma once"):
+            text += line
+    return text
+
+
 @cache
-def library_source(library: str) -> str:
-    """The text of `kernels/<library>.metal`, from the installed package or the source tree."""
-    here = Path(__file__).parents[1]
-    folders = [here / "kernels", here.parent / "kernels"]
-    for folder in folders:
-        if (path := folder / f"{library}.metal").is_file():
-            return path.read_text(encoding="ascii")
-    raise FileNotFoundError(f"{library}.metal is in none of {[str(folder) for folder in folders]}")
+def header_source(header: str) -> str:
+    """The text of a file in `kernels/`."""
+    return (KERNELS / header).read_text(encoding="ascii")
 
 
 @cache
@@ -140,16 +178,10 @@ def shim_source(name: str) -> str:
     return (Path(__file__).parent / "shims" / name).read_text(encoding="ascii")
 
 
+@cache
 def library_text(kernel: Kernel) -> str:
-    """The sections of its file that a kernel needs, compact.
-
-    Raises KeyError for a section that the file does not have.
-    """
-    start, *rest = re.split(
-        r"^// -{10,} (.*)\n", library_source(kernel.library), flags=re.MULTILINE
-    )
-    sections = dict(zip(rest[::2], rest[1::2], strict=True))
-    return compact(start + "".join(sections[name] for name in kernel.sections))
+    """What stands before a kernel's body: constants and functions, compact."""
+    return compact(expanded(kernel.header, kernel.constants)) if kernel.header else ""
 
 
 def without_device(source: str) -> str:

@@ -105,7 +105,7 @@ def _compressed_kind(reproducible: bool) -> _MakeCompressed:
 
 
 def neutral_constants(shapes: Sequence[LayerShape]) -> Calibrate:
-    """Constants that change nothing, for whoever only asks for sizes."""
+    """Constants that change nothing, for callers that only ask for sizes."""
     return lambda: [KeyConstants.neutral(s.num_kv_heads, s.head_size) for s in shapes]
 
 

@@ -163,7 +163,8 @@ def _gemma4(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _step3p5(config: Mapping[str, Any]) -> dict[str, Any]:
     """Sliding layers may have other heads; mlx-lm reads lists with one entry for each layer."""
-    layer_types, found = config.get("layer_types") or (), {}
+    layer_types = config.get("layer_types") or ()
+    found: dict[str, Any] = {}
     if config.get("num_sliding_attention_heads"):
         found["attention_other_setting"] = {
             "num_attention_heads": config["num_sliding_attention_heads"],

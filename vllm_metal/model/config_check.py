@@ -73,7 +73,7 @@ def _as_transformers_reads(written: Mapping[str, Any]) -> dict[str, Any] | None:
     None where transformers does not know the type or cannot read the file.
     """
     model_type = written.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     try:
         read = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(written))).get_text_config()
@@ -131,7 +131,7 @@ def _rope_differences(
             _rope_difference(module, *_of_layer(reading, layer, layer_type), config)
             for reading in readings
         ]
-        if all(found):
+        if found[0] is not None and all(found):
             yield found[0], layer
 
 
@@ -145,7 +145,7 @@ def _rope_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 def _of_layer(
     parameters: Mapping[str, Any], layer: int, layer_type: str
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Mapping[str, Any], str]:
     """Parameters of one layer, and the key that has them."""
     nested = by_layer_type(parameters)
     found = nested.get(layer_type, {}) if nested else parameters
@@ -206,18 +206,22 @@ def _built(dims: int, expected: Mapping[str, Any], config: Mapping[str, Any]) ->
 
 def _same_rope(module: nn.Module, right: nn.Module, expected: Mapping[str, Any]) -> bool:
     found, wanted = _frequencies(module), _frequencies(right)
+    if found is None or wanted is None:
+        return False
     if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=_RELATIVE_TOLERANCE):
         return False
     if rope_type(expected) != "yarn":
         return True
     factor = expected.get("attention_factor") or getattr(right, "mscale", 1.0)
-    return np.isclose(getattr(module, "mscale", 1.0), factor, rtol=_RELATIVE_TOLERANCE)
+    scale = float(getattr(module, "mscale", 1.0))
+    return bool(np.isclose(scale, float(factor), rtol=_RELATIVE_TOLERANCE))
 
 
 def _dims(module: nn.Module) -> int:
     """Numbers of a head that a rotary embedding rotates."""
     dims = getattr(module, "dims", None) or getattr(module, "dim", None)
-    return dims or 2 * len(_frequencies(module))
+    frequencies = _frequencies(module)
+    return dims or (0 if frequencies is None else 2 * len(frequencies))
 
 
 def _frequencies(module: nn.Module) -> np.ndarray | None:

@@ -1,26 +1,35 @@
-"""Decode steps that are traced once and replayed, instead of built anew in Python.
+"""Decode steps that are traced once and replayed, instead of run in Python each time.
 
 A decode step of B requests with N blocks each has the same thousands of operations every time.
 `mx.compile` records them for one (B, N) and replays them with other arrays, which takes a fraction
 of the time that the model's Python code takes, and fuses what is element-wise. The pages go in and
-come out: nobody else holds them, so MLX still writes them in place.
+come out: they have no other holder, so MLX still writes them in place.
 
 N is rounded up, so that a growing request keeps its graph for a while. A shape is traced when it
 comes a second time; the traces of the last `MAX_GRAPHS` shapes are kept.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
-from vllm_metal.attention.metadata import DecodeMetadata
-from vllm_metal.kv_cache.cache import KVCache, TakenArrays
-from vllm_metal.kv_cache.groups import rounded_blocks
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.attention.metadata import DecodeMetadata, GroupMetadata
+from vllm_metal.kv_cache.cache import TakenArrays
+from vllm_metal.kv_cache.groups import AttentionGroup, rounded_blocks
+from vllm_metal.model.model_binding import BoundModel
 
 MAX_GRAPHS = 64
 """A trace takes about 1 KiB for each operation."""
+
+MOVES_ELEMENTS = frozenset(
+    "AsStrided Broadcast Concatenate Contiguous Copy Depends ExpandDims Flatten Full Gather "
+    "GatherAxis Pad Reshape Slice SliceUpdate Split Squeeze StopGradient Transpose Unflatten "
+    "View".split()
+)
+"""Operations of MLX that compute nothing; without elements, their kernels are not launched."""
 
 _Graph = Callable[..., tuple[mx.array, TakenArrays]]
 
@@ -29,28 +38,24 @@ class DecodeGraphs:
     """The decode forward of a bound model, with its traces.
 
     Args:
-        binding: a model bound to `kv_cache`, that takes an array of offsets.
-        kv_cache: pages whose arrays are written once in a forward.
+        model: takes an array of offsets, and writes each array of its pages once in a forward.
     """
 
-    def __init__(self, binding: ModelBinding, kv_cache: KVCache):
-        self._binding = binding
-        self._kv_cache = kv_cache
+    def __init__(self, model: BoundModel):
+        self._model = model
+        self._kv_cache = model.kv_cache
+        self._block_sizes = [
+            group.block_size for group in model.kv_cache.groups if isinstance(group, AttentionGroup)
+        ]
         self._graphs: OrderedDict[tuple[tuple[int, ...], ...], _Graph] = OrderedDict()
 
     def __call__(
         self,
         token_ids: mx.array,  # [B, 1]
-        metadata: Sequence[DecodeMetadata],
+        metadata: Sequence[GroupMetadata],
     ) -> mx.array:  # [B, 1, vocabulary]
-        """As `ModelBinding.forward`."""
-        tables = [
-            _pad(group.block_table, rounded_blocks(group.block_table.shape[1]))
-            for group in metadata
-        ]
-        seq_lens = [group.seq_lens for group in metadata]
-        slots = [group.slot_mapping for group in metadata]
-        offset = mx.array(metadata[0].offset).reshape(-1)
+        """As `BoundModel.forward`, of a decode step."""
+        token_ids, offset, tables, seq_lens, slots = _inputs(token_ids, metadata)
         graph = self._graph_of(tuple(table.shape for table in tables))
         pages = self._kv_cache.take()
         try:
@@ -58,6 +63,36 @@ class DecodeGraphs:
         finally:
             self._kv_cache.put(pages)
         return logits
+
+    def empty_operations(self, token_ids: mx.array, metadata: Sequence[GroupMetadata]) -> list[str]:
+        """Names of the step's operations that compute arrays without elements.
+
+        The step is traced and not run. Operations that only move elements are not named.
+
+        MLX's GPU backends launch what `mx.compile` has fused without asking whether there is
+        anything to compute. CUDA's divides by the number of elements, which ends the process
+        (MLX 0.32, `Compiled::eval_gpu` and `get_launch_args`).
+        """
+        token_ids, offset, *lists = _inputs(token_ids, metadata)
+        pages, count = self._kv_cache.take(), len(self._block_sizes)
+        found: list[str] = []
+
+        def note(part: dict[str, Any]) -> None:
+            if part["type"] == "primitive" and part["name"] not in MOVES_ELEMENTS:
+                found.extend(part["name"] for _, shape, _ in part["outputs"] if 0 in shape)
+
+        def step(token_ids: mx.array, offset: mx.array, *rest: mx.array) -> list[mx.array]:
+            tables, seq_lens, slots = (list(rest[i * count :][:count]) for i in range(3))
+            given = TakenArrays(list(rest[3 * count :]), pages.tokens)
+            logits, after = self._step(token_ids, offset, tables, seq_lens, slots, given)
+            return [logits, *after.regions]
+
+        try:
+            arrays = itertools.chain(*lists, pages.regions)
+            mx.export_function(note, step, token_ids, offset, *arrays)
+        finally:
+            self._kv_cache.put(pages)
+        return found
 
     def _graph_of(self, shapes: tuple[tuple[int, ...], ...]) -> _Graph:
         """The step itself for shapes never seen, its trace from then on."""
@@ -84,19 +119,30 @@ class DecodeGraphs:
                 seq_lens=lens,
                 slot_mapping=slot_mapping,
                 offset=offset,
-                max_seq_len=table.shape[1] * group.block_size,
+                max_seq_len=table.shape[1] * block_size,
             )
-            for group, table, lens, slot_mapping in zip(
-                self._kv_cache.groups, tables, seq_lens, slots, strict=True
+            for block_size, table, lens, slot_mapping in zip(
+                self._block_sizes, tables, seq_lens, slots, strict=True
             )
         ]
         self._kv_cache.put(pages)
-        logits = self._binding.forward(token_ids, metadata)
+        logits = self._model.forward(token_ids, metadata)
         return logits, self._kv_cache.take()
 
 
+def _inputs(
+    token_ids: mx.array, metadata: Sequence[GroupMetadata]
+) -> tuple[mx.array, mx.array, list[mx.array], list[mx.array], list[mx.array]]:
+    """What a graph is given beside the pages."""
+    groups = [told for told in metadata if isinstance(told, DecodeMetadata)]
+    tables = [_pad(told.block_table, rounded_blocks(told.block_table.shape[1])) for told in groups]
+    seq_lens = [told.seq_lens for told in groups]
+    slots = [told.slot_mapping for told in groups]
+    return token_ids, mx.array(groups[0].offset).reshape(-1), tables, seq_lens, slots
+
+
 def _pad(block_table: mx.array, num_blocks: int) -> mx.array:
-    """Fills up with block 0, whose tokens no request sees."""
+    """Fills the table up with block 0, whose tokens no request sees."""
     if block_table.shape[1] == num_blocks:
         return block_table
-    return mx.pad(block_table, ((0, 0), (0, num_blocks - block_table.shape[1])))
+    return mx.pad(block_table, [(0, 0), (0, num_blocks - block_table.shape[1])])

@@ -1,4 +1,4 @@
-"""What a model does with each of its caches, found out before the first request.
+"""Finds out what a model does with each of its caches, before the first request.
 
 The model runs a few tokens on caches that hold nothing and note what happens. Nothing is
 evaluated, so a long context costs nothing, and neither does a model without weights. A model may
@@ -17,9 +17,9 @@ from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.masks import causal_mask
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.errors import UserError
-from vllm_metal.model.layer_cache import Forward, LayerKVCache, forget_layers, stand_in
+from vllm_metal.model.layer_cache import LayerCache
 
-Run = Callable[[mx.array, list[LayerKVCache]], mx.array]
+Run = Callable[[mx.array, Sequence[LayerCache]], mx.array]
 """Runs the model on token ids [B, L] with these caches in model order; gives lazy logits."""
 
 LONG_CONTEXT = 1 << 20
@@ -44,7 +44,7 @@ class CacheUse:
     """What a model does with its caches."""
 
     shapes: list[LayerShape | None]
-    """Of each cache; None where the model never uses it."""
+    """Shape of each cache; None where the model never uses the cache."""
     changes_with_length: bool
     """Whether a layer leaves attention to the backend in a short context only."""
 
@@ -61,11 +61,13 @@ def observe(run: Run, windows: Sequence[int | None], model_type: str) -> CacheUs
         UnsupportedModelError: the model fails on such caches or uses them in an unknown way.
     """
     passes = list(dry_forwards(run, windows, model_type))
-    shapes, reasons, changes = [], [], False
+    shapes: list[LayerShape | None] = []
+    reasons: list[str] = []
+    changes = False
     for layer, uses in enumerate(zip(*passes, strict=True)):
         reasons += [f"layer {layer} {problem}" for problem in _problems(uses)]
         attended = [use.attended for use in uses]
-        used = uses[0].updates and not reasons
+        used = uses[0].sizes and not reasons
         shapes.append(uses[0].layer_shape(fetched=not all(attended)) if used else None)
         changes = changes or len(set(attended[:2])) > 1 or len(set(attended[2:])) > 1
     if reasons:
@@ -74,14 +76,14 @@ def observe(run: Run, windows: Sequence[int | None], model_type: str) -> CacheUs
 
 
 def _problems(uses: "Sequence[_DryCache]") -> list[str]:
-    """What cannot be served of one cache's use in all passes, in words that follow 'layer N'."""
+    """Reasons why one cache's use in all passes cannot be served, to follow the words `layer N`."""
     found = [problem for use in uses for problem in use.problems]
     found += [
-        f"updates its cache {use.updates} times in one forward, not once"
+        f"updates its cache {len(use.sizes)} times in one forward, not once"
         for use in uses
-        if use.updates > 1
+        if len(use.sizes) > 1
     ]
-    if not found and len({(use.shape, use.updates) for use in uses}) > 1:
+    if not found and len({tuple(use.sizes) for use in uses}) > 1:
         found.append("uses its cache in some forwards only, or for keys and values of other sizes")
     return list(dict.fromkeys(found))
 
@@ -90,10 +92,10 @@ def dry_forwards(
     run: Run, windows: Sequence[int | None], model_type: str
 ) -> "Iterator[list[_DryCache]]":
     """Runs the model four times; yields the caches of each run."""
-    for metadata in _dry_metadata():
+    for metadata, query_len in _dry_metadata():
         caches = [_DryCache(metadata, window) for window in windows]
         try:
-            run_dry(run, caches, metadata)
+            run(mx.zeros((1, query_len), mx.int32), caches)
         except Exception as error:
             raise UnsupportedModelError(
                 model_type, [f"its forward pass failed on a paged cache ({error})"]
@@ -103,17 +105,9 @@ def dry_forwards(
 
 def dry_logits(run: Run, windows: Sequence[int | None]) -> mx.array:
     """Lazy logits [1, L, vocabulary] of a few tokens."""
-    metadata = _dry_metadata()[0]
-    return run_dry(run, [_DryCache(metadata, window) for window in windows], metadata)
-
-
-def run_dry(run: Run, layers: "list[_DryCache]", metadata: AttentionMetadata) -> mx.array:
-    """One lazy forward of one row."""
-    query_len = metadata.max_seq_len - metadata.offset
-    try:
-        return run(mx.zeros((1, query_len), mx.int32), layers)
-    finally:
-        forget_layers(layers)
+    metadata, query_len = _dry_metadata()[0]
+    caches = [_DryCache(metadata, window) for window in windows]
+    return run(mx.zeros((1, query_len), mx.int32), caches)
 
 
 def summarise(reasons: list[str], most: int = 4) -> list[str]:
@@ -124,34 +118,29 @@ def summarise(reasons: list[str], most: int = 4) -> list[str]:
     return shown
 
 
-def _dry_metadata() -> list[AttentionMetadata]:
-    """Several tokens after a short and a long context, one token after either."""
+def _dry_metadata() -> list[tuple[AttentionMetadata, int]]:
+    """Several tokens after a short and a long context, one token after either; and how many."""
     contexts = 4, LONG_CONTEXT
     return [
-        *(PrefillMetadata(_EMPTY, _EMPTY[0], context, query_len=3) for context in contexts),
+        *((PrefillMetadata(_EMPTY, _EMPTY[0], context, query_len=3), 3) for context in contexts),
         *(
-            DecodeMetadata(_EMPTY, mx.array([context + 1]), _EMPTY[0], context, context + 1)
+            (DecodeMetadata(_EMPTY, mx.array([context + 1]), _EMPTY[0], context, context + 1), 1)
             for context in contexts
         ),
     ]
 
 
-class _DryCache(LayerKVCache):
+class _DryCache(LayerCache):
     """Stands in for `LayerKVCache` in a dry forward and notes how the model uses it."""
 
     def __init__(self, metadata: AttentionMetadata, sliding_window: int | None):
-        nothing = LayerShape(0, 0, 0, sliding_window=sliding_window)
-        super().__init__(0, nothing, Forward((metadata,)), masks_rows=False)
-        self.shape: tuple[int, int, int] | None = None
+        super().__init__(metadata, sliding_window)
+        self.sizes: list[tuple[int, int, int]] = []
+        """KV heads and head sizes of keys and values, of each update."""
         self.one_array = False
-        self.updates = 0
         self.attends = 0
         self.own_mask = False
         self.problems: list[str] = []
-
-    @property
-    def _metadata(self) -> AttentionMetadata:
-        return self._forward.groups[0]
 
     @property
     def attended(self) -> bool:
@@ -159,10 +148,9 @@ class _DryCache(LayerKVCache):
         return self.attends > 0 and not self.own_mask
 
     def layer_shape(self, fetched: bool) -> LayerShape:
-        num_kv_heads, head_size, head_size_v = self.shape
+        num_kv_heads, head_size, head_size_v = self.sizes[0]
         head_size_v = 0 if fetched and self.one_array else head_size_v
-        window = self._shape.sliding_window
-        return LayerShape(num_kv_heads, head_size, head_size_v, fetched, window)
+        return LayerShape(num_kv_heads, head_size, head_size_v, fetched, self._sliding_window)
 
     def make_mask(
         self, query_len: int, return_array: bool = False, window_size: int | None = None
@@ -172,23 +160,20 @@ class _DryCache(LayerKVCache):
         return super().make_mask(query_len, return_array)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.updates += 1
-        self.shape = keys.shape[1], keys.shape[3], values.shape[3]
+        self.sizes.append((keys.shape[1], keys.shape[3], values.shape[3]))
         self.one_array = values is keys
         if keys.shape[:3] != values.shape[:3]:
             self.problems.append(
                 f"caches keys {list(keys.shape)} and values {list(values.shape)} together"
             )
-        metadata = self._metadata
-        return self._return(stand_in(keys, metadata), stand_in(values, metadata))
+        return self._return_in_pages(keys, values)
 
     def attend(
         self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
         self.attends += 1
-        metadata = self._metadata
-        window = self._shape.sliding_window
-        expected = causal_mask(metadata, window)
+        window = self._sliding_window
+        expected = causal_mask(self._metadata, window)
         causal = mask == "causal" if isinstance(mask, str) else mask is expected
         if not causal and (mask is not None or queries.shape[2] > 1):
             if window is not None:

@@ -5,32 +5,53 @@ The module that feeds the head is found by shape, not by name.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
+
+from vllm_metal.errors import ChangedLibraryError
 
 DryRun = Callable[[], mx.array]
 """One lazy forward of a few tokens, [1, L, vocabulary]."""
 
 
-def slice_rows_before_head(
-    model: nn.Module, dry_run: DryRun, last_row_only: Callable[[], bool]
-) -> bool:
-    """Makes the module that feeds the head return only its last row while asked to.
+class HeadRows:
+    """A model whose head can be spared all rows but the last.
 
-    Descending from the top, that module is the largest child whose output is not yet logits.
+    The module that feeds the head is, from the top down, the largest child whose output is not yet
+    logits.
 
     Args:
         model: the model; the module found gets a class of its own.
         dry_run: runs the model.
-        last_row_only: asked in every forward.
-
-    Returns:
-        False where there is no such module; logits are then sliced after the head.
     """
+
+    def __init__(self, model: nn.Module, dry_run: DryRun):
+        feeding = _module_that_feeds_the_head(model, dry_run)
+        self.spares_head = feeding is not None
+        """False where there is no such module: the head then runs on every row."""
+        self._last_only = False
+        if feeding is not None:
+            _replace_call(feeding, self._cut)
+
+    @contextmanager
+    def last_only(self, wanted: bool = True) -> Iterator[None]:
+        """Within the block, if so wanted, the head gets the last row of its input only."""
+        self._last_only = wanted
+        try:
+            yield
+        finally:
+            self._last_only = False
+
+    def _cut(self, hidden: mx.array) -> mx.array:
+        return hidden[:, -1:] if self._last_only else hidden
+
+
+def _module_that_feeds_the_head(model: nn.Module, dry_run: DryRun) -> nn.Module | None:
     outputs: dict[int, tuple[int, ...]] = {}
     modules = [model, *_largest_descendants(model)]
     with _ObservedCalls(modules, outputs):
@@ -38,16 +59,15 @@ def slice_rows_before_head(
     for module in modules[1:]:
         shape = outputs.get(id(module))
         if shape is None or shape[:2] != logits.shape[:2]:
-            return False
+            return None
         if shape[-1] != logits.shape[-1]:
-            _replace_call(module, lambda out: out[:, -1:] if last_row_only() else out)
-            return True
-    return False
+            return module
+    return None
 
 
 def _largest_descendants(module: nn.Module) -> list[nn.Module]:
     """The chain of largest composite child modules, from the top down to the list of layers."""
-    chain = []
+    chain: list[nn.Module] = []
     while True:
         children = [
             child
@@ -61,7 +81,7 @@ def _largest_descendants(module: nn.Module) -> list[nn.Module]:
 
 
 def _num_parameters(module: nn.Module) -> int:
-    return sum(array.size for _, array in tree_flatten(module.parameters()))
+    return tree_reduce(lambda total, array: total + array.size, module.parameters(), 0)
 
 
 def _replace_call(module: nn.Module, after: Callable[[Any], Any]) -> None:
@@ -72,7 +92,12 @@ def _replace_call(module: nn.Module, after: Callable[[Any], Any]) -> None:
     def call(self, *args, **kwargs):
         return after(original.__call__(self, *args, **kwargs))
 
-    module.__class__ = type(original.__name__, (original,), {"__call__": call})
+    # patch: the class of one module of the model
+    try:
+        module.__class__ = type(original.__name__, (original,), {"__call__": call})
+    except TypeError as error:
+        name = f"{original.__module__}.{original.__name__}.__class__"
+        raise ChangedLibraryError("mlx", name, str(error)) from error
 
 
 class _ObservedCalls:

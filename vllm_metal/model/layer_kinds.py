@@ -48,9 +48,10 @@ def cache_kinds(model: nn.Module) -> tuple[Arrangement, list[str]]:
     reasons: list[str] = []
     for layer, cache in enumerate(mlx_lm_cache.make_prompt_cache(model)):
         several = type(cache) is mlx_lm_cache.CacheList
-        kinds = [_kind(part) for part in (cache.caches if several else (cache,))]
-        reasons += [f"layer {layer} needs {kind}" for kind in kinds if isinstance(kind, str)]
-        arrangement.append(tuple(kinds) if several else kinds[0])
+        found = [_kind(part) for part in (cache.caches if several else (cache,))]
+        reasons += [f"layer {layer} needs {kind}" for kind in found if isinstance(kind, str)]
+        kinds = tuple(kind for kind in found if not isinstance(kind, str))
+        arrangement.append(kinds if several or not kinds else kinds[0])
     return arrangement, reasons
 
 

@@ -1,8 +1,8 @@
-"""The recurrent state of one layer as an mlx-lm model sees it, over blocks of the KV cache.
+"""The recurrent state of one layer as an mlx-lm model sees it.
 
 A model reads and replaces the entries of an `ArraysCache`, whose arrays have the requests of the
-forward pass as their first axis. Here the entries are read from the requests' blocks before the
-forward pass and written back after it (`KVCache`).
+forward pass as their first axis. The entries are read from the requests' blocks before the forward
+pass and written back after it (`kv_cache/recurrent_states.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,45 +13,30 @@ from mlx_lm.models.cache import ArraysCache
 
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.model.dry_forward import UnsupportedModelError, dry_forwards
-from vllm_metal.model.layer_cache import Forward
 
 
-class LayerState(ArraysCache):
-    """Speaks mlx-lm's protocol for one layer; models ask whether it is an `ArraysCache`.
+def state_cache(arrays: list[mx.array | None]) -> ArraysCache:
+    """mlx-lm's own cache object, with these arrays in it, for one forward pass.
 
-    Args:
-        state: its index.
-        shape: what the dry forward found.
-        forward: shared by all layers of the model.
+    The model replaces its entries; afterwards `cache` of the object has the new ones.
     """
-
-    def __init__(self, state: int, shape: StateShape, forward: Forward):
-        super().__init__(len(shape.shapes))
-        self._state = state
-        self._forward = forward
-
-    def begin_forward(self) -> None:
-        """Takes the states of the forward's requests; a request that begins has none."""
-        arrays = self._forward.kv_cache.old_state(self._state)
-        self.cache = [None] * len(self.cache) if arrays is None else list(arrays)
-
-    def end_forward(self) -> None:
-        """Hands the new states over."""
-        arrays, self.cache = self.cache, [None] * len(self.cache)
-        self._forward.kv_cache.keep_state(self._state, arrays)
+    cache = ArraysCache(len(arrays))
+    for i, array in enumerate(arrays):
+        cache[i] = array
+    return cache
 
 
 def state_shapes(
-    run: Callable[[mx.array, list[Any], list[Any]], mx.array],
+    run: Callable[[mx.array, Sequence[Any], Sequence[Any]], mx.array],
     windows: Sequence[int | None],
     num_arrays: Sequence[int],
     model_type: str,
 ) -> list[StateShape]:
-    """What each state holds after a dry prefill, and again after a dry decode step.
+    """The shapes of all states, after a dry prefill and again after a dry decode step.
 
     Args:
         run: the model on token ids, attention caches and state caches.
-        windows: as for `layer_shapes`.
+        windows: sliding window of each attention cache; None: it keeps all tokens.
         num_arrays: entries of each state.
         model_type: for the refusal.
 
@@ -62,7 +47,7 @@ def state_shapes(
         return []
     caches = [ArraysCache(count) for count in num_arrays]
 
-    def dry_run(token_ids: mx.array, layers: list[Any]) -> mx.array:
+    def dry_run(token_ids: mx.array, layers: Sequence[Any]) -> mx.array:
         return run(token_ids, layers, caches)
 
     steps = dry_forwards(dry_run, windows, model_type)

@@ -6,14 +6,15 @@ Every mlx-lm attention module does its projections, norms and RoPE, then calls
     scaled_dot_product_attention(queries, keys, values, cache=cache, scale=, mask=, sinks=)
 
 `LayerKVCache` is what the model sees as `cache`; the one rebound name is
-`scaled_dot_product_attention`, which lets the backend attend where keys and values stand for
-pages, and leaves all others to mlx-lm. `dry_forward` finds out at load what the model does with
-each cache.
+`scaled_dot_product_attention`, which lets the backend attend where keys and values are `InPages`,
+and leaves all others to mlx-lm. `dry_forward` finds out at load what the model does with each
+cache.
 """
 
+import inspect
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,8 +22,8 @@ import mlx.nn as nn
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models.cache import ArraysCache
 
-from vllm_metal.attention.backend import LayerShape
-from vllm_metal.attention.metadata import GroupMetadata
+from vllm_metal.attention.metadata import GroupMetadata, StateMetadata
+from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.model.dry_forward import (
     UnsupportedModelError,
@@ -30,12 +31,12 @@ from vllm_metal.model.dry_forward import (
     observe,
     summarise,
 )
-from vllm_metal.model.head_rows import slice_rows_before_head
+from vllm_metal.model.head_rows import HeadRows
 from vllm_metal.model.layer_cache import (
-    Forward,
+    CachePositions,
+    ForwardPass,
     LayerKVCache,
-    UnusedCache,
-    forget_layers,
+    Observer,
     paged_layer,
 )
 from vllm_metal.model.layer_kinds import (
@@ -45,9 +46,10 @@ from vllm_metal.model.layer_kinds import (
     cache_kinds,
     kinds_in_order,
 )
-from vllm_metal.model.layer_state import LayerState, state_shapes
+from vllm_metal.model.layer_state import state_cache, state_shapes
 
-_mlx_lm_attention = mlx_lm_base.scaled_dot_product_attention
+_ATTENTION = "scaled_dot_product_attention"
+_mlx_lm_attention: Callable[..., mx.array] | None = getattr(mlx_lm_base, _ATTENTION, None)
 
 
 def scaled_dot_product_attention(
@@ -59,24 +61,37 @@ def scaled_dot_product_attention(
     mask: Any,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """mlx-lm's function of that name, for keys and values that may stand for pages."""
+    """mlx-lm's function of that name, for keys and values that may be in pages."""
     layer = paged_layer(keys, values)
     if layer is not None:
         return layer.attend(queries, scale, mask, sinks)
+    assert _mlx_lm_attention is not None  # `_rebind_attention` has made sure
     return _mlx_lm_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
 
 def _rebind_attention(model: nn.Module) -> None:
-    """Rebinds the name in mlx-lm's base module and in every module that imported it."""
+    """Rebinds the name in mlx-lm's base module and in every module that imported it.
+
+    A module that has no such name computes attention itself, which the dry forward finds out.
+
+    Raises:
+        ChangedLibraryError: mlx-lm's function is gone or takes other arguments.
+    """
+    # patch: mlx-lm's attention
+    expected = list(inspect.signature(scaled_dot_product_attention).parameters)
+    found = _mlx_lm_attention and list(inspect.signature(_mlx_lm_attention).parameters)
+    if found != expected:
+        change = f"its parameters are {found}, not {expected}" if found else "it does not exist"
+        raise ChangedLibraryError("mlx-lm", f"{mlx_lm_base.__name__}.{_ATTENTION}", change)
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
     modules.append(sys.modules[type(model).__module__])
     for module in modules:
-        if getattr(module, "scaled_dot_product_attention", None) is _mlx_lm_attention:
-            module.scaled_dot_product_attention = scaled_dot_product_attention
+        if getattr(module, _ATTENTION, None) is _mlx_lm_attention:
+            setattr(module, _ATTENTION, scaled_dot_product_attention)
 
 
 class ModelBinding:
-    """An mlx-lm model whose attention layers read and write a `KVCache`.
+    """An mlx-lm model, what it does with its caches, and how to run it over pages.
 
     A layer is one cache in use: models with several in one decoder layer (an indexer, double
     attention) have more layers here, those that share keys and values or skip attention fewer.
@@ -90,39 +105,68 @@ class ModelBinding:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.model_type = getattr(model, "model_type", type(model).__module__)
-        self._forward = Forward()
+        self.model_type: str = getattr(model, "model_type", type(model).__module__)
         _rebind_attention(model)
-        arrangement, reasons = cache_kinds(model)
+        self._arrangement, reasons = cache_kinds(model)
         if reasons:
             raise UnsupportedModelError(self.model_type, summarise(reasons))
-        kinds = list(kinds_in_order(arrangement))
+        kinds = list(kinds_in_order(self._arrangement))
         windows = [kind.sliding_window for kind in kinds if isinstance(kind, AttentionKind)]
         num_arrays = [kind.num_arrays for kind in kinds if isinstance(kind, StateKind)]
 
-        def run(token_ids: mx.array, caches: list[Any], states: list[Any]) -> mx.array:
-            return model(token_ids, cache=arrange(arrangement, caches, states))
-
-        def dry_run(token_ids: mx.array, caches: list[Any]) -> mx.array:
-            return run(token_ids, caches, [ArraysCache(count) for count in num_arrays])
+        def dry_run(token_ids: mx.array, caches: Sequence[Any]) -> mx.array:
+            return self._run(token_ids, caches, [ArraysCache(count) for count in num_arrays])
 
         use = observe(dry_run, windows, self.model_type)
+        self._shapes = use.shapes
+        """Shape of each attention cache; None where the model never uses the cache."""
         self.layers = [shape for shape in use.shapes if shape is not None]
-        self.states = state_shapes(run, windows, num_arrays, self.model_type)
+        self.states = state_shapes(self._run, windows, num_arrays, self.model_type)
         self.decodes_batches = not use.changes_with_length
         """Whether a probe with short requests can tell that rows may be decoded together."""
-        self._caches = self._make_caches(use.shapes)
-        self._state_caches = [
-            LayerState(state, shape, self._forward) for state, shape in enumerate(self.states)
-        ]
-        self._run = run
-        self.slices_before_head = slice_rows_before_head(
-            model, lambda: dry_logits(dry_run, windows), lambda: self._forward.last_rows_only
-        )
+        self._head_rows = HeadRows(model, lambda: dry_logits(dry_run, windows))
+        self.slices_before_head = self._head_rows.spares_head
 
-    def bind(self, kv_cache: KVCache | None) -> None:
-        """Sets the pages that following forwards use."""
-        self._forward.kv_cache = kv_cache
+    def bind(self, kv_cache: KVCache, observer: Observer | None = None) -> "BoundModel":
+        """The model over these pages, with an observer of its layers if given."""
+        return BoundModel(self, kv_cache, observer or Observer())
+
+    def run_over_pages(
+        self, token_ids: mx.array, forward: ForwardPass, all_rows: bool
+    ) -> mx.array:  # [B, 1 or L, vocabulary]
+        """One lazy forward pass; see `BoundModel.forward`."""
+        recurrent = forward.kv_cache.states
+        states = [state_cache(recurrent.old(state)) for state in range(len(self.states))]
+        with self._head_rows.last_only(not all_rows):
+            logits = self._run(token_ids, self._caches(forward), states)
+        for state, cache in enumerate(states):
+            recurrent.keep(state, list(cache.cache))
+        return logits if all_rows else logits[:, -1:]
+
+    def _caches(self, forward: ForwardPass) -> list[CachePositions]:
+        """An object for each attention cache of the model."""
+        layers = itertools.count()
+        unused = CachePositions(
+            next((told for told in forward.groups if not isinstance(told, StateMetadata)), None),
+            masks_rows=forward.masks_rows,
+        )
+        return [
+            LayerKVCache(next(layers), shape, forward) if shape else unused
+            for shape in self._shapes
+        ]
+
+    def _run(self, token_ids: mx.array, caches: Sequence[Any], states: Sequence[Any]) -> mx.array:
+        return self.model(token_ids, cache=arrange(self._arrangement, caches, states))
+
+
+class BoundModel:
+    """A model over its pages; `ModelBinding.bind` makes it."""
+
+    def __init__(self, binding: ModelBinding, kv_cache: KVCache, observer: Observer):
+        self.binding = binding
+        self.kv_cache = kv_cache
+        self._observer = observer
+        self._masks_rows = any(shape.fetched for shape in binding.layers)
 
     def forward(
         self,
@@ -134,26 +178,15 @@ class ModelBinding:
 
         `metadata` has one entry for each KV group of the pages.
         """
-        self._forward.groups = tuple(metadata)
-        self._forward.kv_cache.begin_forward(self._forward.groups)
-        self._forward.last_rows_only = not all_rows
-        try:
-            for state in self._state_caches:
-                state.begin_forward()
-            logits = self._run(token_ids, self._caches, self._state_caches)
-            for state in self._state_caches:
-                state.end_forward()
-        finally:
-            self._forward.last_rows_only = False
-            forget_layers(self._caches)
-        return logits if all_rows else logits[:, -1:]
+        groups = tuple(metadata)
+        self.kv_cache.begin_forward(groups)
+        forward = ForwardPass(self.kv_cache, groups, self._masks_rows, self._observer)
+        return self.binding.run_over_pages(token_ids, forward, all_rows)
 
-    def _make_caches(self, shapes: list[LayerShape | None]) -> list[LayerKVCache]:
-        fetches = any(shape.fetched for shape in self.layers)
-        layers = itertools.count()
-        return [
-            LayerKVCache(next(layers), shape, self._forward, masks_rows=fetches)
-            if shape
-            else UnusedCache(self._forward, masks_rows=fetches)
-            for shape in shapes
-        ]
+    def evaluate(
+        self, token_ids: mx.array, metadata: Sequence[GroupMetadata], all_rows: bool = False
+    ) -> mx.array:
+        """`forward`, evaluated, with all pages written."""
+        logits = self.forward(token_ids, metadata, all_rows)
+        self.kv_cache.evaluate(logits)
+        return logits

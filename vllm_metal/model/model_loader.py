@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path, tree_reduce
 from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -58,6 +58,20 @@ def load_arguments(model_config: Any) -> dict[str, Any]:
     }
 
 
+def config_settings(
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    hf_config_path: str | None = None,
+    hf_config_revision: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The settings of `config.json`, with overrides, that `load_model` takes the model from."""
+    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
+    return read_config(_local_folder(*place, _CONFIG_FILES), hf_overrides).written
+
+
 def load_model(
     model: str,
     dtype: object,
@@ -87,8 +101,12 @@ def load_model(
         UserError: the folder holds no model that mlx-lm can load, or mlx-lm would compute
             something else than its `config.json` says.
     """
-    path = _local_folder(model, revision, _WEIGHT_FILES)
-    config = _config(path, hf_config_path, hf_config_revision, hf_overrides)
+    path = model_folder(model, revision)
+    if hf_config_path:
+        place = _local_folder(hf_config_path, hf_config_revision, _CONFIG_FILES)
+    else:
+        place = path
+    config = read_config(place, hf_overrides)
     weight_formats.check(config.for_mlx_lm, path)
     loaded = _load(path, config, trust_remote_code, strict=True)
     check_built_model(loaded, config.written, max_model_len)
@@ -97,6 +115,15 @@ def load_model(
     loaded.eval()
     mx.eval(loaded.parameters())
     return loaded
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """The folder that `load_model` reads, on this machine.
+
+    Raises:
+        UserError: the model is no local folder and could not be downloaded.
+    """
+    return _local_folder(model, revision, _WEIGHT_FILES)
 
 
 def load_tokenizer(
@@ -131,16 +158,14 @@ def load_structure(
     Raises:
         UserError: there is no config file, or mlx-lm does not know the model.
     """
-    path = _local_folder(
-        hf_config_path or model, hf_config_revision if hf_config_path else revision, _CONFIG_FILES
-    )
-    config = read_config(path, hf_overrides)
-    return _load(path, config, trust_remote_code, strict=False)
+    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
+    path = _local_folder(*place, _CONFIG_FILES)
+    return _load(path, read_config(path, hf_overrides), trust_remote_code, strict=False)
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return tree_reduce(lambda total, array: total + array.nbytes, model.parameters(), 0)
 
 
 def weight_bytes_on_disk(model: str) -> int | None:
@@ -177,17 +202,6 @@ def _local_folder(model: str, revision: str | None, patterns: list[str]) -> Path
             "from the Hugging Face Hub",
             [_first_line(error)],
         ) from error
-
-
-def _config(
-    path: Path,
-    hf_config_path: str | None,
-    hf_config_revision: str | None,
-    hf_overrides: Mapping[str, Any] | None,
-) -> CheckpointConfig:
-    if hf_config_path:
-        path = _local_folder(hf_config_path, hf_config_revision, _CONFIG_FILES)
-    return read_config(path, hf_overrides)
 
 
 def _load(path: Path, config: CheckpointConfig, trust_remote_code: bool, strict: bool) -> nn.Module:
@@ -255,5 +269,5 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of the error's message, or the kind of error if it has no message."""
+    """The first line of the error's message; the kind of error where it has no message."""
     return str(error).partition("\n")[0] or type(error).__name__

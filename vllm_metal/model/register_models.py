@@ -10,7 +10,8 @@ torchvision.
 import ast
 import importlib
 import importlib.util
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from vllm_metal.errors import ChangedLibraryError
+
 _NAMES = {
     "hidden_size": ("hidden_dim", "model_dim", "n_embd", "dim"),
     "num_hidden_layers": ("num_layers", "num_transformer_layers", "n_layer", "n_layers"),
@@ -26,17 +29,17 @@ _NAMES = {
     "num_key_value_heads": ("num_kv_heads", "n_kv_heads"),
     "max_position_embeddings": ("max_context_length", "n_positions", "max_seq_len"),
 }
-"""vLLM's names of settings, and the names that models have for the same."""
+"""The settings that vLLM asks for, and the other names under which models have them."""
 
 _STAND_IN = "vllm.model_executor.models.llama:LlamaForCausalLM"
-"""The model that vLLM's registry names for an architecture that vLLM does not build."""
+"""The class named for an architecture that vLLM will never build."""
 
 
 class MlxLmConfig(PretrainedConfig):
-    """The settings of a `config.json`, also under vLLM's names.
+    """The settings of a `config.json`, under vLLM's names too.
 
-    If the layers of a model differ in a number, vLLM is told the largest. The number of each layer
-    is read off the model that mlx-lm builds.
+    Where a model has another number in each layer, vLLM gets the largest; the layers' own numbers
+    are read from the model.
     """
 
     def __post_init__(self, **settings: Any):
@@ -50,21 +53,36 @@ class MlxLmConfig(PretrainedConfig):
                 if given is not None and getattr(self, name, None) is None:
                     setattr(self, name, given)
         register_architectures(self.architectures or [])
+        if "AutoConfig" in (settings.get("auto_map") or {}):
+            require_that_code_of_checkpoints_comes_first()
 
     def __reduce__(self):
         return _restore, (self.model_type, self.__dict__)
 
 
 def register_model_types() -> list[str]:
-    """Registers the model types that transformers and vLLM do not know.
-
-    Returns their names. Nothing is done a second time.
-    """
+    """Registers the model types that transformers and vLLM do not know, and returns them."""
     known = set(CONFIG_MAPPING.keys()) | _vllm_types()
     unknown = sorted(mlx_lm_model_types() - known)
     for model_type in unknown:
         AutoConfig.register(model_type, _config_class(model_type))
     return unknown
+
+
+@cache
+def require_that_code_of_checkpoints_comes_first() -> None:
+    """Called for a checkpoint with code of its own: there the claim of `_config_class` matters.
+
+    Raises:
+        ChangedLibraryError: transformers does not look at the module of a class any more.
+    """
+    if ".__module__.startswith(" not in inspect.getsource(AutoConfig.from_pretrained):
+        raise ChangedLibraryError(
+            "transformers",
+            "transformers.AutoConfig.from_pretrained",
+            "it does not compare `__module__` of a registered class, so that the code of a "
+            "checkpoint may never be used",
+        )
 
 
 def register_architectures(architectures: Iterable[str]) -> None:
@@ -80,10 +98,13 @@ def register_text_models() -> None:
 
     Architectures that transformers knows and vLLM does not are registered too, so that a model
     without a counterpart in mlx-lm is refused in this package's own words.
+
+    Raises:
+        ChangedLibraryError: vLLM has no table of multi-modal architectures any more.
     """
     from vllm.model_executor.models import ModelRegistry
 
-    for architecture in _vllm_private("vllm.model_executor.models.registry", "_MULTIMODAL_MODELS"):
+    for architecture in _vllm_table("vllm.model_executor.models.registry", "_MULTIMODAL_MODELS"):
         ModelRegistry.register_model(architecture, _STAND_IN)
     register_architectures(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -91,7 +112,7 @@ def register_text_models() -> None:
 @cache
 def mlx_lm_model_types() -> frozenset[str]:
     """Names of mlx-lm's model files; MLX is not imported."""
-    files = _mlx_lm_folder("models").glob("*.py")
+    files = (file for folder in _mlx_lm_folders() for file in (folder / "models").glob("*.py"))
     return frozenset(file.stem for file in files if b"\nclass Model(" in file.read_bytes())
 
 
@@ -99,55 +120,52 @@ def mlx_lm_model_types() -> frozenset[str]:
 def served_model_types() -> frozenset[str]:
     """Values of `model_type` for which mlx-lm has a model; MLX is not imported.
 
-    These are its model files and the names that it maps to them.
+    These are the names of its model files, and those that it maps to them.
 
     Raises:
-        RuntimeError: mlx-lm no longer has the table of these names.
+        ChangedLibraryError: mlx-lm has no table of such names any more.
     """
-    source = (_mlx_lm_folder() / "utils.py").read_text()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_REMAPPING":
-            return mlx_lm_model_types() | set(ast.literal_eval(node.value))
-    raise RuntimeError("mlx_lm.utils has no MODEL_REMAPPING; vllm_metal needs mlx-lm 0.32")
+    table = "MODEL_REMAPPING"
+    for folder in _mlx_lm_folders():
+        for node in ast.parse((folder / "utils.py").read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == table:
+                return mlx_lm_model_types() | set(ast.literal_eval(node.value))
+    raise ChangedLibraryError("mlx-lm", f"mlx_lm.utils.{table}", "it does not exist")
 
 
-def _mlx_lm_folder(*parts: str) -> Path:
+def _mlx_lm_folders() -> list[Path]:
     package = importlib.util.find_spec("mlx_lm")
-    if package is None or not package.submodule_search_locations:
-        raise RuntimeError("mlx-lm is not installed")
-    return Path(package.submodule_search_locations[0], *parts)
+    return [Path(f) for f in (package.submodule_search_locations or [])] if package else []
 
 
 def _vllm_types() -> set[str]:
-    return set(_vllm_private("vllm.transformers_utils.config", "_CONFIG_REGISTRY"))
+    """The model types for which vLLM has a configuration class of its own."""
+    return set(_vllm_table("vllm.transformers_utils.config", "_CONFIG_REGISTRY"))
 
 
-def _vllm_private(module: str, name: str) -> dict[str, Any]:
-    """A table of vLLM's, by name, that vLLM does not promise to keep.
-
-    Raises:
-        RuntimeError: it is not there, or is something else than in vLLM 0.32.
-    """
+def _vllm_table(module: str, name: str) -> Mapping[str, Any]:
+    # patch: private tables of vLLM's, which are only read
     table = getattr(importlib.import_module(module), name, None)
-    if not isinstance(table, dict) or not table or not all(isinstance(key, str) for key in table):
-        raise RuntimeError(f"{module} has no table {name}; vllm_metal needs vLLM 0.32")
+    if not isinstance(table, Mapping) or not table:
+        raise ChangedLibraryError("vllm", f"{module}.{name}", f"it is no mapping but {table!r}")
     return table
 
 
 @cache
 def _config_class(model_type: str) -> type[MlxLmConfig]:
-    """The class of one model type.
+    """A class of the settings of one model type.
 
-    transformers prefers the code that comes with a checkpoint, if the user trusts it, to a class of
-    its own package, but not to a class registered from outside. So the class says that it belongs
-    to transformers.
+    It claims to be a class of transformers. Where a checkpoint comes with code of its own that the
+    user trusts, transformers prefers that code to a class of its own package, but not to one that
+    somebody registered, and the class's `__module__` is how it tells the two.
     """
+    # patch: the module that the class claims to come from
     of_transformers = {"__module__": "transformers.models", "model_type": model_type}
     return type("MlxLmConfig", (MlxLmConfig,), of_transformers)
 
 
 def _restore(model_type: str, settings: dict[str, Any]) -> MlxLmConfig:
-    """Unpickles a configuration, also in a process that has registered nothing yet."""
+    """The reverse of pickling, in a process that may have registered nothing yet."""
     register_model_types()
     config = _config_class(model_type).__new__(_config_class(model_type))
     config.__dict__.update(settings)

@@ -18,7 +18,7 @@ Dispatch = Callable[..., Wait]
 
 
 def make_dispatch() -> Dispatch:
-    """What suits this process's default device.
+    """Returns the dispatch for this process's default device.
 
     On the CPU it gives the calling thread a default stream that other threads may evaluate, too:
     graphs built before must be evaluated before.

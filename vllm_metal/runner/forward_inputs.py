@@ -1,4 +1,4 @@
-"""From the batch's rows to what one forward pass takes: token ids and metadata of every group."""
+"""The inputs of a forward pass, from the batch's rows: token ids and the metadata of each group."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,8 @@ def split_decode(
 ) -> list[list[int]]:
     """Decode rows by forward pass, each of which gathers `most_tokens` tokens of a layer at most.
 
-    All run as one where they may; else requests of like lengths run together, the longest first.
+    All rows run as one pass if that gathers few enough tokens. Otherwise requests of similar
+    lengths run together, the longest first.
     """
     lens = rows.num_computed_tokens_cpu[decode_rows] + 1
     if len(decode_rows) * gathered_tokens(groups, int(lens.max())) <= most_tokens:

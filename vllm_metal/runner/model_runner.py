@@ -15,6 +15,7 @@ once the previous step is finished, so that every page array has one holder and 
 place (`kv_cache/cache.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,11 @@ from vllm.v1.outputs import (
 )
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
-from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.kv_cache.spec import BlockTableSize
+from vllm_metal.model.model_binding import BoundModel
 from vllm_metal.runner import forward_inputs
-from vllm_metal.runner.dispatch import make_dispatch
+from vllm_metal.runner.decode_forward import DecodeForward
+from vllm_metal.runner.dispatch import Dispatch
 from vllm_metal.runner.pending_tokens import PendingTokens
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.runner.sampler import TorchSampler, greedy, to_torch
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Step:
-    """What `execute_model` leaves for `sample_tokens`."""
+    """The state that `execute_model` leaves for `sample_tokens`."""
 
     scheduled: "SchedulerOutput"
     logits: dict[int, mx.array] = field(default_factory=dict)
@@ -59,35 +61,30 @@ class ModelRunner:
 
     Args:
         vllm_config: vLLM's configuration.
-        binding: the model, bound to paged attention.
-        kv_cache: the pages.
-        max_num_blocks: length of a block table, for each KV group.
-        most_decode_tokens: that a decode forward may gather of a layer.
+        model: the model over its pages.
+        decode: how it decodes.
+        block_tables: sizes for each KV group.
+        dispatch: starts the evaluation of a step.
     """
 
     def __init__(
         self,
         vllm_config: "VllmConfig",
-        binding: ModelBinding,
-        kv_cache: KVCache,
-        max_num_blocks: list[int],
-        most_decode_tokens: int,
+        model: BoundModel,
+        decode: DecodeForward,
+        block_tables: Sequence[BlockTableSize],
+        dispatch: Dispatch,
     ):
-        self.binding = binding
-        self.kv_cache = kv_cache
-        block_sizes = [group.block_size for group in kv_cache.groups]
-        self.batch = RequestBatch(vllm_config, block_sizes, max_num_blocks)
-        self.most_decode_tokens = most_decode_tokens
-        self.batched_decode = True
-        """False where the architecture takes no array of offsets: decode goes row by row."""
-        self.forward_decode = binding.forward
-        """Replaced by `DecodeGraphs` where the model's decode can be traced."""
+        self.model = model
+        self.kv_cache = model.kv_cache
+        self.decode = decode
+        self.batch = RequestBatch(vllm_config, block_tables)
         self._returns_pending = vllm_config.scheduler_config.async_scheduling
-        self._sampler = TorchSampler(vllm_config.model_config.logprobs_mode)
-        self._dispatch = make_dispatch()
+        config = vllm_config.model_config
+        self._sampler = TorchSampler(config.logprobs_mode, config.use_fp64_gumbel)
+        self._dispatch = dispatch
         self._pending: PendingTokens | None = None
         self._step: _Step | None = None
-        binding.bind(kv_cache)
 
     def execute_model(self, scheduled: "SchedulerOutput") -> ModelRunnerOutput | None:
         """Runs the forward passes of one step; `sample_tokens` follows unless it was empty."""
@@ -110,7 +107,7 @@ class ModelRunner:
             else:
                 chunks.append((req_id, row, num_scheduled))
         if step.decode_rows:
-            self._decode(step, pending)
+            step.decode_logits = self._decode(step, pending)
             if chunks:
                 self._finish_pending()
                 self.kv_cache.evaluate(step.decode_logits)
@@ -160,7 +157,7 @@ class ModelRunner:
         token_ids, metadata = forward_inputs.prefill_inputs(
             self.batch.rows, row, num_scheduled, self.kv_cache.groups
         )
-        logits = self.binding.forward(token_ids, metadata, all_rows=scored)[0]
+        logits = self.model.forward(token_ids, metadata, all_rows=scored)[0]
         if scored:
             self.kv_cache.evaluate(logits)
             self._score_prompt(step, req_id, num_scheduled, logits)
@@ -171,26 +168,25 @@ class ModelRunner:
             del logits  # what is not computed still holds arrays that are written next
             self.kv_cache.evaluate()
 
-    def _decode(self, step: _Step, pending: PendingTokens | None) -> None:
-        """Logits of the decode rows, lazily where the rows run as one forward."""
+    def _decode(self, step: _Step, pending: PendingTokens | None) -> mx.array:
+        """Logits [B, vocabulary] of the decode rows, lazily where the rows run as one forward.
+
+        Leaves `step.decode_rows` in the order of the logits.
+        """
         rows, groups = self.batch.rows, self.kv_cache.groups
         step.decode_rows.sort()
-        parts = [[row] for row in step.decode_rows]
-        if self.batched_decode:
-            parts = forward_inputs.split_decode(
-                rows, step.decode_rows, groups, self.most_decode_tokens
-            )
+        parts = self.decode.parts(rows, step.decode_rows, groups)
         logits = []
         for part in parts:
             token_ids, metadata = forward_inputs.decode_inputs(
                 rows, part, groups, (pending.tokens, pending.index) if pending else None
             )
-            logits.append(self.forward_decode(token_ids, metadata)[:, -1])
+            logits.append(self.decode.run(token_ids, metadata)[:, -1])
             if len(parts) > 1 or self.kv_cache.shares_arrays:
                 self._finish_pending()
                 self.kv_cache.evaluate(logits[-1])
         step.decode_rows = [row for part in parts for row in part]
-        step.decode_logits = logits[0] if len(logits) == 1 else mx.concatenate(logits)
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     # Sampling.
 

@@ -3,6 +3,7 @@
 from threading import Lock
 
 import mlx.core as mx
+import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_metal.runner.dispatch import Wait
@@ -35,7 +36,7 @@ class PendingTokens(AsyncModelRunnerOutput):
         with self._lock:
             if self._token_ids is None:
                 self._wait_until_computed()
-                self._token_ids = self.tokens.tolist()
+                self._token_ids = np.array(self.tokens).tolist()
             return self._token_ids
 
     def get_output(self) -> ModelRunnerOutput:

@@ -4,18 +4,23 @@ vLLM's own `InputBatch` holds token ids, block tables and the tensors that vLLM'
 This file applies a `SchedulerOutput` to it, and writes sampled tokens back.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingType
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from vllm_metal.runner.sampler import needs_torch
+from vllm_metal.kv_cache.spec import BlockTableSize
+from vllm_metal.runner.sampler import custom_processors, needs_torch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+logger = init_logger("vllm.metal.sampling")
 
 PLACEHOLDER = -1
 """Stands for a token that is sampled but not yet known on the host."""
@@ -24,42 +29,43 @@ PLACEHOLDER = -1
 class RequestBatch:
     """Requests known to the worker, and the rows of the batch that run this step."""
 
-    def __init__(
-        self, vllm_config: "VllmConfig", block_sizes: list[int], max_num_blocks: list[int]
-    ):
+    def __init__(self, vllm_config: "VllmConfig", block_tables: Sequence[BlockTableSize]):
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        custom_logitsprocs = model.logits_processors or ()
-        self._always_torch = bool(custom_logitsprocs)
-        self.block_sizes = block_sizes
+        processors = build_logitsprocs(
+            vllm_config, torch.device("cpu"), False, False, model.logits_processors or ()
+        )
+        custom = custom_processors(processors)
+        if names := [type(p).__name__ for p in custom if not p.is_argmax_invariant()]:
+            logger.info(
+                "%s may change greedy tokens: vLLM's sampler samples every step in torch, and the "
+                "next step is not prepared while MLX computes",
+                ", ".join(names),
+            )
         self.requests: dict[str, CachedRequestState] = {}
         self.unscored_prompts: set[str] = set()
         """Requests whose prompt logprobs are asked for and not complete."""
-        self._torch_requests: set[str] = set()
         self.rows = InputBatch(
             max_num_reqs=scheduler.max_num_seqs,
             max_model_len=model.max_model_len,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             device=torch.device("cpu"),
             vocab_size=model.get_vocab_size(),
-            block_sizes=block_sizes,
-            max_num_blocks_per_req=max_num_blocks,
-            logitsprocs=build_logitsprocs(
-                vllm_config, torch.device("cpu"), False, False, custom_logitsprocs
-            ),
-            logitsprocs_need_output_token_ids=bool(custom_logitsprocs),
+            block_sizes=[table.block_size for table in block_tables],
+            max_num_blocks_per_req=[table.num_blocks for table in block_tables],
+            logitsprocs=processors,
+            logitsprocs_need_output_token_ids=bool(custom),
             reasoning_config=vllm_config.reasoning_config,
         )
 
     @property
     def samples_in_torch(self) -> bool:
         """Whether a request of this batch needs vLLM's sampler rather than an argmax."""
-        return self._always_torch or any(r in self._torch_requests for r in self.rows.req_ids)
+        return needs_torch(self.rows.sampling_metadata)
 
     def update(self, scheduled: "SchedulerOutput") -> None:
         """Applies what the scheduler decided: finished, preempted, new and continued requests."""
         for req_id in scheduled.finished_req_ids:
             self.requests.pop(req_id, None)
-            self._torch_requests.discard(req_id)
             self.unscored_prompts.discard(req_id)
             self.rows.remove_request(req_id)
         running = scheduled.num_scheduled_tokens.keys()
@@ -117,12 +123,11 @@ class RequestBatch:
 
     def _new_request(self, new: "NewRequestData") -> CachedRequestState:
         params = new.sampling_params
+        assert params is not None, "a request that generates nothing"  # the platform refuses them
         generator = None
-        if params.sampling_type == SamplingType.RANDOM_SEED:
+        if params.sampling_type == SamplingType.RANDOM_SEED and params.seed is not None:
             generator = torch.Generator(device="cpu")
             generator.manual_seed(params.seed)
-        if needs_torch(params):
-            self._torch_requests.add(new.req_id)
         if params.prompt_logprobs is not None:
             self.unscored_prompts.add(new.req_id)
         request = CachedRequestState(
@@ -146,6 +151,7 @@ class RequestBatch:
             request.num_computed_tokens = cached.num_computed_tokens[i]
             new_block_ids = cached.new_block_ids[i]
             if req_id in cached.resumed_req_ids:
+                assert new_block_ids is not None
                 request.block_ids = new_block_ids
             elif new_block_ids is not None:
                 for block_ids, new_ids in zip(request.block_ids, new_block_ids, strict=True):

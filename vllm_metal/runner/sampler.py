@@ -1,4 +1,4 @@
-"""From logits to tokens: vLLM's own sampler in torch, and an argmax in MLX where that suffices."""
+"""Samples tokens from logits: with vLLM's sampler in torch, or by argmax in MLX where enough."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -6,32 +6,54 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 import torch
-from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    BUILTIN_LOGITS_PROCESSORS,
+    LogitBiasLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.sampler import Sampler
 
 if TYPE_CHECKING:
+    from vllm.config.model import LogprobsMode
+    from vllm.v1.sample.logits_processor import LogitsProcessor, LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 
-def needs_torch(params: SamplingParams) -> bool:
-    """Whether sampling with `params` is more than the argmax of the model's logits."""
+_IDLE_WITHOUT = {MinTokensLogitsProcessor: "min_toks", LogitBiasLogitsProcessor: "biases"}
+"""vLLM's own logits processors that may change a greedy token, each with its attribute that is
+empty while no request of the batch uses it."""
+
+
+def needs_torch(metadata: "SamplingMetadata") -> bool:
+    """Whether vLLM's sampler would do more with this batch than take the argmax of the logits.
+
+    Structured outputs are not part of the metadata: the scheduler sends their bitmask with the
+    step.
+    """
+    thinking_budget = metadata.thinking_budget_state_holder
     return bool(
-        params.sampling_type != SamplingType.GREEDY
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_tokens
-        or params.logprobs is not None
-        or params.prompt_logprobs is not None
-        or params.logprob_token_ids
-        or params.structured_outputs is not None
-        or params.logit_bias
-        or params.allowed_token_ids
-        or params.bad_words_token_ids
-        or params.thinking_token_budget is not None
-        or params.extra_args
+        not metadata.all_greedy
+        or metadata.max_num_logprobs is not None
+        or metadata.logprob_token_ids
+        or not metadata.no_penalties
+        or metadata.allowed_token_ids_mask is not None
+        or metadata.bad_words_token_ids
+        or any(map(_is_active, metadata.logitsprocs.non_argmax_invariant))
+        or (thinking_budget is not None and thinking_budget.has_tracked_requests())
     )
+
+
+def custom_processors(processors: "LogitsProcessors") -> "list[LogitsProcessor]":
+    """The logits processors that are not vLLM's own: of `--logits-processors` and of plugins."""
+    return [p for p in processors.all if type(p) not in BUILTIN_LOGITS_PROCESSORS]
+
+
+def _is_active(processor: "LogitsProcessor") -> bool:
+    """Whether a processor may change a greedy token of this batch; custom ones always may."""
+    requests = _IDLE_WITHOUT.get(type(processor))
+    return requests is None or bool(getattr(processor, requests))
 
 
 def greedy(logits: mx.array) -> mx.array:  # [R, vocabulary] -> [R] int32
@@ -47,8 +69,8 @@ def to_torch(logits: mx.array) -> torch.Tensor:
 class TorchSampler:
     """vLLM's sampler over the rows of the batch."""
 
-    def __init__(self, logprobs_mode: str):
-        self._sampler = Sampler(logprobs_mode=logprobs_mode)
+    def __init__(self, logprobs_mode: "LogprobsMode", use_fp64_gumbel: bool = False):
+        self._sampler = Sampler(logprobs_mode, use_fp64_gumbel)
         self._logprobs_mode = logprobs_mode
 
     def sample(
@@ -88,7 +110,9 @@ class TorchSampler:
             vocab_size: what `prompt_logprobs=-1` stands for.
             chunk_logits: gives float32 logits of the chunk's first n tokens.
         """
+        assert request.sampling_params is not None and request.prompt_token_ids is not None
         wanted = request.sampling_params.prompt_logprobs
+        assert wanted is not None
         num_logprobs = vocab_size if wanted == -1 else wanted
         scores = request.in_progress_prompt_logprobs_cpu
         if scores is None:

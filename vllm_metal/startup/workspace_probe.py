@@ -11,48 +11,47 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.errors import UserError
-from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
+from vllm_metal.kv_cache.groups import KVGroup, StateGroup
 from vllm_metal.kv_cache.workspace import ForwardPeaks
-from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.model.model_binding import BoundModel
 
 NUM_BLOCKS = 2
-"""Of a cache to measure with: the null block and the one that every table names."""
+"""Blocks of a cache to measure with: the null block and the one that every table names."""
 
-_PREFILL_ROWS, _PREFILL_ATTENDING = 128, 16
-_DECODE_ROWS, _DECODE_ATTENDING = 16, 4
+_PREFILL_ROWS, _DECODE_ROWS = 128, 16
+"""Rows of the larger forward pass with a context of one token; the smaller one has a quarter."""
+_PREFILL_ATTENDING, _DECODE_ATTENDING = 16, 4
+"""Rows of the larger forward pass that attends over many tokens."""
 _TOKENS = 2048
-"""The larger numbers of rows and tokens; the smaller ones are parts of them."""
+"""Tokens of the longer context; the shorter one has half of them."""
 
 
-def prefill_peaks(
-    binding: ModelBinding, kv_cache: KVCache, query_len: int, max_tokens: int
-) -> ForwardPeaks:
-    """Of a chunk of one prompt.
+def prefill_peaks(model: BoundModel, query_len: int, max_tokens: int) -> ForwardPeaks:
+    """The peaks of chunks of one prompt.
 
     Args:
-        binding: the model, bound to `kv_cache`.
-        kv_cache: `NUM_BLOCKS` blocks.
+        model: the model over `NUM_BLOCKS` blocks.
         query_len: tokens of the largest chunk.
-        max_tokens: of the longest request.
+        max_tokens: tokens of the longest request.
 
     Raises:
         UserError: MLX's backend lacks an operation of the model in this type.
     """
 
     def run(rows: int, tokens: int) -> None:
-        tables = [_table(1, group.block_size, tokens)[0] for group in kv_cache.groups]
-        metadata = prefill_metadata(kv_cache.groups, tables, tokens - rows, rows)
-        _finish(binding, kv_cache, mx.zeros((1, rows), mx.int32), metadata)
+        groups = model.kv_cache.groups
+        tables = [_table(group, 1, tokens)[0] for group in groups]
+        metadata = prefill_metadata(groups, tables, tokens - rows, rows)
+        model.evaluate(mx.zeros((1, rows), mx.int32), metadata)
 
     try:
         run(1, 1)
     except RuntimeError as error:
         raise UserError(
-            f"MLX cannot run model type {binding.model_type!r} on this device",
-            [f"{error} (another --dtype may do)"],
+            f"MLX cannot run model type {model.binding.model_type!r} on this device",
+            [f"{error} (another --dtype may work)"],
         ) from error
     gc.collect()  # arrays that are freed between two readings falsify a peak
     most = min(_PREFILL_ROWS, query_len, max(1, max_tokens - 1))
@@ -63,23 +62,21 @@ def prefill_peaks(
     )
 
 
-def decode_peaks(
-    binding: ModelBinding, kv_cache: KVCache, max_requests: int, max_tokens: int
-) -> ForwardPeaks:
-    """Of a decode forward pass, and of sampling after it.
+def decode_peaks(model: BoundModel, max_requests: int, max_tokens: int) -> ForwardPeaks:
+    """The peaks of decode forward passes, and of sampling after them.
 
     Args:
-        binding: the model, bound to `kv_cache`.
-        kv_cache: `NUM_BLOCKS` blocks.
+        model: the model over `NUM_BLOCKS` blocks.
         max_requests: rows of the largest step.
-        max_tokens: of the longest request.
+        max_tokens: tokens of the longest request.
     """
 
     def run(rows: int, tokens: int) -> None:
-        tables = [_table(rows, group.block_size, tokens) for group in kv_cache.groups]
+        groups = model.kv_cache.groups
+        tables = [_table(group, rows, tokens) for group in groups]
         positions = np.full(rows, tokens - 1, np.int32)
-        metadata = decode_metadata(kv_cache.groups, tables, positions)
-        logits = _finish(binding, kv_cache, mx.zeros((rows, 1), mx.int32), metadata)
+        metadata = decode_metadata(groups, tables, positions)
+        logits = model.evaluate(mx.zeros((rows, 1), mx.int32), metadata)[:, -1]
         mx.eval(logits.astype(mx.float32))  # for a sampler in torch
         mx.eval(mx.concatenate([logits, logits[:1]]))  # where prompts end in the same step
 
@@ -107,20 +104,10 @@ def _grid(
     return {(r, s): _peak(run, r, s) for r in rows for s in (max(1, most // 2), most)}
 
 
-def _table(rows: int, block_size: int, tokens: int) -> np.ndarray:
+def _table(group: KVGroup, rows: int, tokens: int) -> np.ndarray:
     """[rows, N] int32: every block of every request is block 1."""
-    return np.ones((rows, -(-tokens // block_size)), np.int32)
-
-
-def _finish(
-    binding: ModelBinding,
-    kv_cache: KVCache,
-    token_ids: mx.array,
-    metadata: Sequence[GroupMetadata],
-) -> mx.array:
-    logits = binding.forward(token_ids, metadata)[:, -1]
-    kv_cache.evaluate(logits)
-    return logits
+    blocks = 1 if isinstance(group, StateGroup) else -(-tokens // group.block_size)
+    return np.ones((rows, blocks), np.int32)
 
 
 def _peak(run: Callable[[int, int], None], rows: int, tokens: int) -> int:

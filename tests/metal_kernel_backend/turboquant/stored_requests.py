@@ -40,7 +40,7 @@ class Case:
     head_size: int = 64
     num_kv_heads: int = 2
     block_size: int = 16
-    group: int = 4
+    heads_per_kv_head: int = 4
     dtype: mx.Dtype = mx.float16
     options: dict = field(default_factory=dict, hash=False)
     head_size_v: int = 0
@@ -52,7 +52,7 @@ class Case:
         sizes = f"{self.head_size}+{self.head_size_v}" if self.head_size_v else self.head_size
         return (
             f"{self.k_quant}/{self.v_quant}-D{sizes}-H{self.num_kv_heads}"
-            f"-block{self.block_size}-G{self.group}-{kind}"
+            f"-block{self.block_size}-G{self.heads_per_kv_head}-{kind}"
         )
 
     def layout(self) -> PageLayout:
@@ -143,7 +143,7 @@ class Stored:
 
     def queries(self, num_queries: int = 1) -> np.ndarray:
         rng = np.random.default_rng(1)
-        heads = self.case.num_kv_heads * self.case.group
+        heads = self.case.num_kv_heads * self.case.heads_per_kv_head
         return rng.standard_normal(
             (len(self.lengths), num_queries, heads, self.case.head_size)
         ).astype(np.float16)
@@ -214,5 +214,5 @@ class Stored:
         self.planes(self.value_codec.quantize(self.values), values, layout.value_format.bits)
 
 
-def _bytes(numbers: mx.array) -> np.ndarray:  # [T, H] float16 -> [T, H, 2]
-    return np.array(numbers).view(np.uint8).reshape(*numbers.shape, 2)
+def _bytes(scales: mx.array) -> np.ndarray:  # [T, H] float16 -> [T, H, 2]
+    return np.array(scales).view(np.uint8).reshape(*scales.shape, 2)

@@ -35,8 +35,8 @@ CASES = [
     Case("q8_0", "q4_0", 192, 2, 16, 2, head_size_v=128, padding=48),
     Case("uint4", "q3_0", 64, 3, 8, 4, mx.float32, head_size_v=96, padding=16),
 ]
-"""Every format, head size, block size, group and type in one case or another, keys longer than
-values, the reverse, and padded pages."""
+"""Every format, head size, block size, number of query heads and type in one case or another, keys
+longer than values, the reverse, and padded pages."""
 
 
 def random_cases(count: int) -> list[Case]:
@@ -64,16 +64,16 @@ def random_cases(count: int) -> list[Case]:
 
 
 def product_cases(part: str) -> list[Case]:
-    """Part i of n, as "i/n", of the product of formats, head sizes, blocks and groups."""
+    """Part i of n, as "i/n", of the product of formats, head sizes, blocks and query heads."""
     if not part:
         return []
     i, n = map(int, part.split("/"))
     pages = list(product(KEY_FORMATS, VALUE_FORMATS, (64, 80, 96, 128, 256), (8, 16, 32)))
     dtypes = mx.float16, mx.bfloat16, mx.float32
     return [
-        Case(k_quant, v_quant, size, 1, block, group, dtypes[j % 3], {"run_tokens": 2 + j % 2 * 2})
+        Case(k_quant, v_quant, size, 1, block, heads, dtypes[j % 3], {"run_tokens": 2 + j % 2 * 2})
         for k_quant, v_quant, size, block in pages[i::n]
-        for j, group in enumerate((1, 2, 4, 6, 8, 12))
+        for j, heads in enumerate((1, 2, 4, 6, 8, 12))
     ]
 
 
@@ -91,8 +91,10 @@ def test_store_decode_and_dequantize(case):
     stored = Stored(case, inputs.lengths(case.block_size))
     stored.check_bytes()
     stored.check()
-    sinks = mx.array(np.linspace(-1, 2, case.num_kv_heads * case.group).astype(np.float32))
-    softcap = {"softcap": 4.0} if case.group == 2 else {}  # as in Gemma 2
+    sinks = mx.array(
+        np.linspace(-1, 2, case.num_kv_heads * case.heads_per_kv_head).astype(np.float32)
+    )
+    softcap = {"softcap": 4.0} if case.heads_per_kv_head == 2 else {}  # as in Gemma 2
     stored.check(window=case.block_size + 3, sinks=sinks, **softcap)
     keys, values = stored.dequantize(-1, 2, stored.lengths[-1] - 2)
     last = slice(-stored.lengths[-1] + 2, None)
@@ -114,7 +116,7 @@ def test_windows_softcaps_sinks_and_several_queries(settings, num_queries):
     case = Case("q8_0", "q4_0", 64, 2, 8, 2)
     stored = Stored(case, [8, 9, 23, 24, 25, 130])
     if "sinks" in settings:
-        heads = case.num_kv_heads * case.group
+        heads = case.num_kv_heads * case.heads_per_kv_head
         settings = {"sinks": mx.array(np.linspace(-2, 4, heads).astype(np.float32))}
     stored.check(num_queries, **settings)
 

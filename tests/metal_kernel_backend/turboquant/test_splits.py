@@ -14,9 +14,9 @@ from vllm_metal.metal_kernel_backend.turboquant.splits import (
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129, 5000, 131_072])
-@pytest.mark.parametrize("groups", [1, 8, 64, 1000])
-def test_splits_cover_every_token_and_none_is_empty(tokens, groups):
-    size, count = splits(tokens, groups, 396)
+@pytest.mark.parametrize("threadgroups", [1, 8, 64, 1000])
+def test_splits_cover_every_token_and_none_is_empty(tokens, threadgroups):
+    size, count = splits(tokens, threadgroups, 396)
     assert size % SPLIT_STEP == 0
     assert size * count >= tokens
     assert count == 1 or size * (count - 1) < tokens

@@ -1,4 +1,4 @@
-// Metal's language on CUDA: what kernels/*.metal uses of MSL, in terms of CUDA C++. A simdgroup is
+// Metal's language on CUDA: what the kernels use of MSL, in terms of CUDA C++. A simdgroup is
 // a warp, threadgroup memory is shared memory; address spaces need no names. The word `device` is
 // taken out of the text before: `__device__` expands to something that contains it.
 #ifndef INFINITY

@@ -1,4 +1,4 @@
-// Metal's language on the CPU: what kernels/*.metal uses of MSL, in C++14. Every thread of a
+// Metal's language on the CPU: what the kernels use of MSL, in C++14. Every thread of a
 // threadgroup is a fibre with its own stack; the functions of a simdgroup and the barriers pass
 // control on until all of their threads have arrived. A simdgroup function that only some of its
 // threads reach, undefined on a GPU, is an error here.
@@ -145,7 +145,7 @@ struct Context {
 
 struct Meeting {
   unsigned arrived = 0;
-  uint32_t slots[2][SIMD];
+  uint32_t words[2][SIMD];
 };
 
 struct Fibre {
@@ -165,7 +165,7 @@ struct Machine {
   Meeting* simdgroups = nullptr;
   unsigned barrier_arrived = 0;
   bool stuck = false;
-  uint3 group;
+  uint3 position;
   void (*body)(void*, uint3, uint) = nullptr;
   void* arguments = nullptr;
 };
@@ -202,14 +202,14 @@ inline Meeting& meet(uint32_t word, unsigned& turn) {
   Fibre& fibre = self();
   Meeting& meeting = machine.simdgroups[fibre.index / SIMD];
   turn = fibre.simd_meetings++ & 1;
-  meeting.slots[turn][fibre.index % SIMD] = word;
+  meeting.words[turn][fibre.index % SIMD] = word;
   meeting.arrived++;
   wait(meeting.arrived, SIMD * fibre.simd_meetings);
   return meeting;
 }
 
 inline void run_fibre() {
-  machine.body(machine.arguments, machine.group, self().index);
+  machine.body(machine.arguments, machine.position, self().index);
   Fibre& fibre = self();
   fibre.done = true;
   machine.idle = 0;
@@ -223,7 +223,7 @@ inline void run_fibre() {
 // Runs every threadgroup of a grid; returns 0, or 1 where a simdgroup function or a barrier was
 // not reached by all of its threads.
 inline int run_grid(
-    const uint* groups, uint threads, void (*body)(void*, uint3, uint), void* arguments) {
+    const uint* threadgroups, uint threads, void (*body)(void*, uint3, uint), void* arguments) {
   machine.num_fibres = threads;
   machine.fibres = new Fibre[threads];
   machine.simdgroups = new Meeting[(threads + SIMD - 1) / SIMD];
@@ -231,10 +231,10 @@ inline int run_grid(
   machine.arguments = arguments;
   machine.stuck = false;
   char* stacks = static_cast<char*>(std::malloc(STACK_BYTES * threads));
-  for (uint z = 0; z < groups[2] && !machine.stuck; z++) {
-    for (uint y = 0; y < groups[1] && !machine.stuck; y++) {
-      for (uint x = 0; x < groups[0] && !machine.stuck; x++) {
-        machine.group = uint3{x, y, z};
+  for (uint z = 0; z < threadgroups[2] && !machine.stuck; z++) {
+    for (uint y = 0; y < threadgroups[1] && !machine.stuck; y++) {
+      for (uint x = 0; x < threadgroups[0] && !machine.stuck; x++) {
+        machine.position = uint3{x, y, z};
         for (uint i = 0; i < threads; i++) {
           Fibre& fibre = machine.fibres[i];
           fibre.index = i;
@@ -264,7 +264,7 @@ inline int run_grid(
 inline float simd_shuffle_xor(float x, ushort mask) {
   unsigned turn, lane = host::self().index % host::SIMD;
   host::Meeting& meeting = host::meet(as_type<uint32_t>(x), turn);
-  return as_type<float>(meeting.slots[turn][lane ^ mask]);
+  return as_type<float>(meeting.words[turn][lane ^ mask]);
 }
 inline float simd_sum(float x) {
   for (ushort mask = 16; mask > 0; mask /= 2) {
@@ -283,7 +283,7 @@ inline bool simd_any(bool x) {
   host::Meeting& meeting = host::meet(x, turn);
   uint32_t any = 0;
   for (unsigned i = 0; i < host::SIMD; i++) {
-    any |= meeting.slots[turn][i];
+    any |= meeting.words[turn][i];
   }
   return any;
 }

@@ -1,10 +1,10 @@
 """b-bit codes <-> 16-bit halfwords: 16 codes fill exactly b halfwords, for every b from 2 to 8.
 
 A halfword holds f = 16 // b whole codes, the first in its lowest bits, and s = 16 - f b spare bits
-above them. Halfword j of a group of b holds codes j f .. j f + f - 1. That places b f of the 16
-codes; the rest lie in the spare bits of the group, read as one little-endian bit string:
+above them. The 16 codes are a chunk. Halfword j of its b holds codes j f .. j f + f - 1. That
+places b f codes; the rest lie in the spare bits of the chunk, read as one little-endian bit string:
 
-    bits   codes in a halfword   spare bits   codes in the spare bits of the group
+    bits   codes in a halfword   spare bits   codes in the spare bits of the chunk
     2         8                     0            none
     3         5                     1            code 15      = bit 15 of halfwords 0, 1, 2
     4         4                     0            none
@@ -30,8 +30,8 @@ from itertools import starmap
 import mlx.core as mx
 import numpy as np
 
-GROUP = 16
-"""Codes in a group."""
+CHUNK = 16
+"""Codes that are packed together."""
 
 LEVEL_SHIFTS = mx.array([0, 4, 8, 12], mx.uint16)
 """Where the levels of a halfword begin."""
@@ -52,15 +52,15 @@ class Packing:
 
     def __init__(self, vectors: Sequence[tuple[int, int]]):
         for size, _ in vectors:
-            _check(size, GROUP, "codes")
+            _check(size, CHUNK, "codes")
         whole = _block_diagonal(list(starmap(_whole_powers, vectors)))
         spare = _block_diagonal(list(starmap(_spare_powers, vectors)))
         self._has_spare = bool(spare.any())
-        in_one = all(bits * (GROUP % bits) <= 24 - GROUP for _, bits in vectors)
-        self._whole = mx.array(whole + spare * 2**GROUP if in_one else whole)
+        in_one = all(bits * (CHUNK % bits) <= 24 - CHUNK for _, bits in vectors)
+        self._whole = mx.array(whole + spare * 2**CHUNK if in_one else whole)
         self._spare = None if in_one else mx.array(spare)
         """What a product with it gives: the bit string of the spare bits, at each halfword of its
-        group. None where short strings are in the first product, above the halfword."""
+        chunk. None where short strings are in the first product, above the halfword."""
         pieces = np.concatenate(list(starmap(_pieces, vectors)), axis=1)
         self._begin, self._mask, self._place = (mx.array(row) for row in pieces)
 
@@ -69,7 +69,7 @@ class Packing:
         halfwords = (codes @ self._whole).astype(mx.uint32)
         if self._has_spare:
             if self._spare is None:
-                string = halfwords >> GROUP
+                string = halfwords >> CHUNK
             else:
                 string = (codes @ self._spare).astype(mx.uint32)
             halfwords = halfwords | (((string >> self._begin) & self._mask) << self._place)
@@ -99,25 +99,25 @@ def lanes(halfwords: mx.array, bits: int) -> list[mx.array]:
     those in spare bits. Each halfword, or bit string, gives a power of two of bytes; those left
     over are 0.
     """
-    fields, spare = divmod(GROUP, bits)
+    fields, spare = divmod(CHUNK, bits)
     parts = [_widen(halfwords, fields, bits)]
     if spare:
         word = WORDS[_width(-(-spare * bits // 8))]
-        pieces = [halfwords[..., i::bits] >> (GROUP - spare) for i in range(bits)]
+        pieces = [halfwords[..., i::bits] >> (CHUNK - spare) for i in range(bits)]
         string = pieces[0].astype(word)
         for i in range(1, bits):
             string = string | (pieces[i].astype(word) << (i * spare))
-        parts.append(_widen(string, GROUP - bits * fields, bits))
+        parts.append(_widen(string, CHUNK - bits * fields, bits))
     return parts
 
 
 def lane_elements(size: int, bits: int) -> list[np.ndarray]:
     """Which element of a vector of `size` each of its `lanes` holds; -1 where none."""
-    fields, spare = divmod(GROUP, bits)
-    first = np.arange(0, size, GROUP)[:, None, None]
+    fields, spare = divmod(CHUNK, bits)
+    first = np.arange(0, size, CHUNK)[:, None, None]
     counts = [(0, bits, fields)]
     if spare:
-        counts.append((bits * fields, 1, GROUP - bits * fields))
+        counts.append((bits * fields, 1, CHUNK - bits * fields))
     elements = []
     for begin, words, count in counts:
         lane = np.arange(_width(count))
@@ -133,14 +133,14 @@ def unpack(halfwords: mx.array, bits: int) -> mx.array:
     """
     *lead, size = halfwords.shape
     _check(size, bits, "halfwords")
-    groups = size // bits
+    chunks = size // bits
     whole, *spare = lanes(halfwords, bits)
-    fields = GROUP // bits
-    codes = whole.reshape(*lead, size, -1)[..., :fields].reshape(*lead, groups, bits * fields)
+    fields = CHUNK // bits
+    codes = whole.reshape(*lead, size, -1)[..., :fields].reshape(*lead, chunks, bits * fields)
     if spare:
-        rest = spare[0].reshape(*lead, groups, -1)[..., : GROUP - bits * fields]
+        rest = spare[0].reshape(*lead, chunks, -1)[..., : CHUNK - bits * fields]
         codes = mx.concatenate([codes, rest], axis=-1)
-    return codes.reshape(*lead, groups * GROUP)
+    return codes.reshape(*lead, chunks * CHUNK)
 
 
 def pack_levels(levels: mx.array) -> mx.array:
@@ -160,20 +160,20 @@ def unpack_levels(halfwords: mx.array, count: int) -> mx.array:
 
 def _whole_powers(size: int, bits: int) -> np.ndarray:
     """What a code in a field adds to its halfword: float32 [D, D * bits / 16]."""
-    fields = GROUP // bits
-    powers = np.zeros((GROUP, bits), np.float32)
+    fields = CHUNK // bits
+    powers = np.zeros((CHUNK, bits), np.float32)
     for code in range(bits * fields):
         powers[code, code // fields] = 2.0 ** (code % fields * bits)
-    return np.kron(np.eye(size // GROUP, dtype=np.float32), powers)
+    return np.kron(np.eye(size // CHUNK, dtype=np.float32), powers)
 
 
 def _spare_powers(size: int, bits: int) -> np.ndarray:
-    """What the other codes add to the bit string of their group: float32 [D, D * bits / 16]."""
-    first = GROUP // bits * bits
-    powers = np.zeros((GROUP, bits), np.float32)
-    for code in range(first, GROUP):
+    """What the other codes add to the bit string of their chunk: float32 [D, D * bits / 16]."""
+    first = CHUNK // bits * bits
+    powers = np.zeros((CHUNK, bits), np.float32)
+    for code in range(first, CHUNK):
         powers[code] = 2.0 ** ((code - first) * bits)
-    return np.kron(np.eye(size // GROUP, dtype=np.float32), powers)
+    return np.kron(np.eye(size // CHUNK, dtype=np.float32), powers)
 
 
 def _pieces(size: int, bits: int) -> np.ndarray:
@@ -181,9 +181,9 @@ def _pieces(size: int, bits: int) -> np.ndarray:
 
     uint32 [3, D * bits / 16].
     """
-    spare = GROUP % bits
-    piece = [(i * spare, (1 << spare) - 1, GROUP - spare) for i in range(bits)]
-    return np.tile(np.array(piece, np.uint32).T, size // GROUP)
+    spare = CHUNK % bits
+    piece = [(i * spare, (1 << spare) - 1, CHUNK - spare) for i in range(bits)]
+    return np.tile(np.array(piece, np.uint32).T, size // CHUNK)
 
 
 def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:

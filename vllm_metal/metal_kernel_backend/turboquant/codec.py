@@ -47,8 +47,8 @@ class KeyCodec:
         """Queries [..., Hq, D] to q', float32. Query head i reads KV head i // (Hq / H)."""
         *lead, query_heads, head_size = queries.shape
         num_kv_heads = self.query_factors.shape[0]
-        grouped = queries.astype(mx.float32).reshape(*lead, num_kv_heads, -1, head_size)
-        rotated = rotate(grouped * self.query_factors[:, None, :])
+        by_kv_head = queries.astype(mx.float32).reshape(*lead, num_kv_heads, -1, head_size)
+        rotated = rotate(by_kv_head * self.query_factors[:, None, :])
         return rotated.reshape(*lead, query_heads, head_size)
 
     def quantize(self, keys: mx.array) -> Quantized:

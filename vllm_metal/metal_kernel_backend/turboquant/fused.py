@@ -141,7 +141,7 @@ class TurboQuantFused(TurboQuantAttention):
     def _plain(
         self, pages: Pages, chunk: Chunk, heads: slice
     ) -> tuple[mx.array, mx.array]:  # [1, heads, S, Dk], [1, heads, S, Dv]
-        """What the chunk sees of its context, dequantised, and the chunk: exact, or as stored."""
+        """The dequantised context that the chunk sees, then the chunk: exact, or as stored."""
         metadata = chunk.metadata
         first, count = self._visible(metadata)
         keys, values = self.launcher.dequantize(
@@ -161,6 +161,6 @@ class TurboQuantFused(TurboQuantAttention):
 
 
 def _token(pages: Pages) -> mx.array:
-    """What a reader of the pages takes so that it runs after their last store."""
+    """The token that a reader of the pages takes, so that it runs after their last store."""
     assert pages.token is not None, "these pages belong to a backend without tokens"
     return pages.token

@@ -25,7 +25,7 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
     Format,
 )
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import (
-    LIMIT,
+    COORDINATE_LIMIT,
     MAX_SCALE,
     Quantized,
     multiples,
@@ -58,13 +58,14 @@ class GroupedQuantizer:
         rows = y.reshape(-1, size)
         each = max(1, SLICE // size)
         slices = [self._quantize(rows[i : i + each]) for i in range(0, len(rows), each)]
-        codes, scales, levels = (mx.concatenate(parts) for parts in zip(*slices, strict=True))
+        codes, scales, levels = (mx.concatenate(list(parts)) for parts in zip(*slices, strict=True))
         return Quantized(
             codes.reshape(*lead, size), scales.reshape(lead), levels=levels.reshape(*lead, -1)
         )
 
     def dequantize(self, quantized: Quantized) -> mx.array:
         """The keys the codes stand for, still rotated, float32 [..., D]."""
+        assert quantized.levels is not None, "keys of this format have levels"
         centroids = self.centroids(quantized.codes)
         groups = centroids.reshape(*centroids.shape[:-1], self.num_groups, GROUP_SIZE)
         weighted = (groups * level_weights(quantized.levels)[..., None]).reshape(centroids.shape)
@@ -76,7 +77,9 @@ class GroupedQuantizer:
 
     def _quantize(self, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Vectors [N, D] to codes [N, D], scales [N] and levels [N, D / 16]."""
-        magnitude = mx.minimum(mx.abs(y), LIMIT).reshape(-1, 1, self.num_groups, 1, GROUP_SIZE)
+        magnitude = mx.minimum(mx.abs(y), COORDINATE_LIMIT).reshape(
+            -1, 1, self.num_groups, 1, GROUP_SIZE
+        )
         reach = mx.max(magnitude, axis=-1, keepdims=True)
         # axes: vector, candidate scale, group, level tried, coordinate
         scales = mx.max(reach, axis=2, keepdims=True) * self.factors

@@ -1,103 +1,116 @@
-"""The kernels of `kernels/turboquant.metal` as MLX launches them: names of buffers and bodies.
+"""The TurboQuant kernels as MLX launches them: names of buffers and bodies.
 
-A body names the slot layout, declares threadgroup memory and calls one function of the file.
+A body names the page layout, declares threadgroup memory, and calls one function of the kernel's
+header with the buffers in the order in which they are declared here, the threadgroup memory and the
+place in the grid.
 """
 
 import mlx.core as mx
 import numpy as np
 
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel
+from vllm_metal.metal_kernel_backend.turboquant.constants_header import (
+    CODEBOOK_FACTORS,
+    CODEBOOK_MIDPOINTS,
+    constants_header,
+)
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 
-CODEBOOK_FACTORS = 4
-CODEBOOK_MIDPOINTS = 16
+AFTER = "after"
+"""The input of every kernel that touches pages which the kernel does not read: the token of an
+earlier store, bound so that the GPU runs this kernel after it."""
 
-SLOTS = """
-  using Slots = PageLayout<
-      NUM_KV_HEADS, BLOCK_SIZE, KEY_HEAD_SIZE, VALUE_HEAD_SIZE, KEY_BITS, VALUE_BITS, KEY_TERMS,
-      VALUE_TERMS, KEY_HAS_LEVELS, KEY_HAS_BIAS, PAGE_BYTES, HEAD_PAGE_BYTES, VALUE_CODES_OFFSET,
-      KEY_LEVELS_OFFSET, KEY_SCALES_OFFSET, KEY_BIASES_OFFSET, VALUE_SCALES_OFFSET>;
+BODY = """
+  using Layout = PageLayout<PAGE_LAYOUT_ARGUMENTS>;
+{arrays}
+  {function}(
+      {arguments},
+      threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 
-POSITION = """threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
-      thread_index_in_simdgroup"""
 
-STORE = Kernel(
-    "turboquant_store",
-    "turboquant",
-    ("slot access", "rotation", "quantisation", "store"),
+def _kernel(
+    name: str,
+    header: str,
+    function: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    arrays: tuple[tuple[str, str, str], ...],
+) -> Kernel:
+    """A kernel that calls `function`.
+
+    Args:
+        name: of the kernel.
+        header: in `kernels/turboquant`.
+        function: with its template arguments.
+        inputs: in the order of the function's parameters; `AFTER`, where there, is not passed.
+        outputs: likewise, behind the inputs.
+        arrays: threadgroup memory, passed behind the outputs: (type, name, length) of each.
+    """
+    buffers = [*(name for name in inputs if name != AFTER), *outputs]
+    body = BODY.format(
+        arrays="\n".join(f"  threadgroup {kind} {array}[{size}];" for kind, array, size in arrays),
+        function=function,
+        arguments=", ".join([*buffers, *(array for _, array, _ in arrays)]),
+    )
+    return Kernel(
+        f"turboquant_{name}", f"turboquant/{header}", constants_header(), inputs, outputs, body
+    )
+
+
+STORE = _kernel(
+    "store",
+    "store.h",
+    "store_vectors<Layout, SIMDGROUPS>",
     ("pages", "keys", "values", "slot_mapping", "centre", "key_factors", "value_factors")
-    + ("key_codebook", "value_codebook", "params", "after"),
+    + ("key_codebook", "value_codebook", "parameters", AFTER),
     ("token",),
-    SLOTS
-    + f"""
-  threadgroup uchar codes[SIMDGROUPS * (Slots::longer + Slots::longer / CHUNK)];
-  store_vectors<Slots, SIMDGROUPS>(
-      pages, keys, values, slot_mapping, centre, key_factors, value_factors, key_codebook,
-      value_codebook, params, token, codes, {POSITION});
-""",
+    (("uchar", "codes", "SIMDGROUPS * StoreScratch<Layout>::SIZE"),),
 )
 
-DECODE = Kernel(
-    "turboquant_decode",
-    "turboquant",
-    ("slot access", "unpacking", "codebook", "rotation", "sums over lanes", "online softmax")
-    + ("splits", "decode"),
+ATTENTION = "Decode<Layout, G, Q, R, TOKENS, SIMDGROUPS, SOFTCAP>"
+
+DECODE = _kernel(
+    "decode",
+    "decode/decode.h",
+    f"{ATTENTION}::run",
     ("pages", "queries", "query_factors", "centre", "block_table", "seq_lens")
-    + ("key_codebook", "value_codebook", "params", "scales", "token"),
+    + ("key_codebook", "value_codebook", "parameters", AFTER),
     ("partials", "states"),
-    SLOTS
-    + f"""
-  using Attention = Decode<Slots, G, Q, R, TOKENS, SIMDGROUPS, SOFTCAP>;
-  threadgroup uint4 query_words[Attention::QUERY_WORDS / 4];
-  threadgroup float scratch[Attention::SCRATCH];
-  Attention::run(
-      pages, queries, query_factors, centre, block_table, seq_lens, key_codebook, value_codebook,
-      params, scales, partials, states, (threadgroup uint*)query_words, scratch,
-      {POSITION});
-""",
+    (
+        ("uint4", "query_words", f"{ATTENTION}::QUERY_MEMORY"),
+        ("float", "scratch", f"{ATTENTION}::SCRATCH"),
+    ),
 )
 
-MERGE = Kernel(
-    "turboquant_merge",
-    "turboquant",
-    ("slot access", "rotation", "online softmax", "splits", "merge"),
+MERGE = _kernel(
+    "merge",
+    "merge.h",
+    "merge_splits<Layout, G, Q, SIMDGROUPS, SINKS>",
     ("partials", "states", "queries", "centre", "value_factors", "seq_lens", "sinks")
-    + ("params", "scales"),
+    + ("parameters",),
     ("output",),
-    SLOTS
-    + f"""
-  threadgroup float scratch[SIMDGROUPS * (Vector<Slots::value_head_size>::HELD + 1)];
-  merge_splits<Slots, G, Q, SIMDGROUPS, SINKS>(
-      partials, states, queries, centre, value_factors, seq_lens, sinks, params, scales, output,
-      scratch, {POSITION});
-""",
+    (("float", "scratch", "Merge<Layout, G, Q, SIMDGROUPS>::SCRATCH"),),
 )
 
-DEQUANTIZE = Kernel(
-    "turboquant_dequantize",
-    "turboquant",
-    ("slot access", "unpacking", "codebook", "rotation", "dequantize"),
+DEQUANTIZE = _kernel(
+    "dequantize",
+    "dequantize.h",
+    "dequantize_tokens<Layout, SIMDGROUPS>",
     ("pages", "block_table", "centre", "query_factors", "value_factors")
-    + ("key_codebook", "value_codebook", "params", "token"),
+    + ("key_codebook", "value_codebook", "parameters", AFTER),
     ("keys", "values"),
-    SLOTS
-    + f"""
-  threadgroup float scratch[SIMDGROUPS * 2 * Slots::longer];
-  dequantize_tokens<Slots, SIMDGROUPS>(
-      pages, block_table, centre, query_factors, value_factors, key_codebook, value_codebook,
-      params, keys, values, scratch, {POSITION});
-""",
+    (("float", "scratch", "SIMDGROUPS * DequantizeScratch<Layout>::SIZE"),),
 )
 
 
 def codebook(format: Format, head_size: int) -> mx.array:
     """What the kernels know of a format: float32, c1 c3 c5 - , 5 scale factors, ..., midpoints."""
-    numbers = np.zeros(CODEBOOK_MIDPOINTS + format.num_codes // 2, np.float32)
+    book = np.zeros(CODEBOOK_MIDPOINTS + format.num_codes // 2, np.float32)
     coefficients = format.coefficients(head_size)
-    numbers[: len(coefficients)] = coefficients
+    book[: len(coefficients)] = coefficients
     factors = format.scale_factors(head_size)
-    numbers[CODEBOOK_FACTORS : CODEBOOK_FACTORS + len(factors)] = factors
+    book[CODEBOOK_FACTORS : CODEBOOK_FACTORS + len(factors)] = factors
     positive = format.midpoints(head_size)[format.num_codes // 2 :]
-    numbers[CODEBOOK_MIDPOINTS : CODEBOOK_MIDPOINTS + len(positive)] = positive
-    return mx.array(numbers)
+    book[CODEBOOK_MIDPOINTS : CODEBOOK_MIDPOINTS + len(positive)] = positive
+    return mx.array(book)

@@ -1,4 +1,4 @@
-"""Launchers of the kernels in `kernels/turboquant.metal`: grids, templates, shapes.
+"""Launchers of the kernels in `kernels/turboquant`: grids, templates, shapes.
 
 Letters: T new tokens, B requests, Q query tokens of a request, Hq query heads, H KV heads,
 G = Hq / H, N blocks of a request, D head size.
@@ -9,31 +9,38 @@ after the writer. A block is written again only after the step that read it has 
 else guards that.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.kernel_library import SIMD_SIZE, Run, Target
+from vllm_metal.metal_kernel_backend.kernel_library import SIMD_SIZE, Kernel, Run, Target
+from vllm_metal.metal_kernel_backend.turboquant import parameters
+from vllm_metal.metal_kernel_backend.turboquant.constants_header import TOKEN_WORDS
 from vllm_metal.metal_kernel_backend.turboquant.kernels import (
+    AFTER,
     DECODE,
     DEQUANTIZE,
     MERGE,
     STORE,
     codebook,
 )
-from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
+from vllm_metal.metal_kernel_backend.turboquant.layout import BLOCK_SIZE_STEP, PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.splits import (
     core_count,
-    resident_groups,
+    plan_decode,
+    resident_threadgroups,
     rows_per_simdgroup,
-    splits,
 )
 
 DECODE_SIMDGROUPS = 4
 MERGE_SIMDGROUPS = 8
 STORE_SIMDGROUPS = 4
 MAX_QUERY_TOKENS = 8
+
+MAX_HELD = 2048
+"""Elements of output that a simdgroup holds at most: rows times head size."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,7 @@ class Launcher:
     run_tokens: int = 0
     """Neighbouring tokens that a lane reads at a time, 2 or 4; 0 chooses by device: 4 hides more
     latency, 2 needs fewer registers."""
-    _kernels: dict[str, Run] = field(default_factory=dict, repr=False)
-    _decode_kernels: dict[int, Run] = field(default_factory=dict, repr=False)
+    _built: dict[tuple[str, int], Run] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -73,16 +79,16 @@ class Launcher:
         self.max_rows = self.max_rows or rows_per_simdgroup(self.target)
         self.run_tokens = self.run_tokens or (2 if self.target.name == "metal" else 4)
         largest = max(layout.key_head_size, layout.value_head_size)
-        self.max_rows = max(1, min(self.max_rows, 2048 // largest))
+        self.max_rows = max(1, min(self.max_rows, MAX_HELD // largest))
         self._template = layout.template()
         self.key_codebook = codebook(layout.key_format, layout.key_head_size)
         self.value_codebook = codebook(layout.value_format, layout.value_head_size)
-        for kernel in (STORE, MERGE, DEQUANTIZE):
-            self._kernels[kernel.name] = self.target.build(kernel)
+        self._no_token = mx.array([0] * TOKEN_WORDS, mx.uint32)
+        self._no_sinks = mx.array([0.0] * 8)
 
     def no_token(self) -> mx.array:
         """A token for pages to which nothing has been stored yet."""
-        return _integers((0,) * 8, mx.uint32)
+        return self._no_token
 
     def store(
         self,
@@ -92,32 +98,32 @@ class Launcher:
         slot_mapping: mx.array,  # [T] int32, block * block_size + offset; below 0: skipped
         constants: LayerConstants,
         token: mx.array | None = None,
-    ) -> mx.array:  # uint32 [8], the token that readers take
+    ) -> mx.array:  # uint32 [TOKEN_WORDS], the token that readers take
         """Writes T tokens into the pages, in place, in one dispatch.
 
         `token` orders this store after an earlier one to the same pages.
         """
         tokens, heads, _ = keys.shape
-        groups = -(-max(2 * tokens * heads, 8) // STORE_SIMDGROUPS)
-        return self._kernels[STORE.name](
-            inputs=[
-                pages,
-                keys,
-                values,
-                slot_mapping,
-                constants.centre,
-                constants.key_factors,
-                constants.value_factors,
-                self.key_codebook,
-                self.value_codebook,
-                _integers((tokens,) + (0,) * 7),
-                self.no_token() if token is None else token,
-            ],
-            template=[*self._template, ("SIMDGROUPS", STORE_SIMDGROUPS)],
-            grid=(groups * STORE_SIMDGROUPS * SIMD_SIZE, 1, 1),
-            threadgroup=(STORE_SIMDGROUPS * SIMD_SIZE, 1, 1),
-            output_shapes=[(8,)],
-            output_dtypes=[mx.uint32],
+        vectors = max(2 * tokens * heads, TOKEN_WORDS)  # each word is written by one of them
+        return self._launch(
+            STORE,
+            {
+                "pages": pages,
+                "keys": keys,
+                "values": values,
+                "slot_mapping": slot_mapping,
+                "centre": constants.centre,
+                "key_factors": constants.key_factors,
+                "value_factors": constants.value_factors,
+                "key_codebook": self.key_codebook,
+                "value_codebook": self.value_codebook,
+                "parameters": parameters.STORE.array(num_tokens=tokens),
+                AFTER: self.no_token() if token is None else token,
+            },
+            {},
+            STORE_SIMDGROUPS,
+            (-(-vectors // STORE_SIMDGROUPS), 1, 1),
+            {"token": ((TOKEN_WORDS,), mx.uint32)},
         )[0]
 
     def decode(
@@ -129,7 +135,7 @@ class Launcher:
         constants: LayerConstants,
         scale: float,
         max_seq_len: int,
-        token: mx.array,  # uint32 [8], from the last store
+        token: mx.array,  # uint32 [TOKEN_WORDS], from the last store
         sinks: mx.array | None = None,  # [Hq] float32: logits without a value
         window: int = 0,  # tokens that a query sees, itself included; 0: all
         softcap: float = 0.0,  # scores become softcap * tanh(score / softcap); 0: unchanged
@@ -140,73 +146,68 @@ class Launcher:
         """
         batch, num_queries, heads, _ = queries.shape
         if not 1 <= num_queries <= MAX_QUERY_TOKENS:
-            raise ValueError(f"{num_queries} query tokens per request; 1 to {MAX_QUERY_TOKENS}")
-        group = heads // self.layout.num_kv_heads
-        rows = group * num_queries
-        tiles = -(-rows // self.max_rows)
-        rows_each = -(-rows // tiles)
-        visible = min(max_seq_len, window + num_queries + 8) if window else max_seq_len
-        groups = batch * self.layout.num_kv_heads * tiles
-        slots = self.num_cores * resident_groups(rows_each)
-        split_tokens, num_splits = splits(visible, groups, slots)
-        params = _integers((split_tokens, num_splits, window, block_table.shape[1], 0, 0, 0, 0))
-        scales = _floats((scale, softcap) + (0.0,) * 6)
-        template = [*self._template, ("G", group), ("Q", num_queries)]
-        partials, states = self._decode_kernel(rows_each)(
-            inputs=[
-                pages,
-                queries,
-                constants.query_factors,
-                constants.centre,
-                block_table,
-                seq_lens,
-                self.key_codebook,
-                self.value_codebook,
-                params,
-                scales,
-                token,
-            ],
-            template=[
-                *template,
-                ("R", rows_each),
-                ("TOKENS", self.run_tokens),
-                ("SIMDGROUPS", DECODE_SIMDGROUPS),
-                ("SOFTCAP", int(softcap > 0)),
-            ],
-            grid=(
-                self.layout.num_kv_heads * tiles * DECODE_SIMDGROUPS * SIMD_SIZE,
-                num_splits,
-                batch,
-            ),
-            threadgroup=(DECODE_SIMDGROUPS * SIMD_SIZE, 1, 1),
-            output_shapes=[
-                (batch, num_splits, num_queries * heads, self.layout.value_head_size),
-                (batch, num_splits, num_queries * heads, 2),
-            ],
-            output_dtypes=[mx.float32, mx.float32],
+            raise ValueError(
+                f"{num_queries} query tokens per request; 1 to {MAX_QUERY_TOKENS} are allowed"
+            )
+        num_kv_heads = self.layout.num_kv_heads
+        heads_per_kv_head = heads // num_kv_heads
+        visible = max_seq_len
+        if window:  # a split begins at a multiple of a block's step
+            visible = min(max_seq_len, window + num_queries + BLOCK_SIZE_STEP)
+        plan = plan_decode(
+            heads_per_kv_head * num_queries,
+            batch * num_kv_heads,
+            visible,
+            self.max_rows,
+            self.num_cores,
         )
-        no_sinks = _floats((0.0,) * 8)
-        return self._kernels[MERGE.name](
-            inputs=[
-                partials,
-                states,
-                queries,
-                constants.centre,
-                constants.value_factors,
-                seq_lens,
-                no_sinks if sinks is None else sinks.astype(mx.float32),
-                params,
-                scales,
-            ],
-            template=[
-                *template,
-                ("SIMDGROUPS", MERGE_SIMDGROUPS),
-                ("SINKS", int(sinks is not None)),
-            ],
-            grid=(num_queries * heads * MERGE_SIMDGROUPS * SIMD_SIZE, batch, 1),
-            threadgroup=(MERGE_SIMDGROUPS * SIMD_SIZE, 1, 1),
-            output_shapes=[(batch, num_queries, heads, self.layout.value_head_size)],
-            output_dtypes=[queries.dtype],
+        settings = parameters.DECODE.array(
+            split_tokens=plan.split_tokens,
+            num_splits=plan.num_splits,
+            window=window,
+            max_blocks=block_table.shape[1],
+            scale=scale,
+            softcap=softcap,
+        )
+        template = {"G": heads_per_kv_head, "Q": num_queries}
+        shared = {"queries": queries, "centre": constants.centre, "seq_lens": seq_lens}
+        split_rows = batch, plan.num_splits, num_queries * heads
+        value_size = self.layout.value_head_size
+        partials, states = self._launch(
+            DECODE,
+            {
+                **shared,
+                "pages": pages,
+                "query_factors": constants.query_factors,
+                "block_table": block_table,
+                "key_codebook": self.key_codebook,
+                "value_codebook": self.value_codebook,
+                "parameters": settings,
+                AFTER: token,
+            },
+            {**template, "R": plan.rows, "TOKENS": self.run_tokens, "SOFTCAP": int(softcap > 0)},
+            DECODE_SIMDGROUPS,
+            (num_kv_heads * plan.tiles, plan.num_splits, batch),
+            {
+                "partials": ((*split_rows, value_size), mx.float32),
+                "states": ((*split_rows, 2), mx.float32),
+            },
+            resident_threadgroups(plan.rows),
+        )
+        return self._launch(
+            MERGE,
+            {
+                **shared,
+                "partials": partials,
+                "states": states,
+                "value_factors": constants.value_factors,
+                "sinks": self._no_sinks if sinks is None else sinks.astype(mx.float32),
+                "parameters": settings,
+            },
+            {**template, "SINKS": int(sinks is not None)},
+            MERGE_SIMDGROUPS,
+            (num_queries * heads, batch, 1),
+            {"output": ((batch, num_queries, heads, value_size), queries.dtype)},
         )[0]
 
     def dequantize(
@@ -216,7 +217,7 @@ class Launcher:
         constants: LayerConstants,
         first: int,  # even
         count: int,
-        token: mx.array,  # uint32 [8], from the last store
+        token: mx.array,  # uint32 [TOKEN_WORDS], from the last store
         dtype: mx.Dtype,
         heads: slice = slice(None),  # of the H KV heads, without a step
     ) -> tuple[mx.array, mx.array]:  # [heads, count, Dk], [heads, count, Dv]
@@ -228,46 +229,63 @@ class Launcher:
             raise ValueError(f"first token {first} is odd")
         layout = self.layout
         first_head, end_head, _ = heads.indices(layout.num_kv_heads)
-        num_heads = end_head - first_head
-        pairs = -(-count // 2)
-        groups = -(-2 * pairs // STORE_SIMDGROUPS)
-        keys, values = self._kernels[DEQUANTIZE.name](
-            inputs=[
-                pages,
-                block_table,
-                constants.centre,
-                constants.query_factors,
-                constants.value_factors,
-                self.key_codebook,
-                self.value_codebook,
-                _integers((first, count, first_head, 0, 0, 0, 0, 0)),
-                token,
-            ],
-            template=[*self._template, ("SIMDGROUPS", STORE_SIMDGROUPS)],
-            grid=(groups * STORE_SIMDGROUPS * SIMD_SIZE, num_heads, 1),
-            threadgroup=(STORE_SIMDGROUPS * SIMD_SIZE, 1, 1),
-            output_shapes=[
-                (num_heads, count, layout.key_head_size),
-                (num_heads, count, layout.value_head_size),
-            ],
-            output_dtypes=[dtype, dtype],
+        rows = end_head - first_head, count
+        pairs = 2 * -(-count // 2)  # of keys and of values, each a simdgroup's
+        keys, values = self._launch(
+            DEQUANTIZE,
+            {
+                "pages": pages,
+                "block_table": block_table,
+                "centre": constants.centre,
+                "query_factors": constants.query_factors,
+                "value_factors": constants.value_factors,
+                "key_codebook": self.key_codebook,
+                "value_codebook": self.value_codebook,
+                "parameters": parameters.DEQUANTIZE.array(
+                    first_token=first, num_tokens=count, first_head=first_head
+                ),
+                AFTER: token,
+            },
+            {},
+            STORE_SIMDGROUPS,
+            (-(-pairs // STORE_SIMDGROUPS), rows[0], 1),
+            {
+                "keys": ((*rows, layout.key_head_size), dtype),
+                "values": ((*rows, layout.value_head_size), dtype),
+            },
         )
         return keys, values
 
-    def _decode_kernel(self, rows: int) -> Run:
-        """The kernel for `rows` query rows per simdgroup; more rows, fewer groups on a core."""
-        resident = resident_groups(rows)
-        if resident not in self._decode_kernels:
-            threads = DECODE_SIMDGROUPS * SIMD_SIZE
-            self._decode_kernels[resident] = self.target.build(DECODE, (threads, resident))
-        return self._decode_kernels[resident]
+    def _launch(
+        self,
+        kernel: Kernel,
+        inputs: Mapping[str, mx.array],
+        template: Mapping[str, int],
+        simdgroups: int,
+        threadgroups: tuple[int, int, int],
+        outputs: Mapping[str, tuple[tuple[int, ...], Any]],
+        resident: int = 0,
+    ) -> list[mx.array]:
+        """Runs a kernel.
 
-
-@lru_cache(maxsize=256)
-def _integers(numbers: tuple[int, ...], dtype: mx.Dtype = mx.int32) -> mx.array:
-    return mx.array(numbers, dtype)
-
-
-@lru_cache(maxsize=256)
-def _floats(numbers: tuple[float, ...]) -> mx.array:
-    return mx.array(numbers, mx.float32)
+        Args:
+            template: what it is compiled for, beside the layout.
+            simdgroups: of a threadgroup.
+            threadgroups: on each axis of the grid.
+            outputs: shape and type of each.
+            resident: threadgroups that a core is to hold at a time; 0: the target's choice.
+        """
+        threads = simdgroups * SIMD_SIZE
+        key = kernel.name, resident
+        if key not in self._built:
+            bounds = (threads, resident) if resident else None
+            self._built[key] = self.target.build(kernel, bounds)
+        shapes, dtypes = zip(*(outputs[name] for name in kernel.output_names), strict=True)
+        return self._built[key](
+            inputs=kernel.in_order(inputs),
+            template=[*self._template, *template.items(), ("SIMDGROUPS", simdgroups)],
+            grid=(threadgroups[0] * threads, *threadgroups[1:]),
+            threadgroup=(threads, 1, 1),
+            output_shapes=list(shapes),
+            output_dtypes=list(dtypes),
+        )

@@ -28,6 +28,9 @@ MIN_POWER = 16
 MAX_HEAD_SIZE = 512
 ODD_FACTORS = (1, 3, 5, 7)
 
+BLOCK_SIZE_STEP = 8
+"""Tokens; the size of a block is a multiple."""
+
 
 def check_head_size(head_size: int) -> None:
     """Raise ValueError unless vectors of this size can be rotated and packed."""
@@ -67,8 +70,10 @@ class PageLayout:
     def __post_init__(self) -> None:
         check_head_size(self.key_head_size)
         check_head_size(self.value_head_size)
-        if self.block_size <= 0 or self.block_size % 8:
-            raise ValueError(f"block size {self.block_size} is not a positive multiple of 8")
+        if self.block_size <= 0 or self.block_size % BLOCK_SIZE_STEP:
+            raise ValueError(
+                f"block size {self.block_size} is not a positive multiple of {BLOCK_SIZE_STEP}"
+            )
         if self.num_kv_heads <= 0:
             raise ValueError(f"{self.num_kv_heads} KV heads; at least 1 is needed")
         unpadded = self.num_kv_heads * self.head_page_bytes

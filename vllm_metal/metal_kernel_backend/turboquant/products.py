@@ -20,9 +20,9 @@ from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
 
 class PackedVectors:
-    """Reads packed codes of one format and size as numbers to multiply with.
+    """Reads packed codes of one format and size as points to multiply with.
 
-    A number is the centroid divided by `gain`, the highest coefficient of the codebook polynomial:
+    A point is the centroid divided by `gain`, the highest coefficient of the codebook polynomial:
     where the codebook is uniform, the code itself, less the middle one.
     """
 
@@ -37,7 +37,7 @@ class PackedVectors:
         self._elements = np.concatenate(elements)
 
     def rows(self, matrix: np.ndarray) -> np.ndarray:
-        """What to multiply numbers with for centroids times `matrix`: [D, N] to [L, N]."""
+        """What to multiply points with for centroids times `matrix`: [D, N] to [L, N]."""
         return np.where(self._elements[:, None] < 0, 0, matrix[self._elements] * self.gain)
 
     def products(
@@ -46,14 +46,14 @@ class PackedVectors:
         halfwords: mx.array,  # uint16 [B, H, 1, S, D * bits / 16]
         levels: mx.array | None = None,  # uint16 [B, H, 1, S, D / 16]
     ) -> mx.array:  # [B, H, G, 1, S]
-        """Dot products of the numbers with queries whose columns are those of `rows`."""
-        numbers = self._numbers(halfwords)
+        """Dot products of the points with queries whose columns are those of `rows`."""
+        points = self._points(halfwords)
         if levels is not None:
             weights = level_weights(levels)[..., None]
-            numbers = [
-                (part.reshape(*levels.shape, -1) * weights).reshape(part.shape) for part in numbers
+            points = [
+                (part.reshape(*levels.shape, -1) * weights).reshape(part.shape) for part in points
             ]
-        first, *rest = numbers
+        first, *rest = points
         if not rest:
             return queries @ first.swapaxes(-1, -2)
         end = self._ends[0]
@@ -65,11 +65,11 @@ class PackedVectors:
         weights: mx.array,  # [B, H, G, 1, S]
         halfwords: mx.array,  # uint16 [B, H, 1, S, D * bits / 16]
     ) -> mx.array:  # [B, H, G, 1, L]
-        """Sums of the numbers under weights, to be multiplied with `rows`."""
-        sums = [weights @ numbers for numbers in self._numbers(halfwords)]
+        """Sums of the points under weights, to be multiplied with `rows`."""
+        sums = [weights @ points for points in self._points(halfwords)]
         return sums[0] if len(sums) == 1 else mx.concatenate(sums, axis=-1)
 
-    def _numbers(self, halfwords: mx.array) -> list[mx.array]:
+    def _points(self, halfwords: mx.array) -> list[mx.array]:
         return [self._convert(codes) for codes in lanes(halfwords, self._bits)]
 
     def _convert(self, codes: mx.array) -> mx.array:
@@ -84,7 +84,7 @@ class PackedVectors:
 
 
 def query_matrices(multiplier: np.ndarray, keys: PackedVectors) -> mx.array:
-    """Queries to what is multiplied with the numbers of keys: float32 [H, 1, D, L].
+    """Queries to what is multiplied with the points of keys: float32 [H, 1, D, L].
 
     Args:
         multiplier: [H, D], from calibration.
@@ -96,7 +96,7 @@ def query_matrices(multiplier: np.ndarray, keys: PackedVectors) -> mx.array:
 
 
 def output_matrix(values: PackedVectors, head_size: int) -> mx.array:
-    """Sums of the numbers of values to outputs: float32 [1, L, D]."""
+    """Sums of the points of values to outputs: float32 [1, L, D]."""
     matrix = values.rows(_rotation(head_size) * signs(head_size))
     return mx.array(matrix[None].astype(np.float32))
 

@@ -28,7 +28,7 @@ import numpy as np
 from vllm_metal.metal_kernel_backend.turboquant.formats import Format
 from vllm_metal.metal_kernel_backend.turboquant.rotation import tree_sum
 
-LIMIT = 2.0**24
+COORDINATE_LIMIT = 2.0**24
 """Rotated coordinates beyond it are cut: no float16 scale reaches them, and squares stay finite."""
 
 MAX_SCALE = 65504.0
@@ -102,10 +102,10 @@ class Quantizer:
         """
         biases = None
         if self.has_bias is not None:
-            y = mx.clip(y, -LIMIT, LIMIT)
+            y = mx.clip(y, -COORDINATE_LIMIT, COORDINATE_LIMIT)
             biases = mx.where(self.has_bias, _middle(y), mx.array(0, mx.float16))
             y = y - biases.astype(mx.float32)
-        magnitude = mx.minimum(mx.abs(y), LIMIT)
+        magnitude = mx.minimum(mx.abs(y), COORDINATE_LIMIT)
         steps = self._steps(magnitude, mx.max(magnitude, axis=-1, keepdims=True))
         along, energy = _sums(magnitude, self._polynomial(steps + 0.5))
         best = mx.argmax(along * along / energy, axis=-2, keepdims=True)
@@ -158,6 +158,7 @@ class Quantizer:
 
     def _counted_steps(self, magnitude: mx.array, largest: mx.array) -> mx.array:
         """`_steps` by comparison with every bound; 0 in a uniform format."""
+        assert self.midpoints is not None, "all formats are uniform"
         bounds = largest * self.factors * self.midpoints  # [..., M, 5, 1]
         if magnitude.size <= SMALL:
             return mx.sum(magnitude >= bounds, axis=-3, keepdims=True)
@@ -185,12 +186,13 @@ def multiples(magnitude: mx.array, width: mx.array, last: mx.array | int) -> mx.
     return mx.where(magnitude < last * width, count, last)
 
 
-def _sums(magnitude: mx.array, centroids: mx.array) -> Sequence[mx.array]:
+def _sums(magnitude: mx.array, centroids: mx.array) -> tuple[mx.array, mx.array]:
     """<y, c> and <c, c> of each candidate, both [..., 1, 5, 1]."""
     if magnitude.size > SMALL:
         return tree_sum(magnitude * centroids), tree_sum(centroids * centroids)
     both = tree_sum(mx.where(IS_ENERGY, centroids, magnitude) * centroids)
-    return mx.split(both, 2, axis=-3)
+    product, energy = mx.split(both, 2, axis=-3)
+    return product, energy
 
 
 def _middle(y: mx.array) -> mx.array:
@@ -199,7 +201,7 @@ def _middle(y: mx.array) -> mx.array:
     return mx.clip(middle, -MAX_SCALE, MAX_SCALE).astype(mx.float16)
 
 
-def _each(constants: Sequence[float] | Sequence[np.ndarray]) -> mx.array:
+def _each(constants: Sequence[float] | Sequence[np.ndarray] | np.ndarray) -> mx.array:
     """A constant of each kind, to go with [..., F, M, 5, D]; without F where all are equal."""
     stacked = np.array(constants)
     stacked = stacked.astype(bool if stacked.dtype == bool else np.float32)

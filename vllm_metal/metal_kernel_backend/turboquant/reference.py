@@ -70,7 +70,8 @@ class TurboQuantReference(TurboQuantAttention):
         metadata, sinks = rows.metadata, rows.sinks
         indices = metadata.once(_head_page_indices, self._slots)
         head_pages = self._slots.head_pages(pages.array, indices)
-        key_scales, *biases, value_scales = self._slots.numbers(head_pages)  # [B, H, 1, 1, S] each
+        scales = self._slots.scales_and_biases(head_pages)  # [B, H, 1, 1, S] each
+        key_scales, *biases, value_scales = scales
         batch, num_heads, size = rows.queries.shape
         queries = rows.queries.astype(mx.float32)
         queries = queries.reshape(batch, self.shape.num_kv_heads, -1, 1, size)
@@ -124,7 +125,7 @@ class TurboQuantReference(TurboQuantAttention):
 
 
 def _tokens_first(keys: Quantized) -> Quantized:
-    """From [B, H, S, ...] to [B, S, H, ...], as `KeyCodec` takes keys."""
+    """Swaps [B, H, S, ...] to [B, S, H, ...], the order that `KeyCodec` takes."""
     return Quantized(
         keys.codes.swapaxes(1, 2),
         keys.scales.swapaxes(1, 2),

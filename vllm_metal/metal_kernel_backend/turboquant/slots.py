@@ -36,11 +36,11 @@ class Slots:
 
         The halfwords are in the order of `PageLayout.slot_columns`.
         """
-        numbers = tokens.scales
+        scales = tokens.scales
         if tokens.biases is not None:
-            key, value = numbers[..., :1], numbers[..., 1:]
-            numbers = mx.concatenate([key, tokens.biases, value], axis=-1)
-        parts = [self._pack_codes(tokens.codes), numbers.view(mx.uint16)]
+            key, value = scales[..., :1], scales[..., 1:]
+            scales = mx.concatenate([key, tokens.biases, value], axis=-1)
+        parts = [self._pack_codes(tokens.codes), scales.view(mx.uint16)]
         if tokens.levels is not None:
             parts.insert(1, pack_levels(tokens.levels))
         return mx.concatenate(parts, axis=-1)
@@ -72,7 +72,8 @@ class Slots:
     def head_page_indices(self, block_table: mx.array) -> tuple[mx.array, mx.array]:
         """Where `head_pages` reads the blocks [B, N]: the same for all layers of a step."""
         heads = mx.arange(self.layout.num_kv_heads)[None, :, None]
-        return tuple(mx.broadcast_arrays(block_table[:, None, :], heads))
+        blocks, heads = mx.broadcast_arrays(block_table[:, None, :], heads)
+        return blocks, heads
 
     def head_pages(self, pages: mx.array, indices: tuple[mx.array, mx.array]) -> mx.array:
         """Head pages of the blocks [B, N] of these `head_page_indices`, [B, H, N, bytes / 2]."""
@@ -90,16 +91,16 @@ class Slots:
         layout = self.layout
         return self._halfwords(head_pages, layout.value_codes_offset, layout.value_codes_bytes)
 
-    def numbers(self, head_pages: mx.array) -> list[mx.array]:
+    def scales_and_biases(self, head_pages: mx.array) -> list[mx.array]:
         """Key scales, key biases where there are any, value scales.
 
         Each float16 [B, H, 1, 1, N * block_size].
         """
         batch, heads, _, end = head_pages.shape
         first, plane = self.layout.key_scales_offset // 2, self.layout.block_size
-        numbers = head_pages.view(mx.float16)
+        planes = head_pages.view(mx.float16)
         return [
-            numbers[..., begin : begin + plane].reshape(batch, heads, 1, 1, -1)
+            planes[..., begin : begin + plane].reshape(batch, heads, 1, 1, -1)
             for begin in range(first, end, plane)
         ]
 
@@ -119,7 +120,7 @@ class Slots:
         """The keys and values of blocks [B, N], each [B, H, N * block_size, D]."""
         head_pages = self.head_pages(pages, self.head_page_indices(block_table))
         key_scales, *biases, value_scales = (
-            plane.squeeze((2, 3)) for plane in self.numbers(head_pages)
+            plane.squeeze((2, 3)) for plane in self.scales_and_biases(head_pages)
         )
         levels = self.key_levels(head_pages)
         keys = unpack(self.key_halfwords(head_pages).squeeze(2), self.layout.key_format.bits)

@@ -1,5 +1,6 @@
 """How the decode kernel's work is cut to fit a GPU: splits of the tokens, rows of a simdgroup."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import mlx.core as mx
@@ -17,27 +18,57 @@ CUDA_CORES = 132
 """Assumed where MLX does not tell."""
 
 
+@dataclass(frozen=True)
+class DecodePlan:
+    """How the query rows of a KV head and the tokens of a request are cut."""
+
+    rows: int
+    """Query rows that one simdgroup serves."""
+    tiles: int
+    """Times `rows`, at least all query rows of a KV head."""
+    split_tokens: int
+    num_splits: int
+
+
+def plan_decode(
+    query_rows: int, kv_heads: int, tokens: int, max_rows: int, num_cores: int
+) -> DecodePlan:
+    """The plan of one decode step.
+
+    Args:
+        query_rows: of a KV head: its query heads times the query tokens of a request.
+        kv_heads: of all requests together.
+        tokens: that the rows of the longest request see.
+        max_rows: query rows that a simdgroup serves at most.
+        num_cores: of the GPU.
+    """
+    tiles = -(-query_rows // max_rows)
+    rows = -(-query_rows // tiles)
+    resident = num_cores * resident_threadgroups(rows)
+    return DecodePlan(rows, tiles, *splits(tokens, kv_heads * tiles, resident))
+
+
 @lru_cache(maxsize=4096)
-def splits(tokens: int, groups: int, slots: int) -> tuple[int, int]:
+def splits(tokens: int, threadgroups: int, resident: int) -> tuple[int, int]:
     """(tokens of a split, splits) for the longest request, at most 128 splits.
 
-    `groups` threadgroups are needed per split, `slots` run at a time. One wave that fills them is
-    best; where no number of splits gives one, about two and a half waves keep the ends even
+    `threadgroups` are needed per split, `resident` of them run at a time. One wave that fills the
+    GPU is best; where no number of splits gives one, about two and a half waves keep the ends even
     (measured on an H200, see docs/kernels.md).
     """
     steps = -(-max(tokens, 1) // SPLIT_STEP)
-    count = slots // groups
-    if count * groups < 0.9 * slots:
-        count = round(2.6 * slots / groups)
+    count = resident // threadgroups
+    if count * threadgroups < 0.9 * resident:
+        count = round(2.6 * resident / threadgroups)
     split_steps = -(-steps // max(1, min(count, steps, 128)))
     return split_steps * SPLIT_STEP, -(-steps // split_steps)
 
 
-def resident_groups(rows: int) -> int:
+def resident_threadgroups(rows: int) -> int:
     """Threadgroups that a core is to hold at a time, for `rows` query rows per simdgroup.
 
-    A group is 128 threads. For up to 4 rows 3 groups leave 168 registers a thread on NVIDIA and
-    128, all there are, on Apple GPUs before M3.
+    A threadgroup is 128 threads. For up to 4 rows 3 threadgroups leave 168 registers a thread on
+    NVIDIA and 128, all there are, on Apple GPUs before M3.
     """
     return 3 if rows <= 4 else 2
 

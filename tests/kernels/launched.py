@@ -1,0 +1,44 @@
+"""The texts of the kernels that one layer launches in a step."""
+
+import mlx.core as mx
+
+from tests.kernels.metal_text import PrintingTarget, metal_text
+from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
+
+LAYOUT = PageLayout.of("q8_0", "q3_0", 128, 2, 16)
+
+
+def sources(
+    layout: PageLayout,
+    heads_per_kv_head: int = 4,
+    num_queries: int = 1,
+    dtype: mx.Dtype = mx.float16,
+    batch: int = 2,
+    settings: dict | None = None,
+    **options,
+) -> list[str]:
+    """Texts of store, decode, merge and dequantize for one layer and one shape of step."""
+    launcher = Launcher(layout, PrintingTarget(), num_cores=8, **options)
+    heads, key_size, value_size = layout.num_kv_heads, layout.key_head_size, layout.value_head_size
+
+    def step(pages, keys, values, slots, queries, table, lengths, key_factors, value_factors):
+        constants = LayerConstants(key_factors, key_factors, key_factors, value_factors)
+        token = launcher.store(pages, keys, values, slots, constants)
+        output = launcher.decode(
+            pages, queries, table, lengths, constants, 0.1, 40, token, **(settings or {})
+        )
+        return output, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtype)
+
+    return metal_text(
+        step,
+        mx.zeros(layout.pages_shape(4), mx.uint16),
+        mx.zeros((batch, heads, key_size), dtype),
+        mx.zeros((batch, heads, value_size), dtype),
+        mx.zeros((batch,), mx.int32),
+        mx.zeros((batch, num_queries, heads * heads_per_kv_head, key_size), dtype),
+        mx.zeros((batch, 3), mx.int32),
+        mx.zeros((batch,), mx.int32),
+        mx.zeros((heads, key_size)),
+        mx.zeros((value_size,)),
+    )

@@ -1,0 +1,96 @@
+"""No array of a kernel stays in the memory of a thread when clang optimises it, on any target.
+
+The normal run compiles a few instantiations that cover every way in which the kernels are written:
+codebooks of each degree, levels, biases, odd and even widths, head sizes of one and of several
+blocks, numbers of lanes and of rows. The nightly one compiles the product.
+"""
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import mlx.core as mx
+import pytest
+
+from tests.kernels.launched import LAYOUT, sources
+from tests.kernels.llvm_ir import left_in_memory
+from tests.kernels.metal_text import joined
+from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
+
+pytest.importorskip("ziglang", reason="clang comes from the package ziglang (extra: test)")
+
+COVERING = [
+    (LAYOUT, {"heads_per_kv_head": 4, "run_tokens": 2}),
+    (LAYOUT, {"heads_per_kv_head": 8, "run_tokens": 4, "settings": {"softcap": 30.0}}),
+    (PageLayout.of("q6_0", "q4_0", 80, 2, 8), {"heads_per_kv_head": 6, "max_rows": 4}),
+    (PageLayout.of("q4_0", "q5_0", 256, 2, 16), {"heads_per_kv_head": 2, "num_queries": 3}),
+    (
+        replace(PageLayout.of("uint4", "q2_0", 64, 2, 16), value_head_size=96),
+        {"heads_per_kv_head": 3, "settings": {"sinks": mx.zeros((6,)), "window": 9}},
+    ),
+    (PageLayout.of("q3_0", "q6_0", 32, 2, 16), {"heads_per_kv_head": 1}),
+    (PageLayout.of("q5_0", "q8_0", 512, 1, 8), {"heads_per_kv_head": 5}),
+]
+
+
+def check(texts: list[str]) -> None:
+    for program in joined(texts):
+        for variables in left_in_memory(program):
+            assert variables == []
+
+
+@pytest.mark.parametrize(("layout", "options"), COVERING)
+def test_a_covering_set(layout, options):
+    check(sources(layout, **options))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("k_quant", KEY_FORMATS)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
+def test_every_pair_of_formats(k_quant, head_size):
+    texts = []
+    for v_quant, run_tokens in product(VALUE_FORMATS, (2, 4)):
+        layout = PageLayout.of(k_quant, v_quant, head_size, 2, 16)
+        texts += sources(layout, run_tokens=run_tokens, max_rows=4)
+    check(texts)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("heads", range(1, 9))
+def test_every_number_of_query_rows(heads):
+    texts = []
+    for head_size, num_queries, max_rows, run_tokens in product((64, 128), (1, 4), (4, 8), (2, 4)):
+        layout = PageLayout.of("q8_0", "q3_0", head_size, 2, 16)
+        options = {"max_rows": max_rows, "run_tokens": run_tokens}
+        texts += sources(layout, heads, num_queries, **options)
+    check(texts)
+
+
+@cache
+def decode_program() -> str:
+    [program] = (x for x in joined(sources(LAYOUT, run_tokens=2)) if "struct Decode " in x)
+    return program
+
+
+PLANTED = {
+    "a choice of elements in place of a choice of values": (
+        "float low = v[i], high = v[i + n];\n"
+        "float kept = upper ? high : low, sent = upper ? low : high;",
+        "float kept = upper ? v[i + n] : v[i], sent = upper ? v[i] : v[i + n];",
+    ),
+    "an index that a function of Metal's library gives": (
+        "return score / TOKENS < R ? score / TOKENS : R - 1;",
+        "return min(score / TOKENS, R - 1);",
+    ),
+    "an index that depends on the lane": ("weights[2 * r]", "weights[2 * r ^ (lane & 1)]"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_arrays_in_memory_are_found(name):
+    right, wrong = PLANTED[name]
+    program = decode_program().replace("METAL_FUNC constexpr int row_of", "METAL_FUNC int row_of")
+    assert right in program and left_in_memory(program) == [[]]
+    [variables] = left_in_memory(program.replace(right, wrong))
+    assert any("x float]" in kind or "x %struct.half2]" in kind for kind in variables)

@@ -1,0 +1,1 @@
+"""What becomes of each of vLLM's options on this platform."""
