@@ -50,7 +50,7 @@ _VISION: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Vision parts as small as the language models; what transformers adds by itself is of full size."""
+"""Vision parts as small as the language models; those that transformers adds are of full size."""
 
 
 def make_model(name: str, **changes: Any) -> PreTrainedModel:

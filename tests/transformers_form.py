@@ -65,8 +65,6 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "glm": {"partial_rotary_factor": 1.0},
     "glm_moe_dsa": {"rope_parameters": _FLAT},
     "gpt_neox": {"rotary_emb_base": 54321, "rotary_pct": 0.5},
-    "gpt_oss": {"rope_scaling": SCALINGS["yarn"]},
-    "granitemoehybrid": {"mamba_n_heads": 16},
     "hunyuan_v1_dense": {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
     "laguna": {"rope_parameters": _PARTIAL},
     "mamba2": {"num_heads": 8, "intermediate_size": 256},

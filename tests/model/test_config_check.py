@@ -50,7 +50,7 @@ def test_the_model_of_the_file_is_served(name):
 def test_another_base():
     assert reasons(config_of("llama"), config_of("llama", rope_theta=500000.0)) == [
         "in rope_parameters, rope_theta is 500000.0, but the model computes with rope_theta 10000 "
-        "(layers 0, 1, 2)"
+        "(layers 0, 1, 2, 3)"
     ]
 
 
@@ -94,7 +94,7 @@ def test_another_part_of_the_head():
         config_of("phi3", partial_rotary_factor=1.0), config_of("phi3", partial_rotary_factor=0.5)
     )
     assert reason.startswith("rope_parameters.partial_rotary_factor is 0.5")
-    assert "rotates 16 numbers" in reason
+    assert "rotates 32 numbers" in reason
 
 
 def test_a_part_that_the_model_cannot_have():
@@ -109,7 +109,7 @@ def test_bases_by_layer_type():
     check_built_model(build(local), local)
     [reason] = reasons(config_of("gemma3_text", rope_theta=1e6), local)
     assert "rope_parameters.sliding_attention, rope_theta is 50000.0" in reason
-    assert reason.endswith("(layers 0, 1)")
+    assert reason.endswith("(layers 0, 2)")
 
 
 def test_an_earlier_key_that_transformers_leaves_out():
@@ -132,20 +132,20 @@ def test_a_window_that_the_model_does_not_have(longest, refused):
         check_built_model(build(written), written, longest)
         return
     assert reasons(written, written, longest) == [
-        "sliding_attention: sliding_window is 16, but the model has full attention; the two are the "
-        "same with --max-model-len 16 (layers 0, 1, 2)"
+        "sliding_attention: sliding_window is 16, but the model has full attention; the two are "
+        "the same with --max-model-len 16 (layers 0, 1, 2, 3)"
     ]
 
 
 def test_a_window_of_another_length():
     [reason] = reasons(
-        config_of("gemma3_text", sliding_window=8), config_of("gemma3_text"), max_model_len=512
+        config_of("gemma3_text"), config_of("gemma3_text", sliding_window=16), max_model_len=512
     )
     assert "sliding_window is 16, but the model has a window of 8" in reason
 
 
 def test_a_window_on_another_layer():
-    written = config_of("gemma3_text", sliding_window_pattern=2)
+    written = config_of("gemma3_text", sliding_window_pattern=3)
     found = reasons(config_of("gemma3_text"), written, max_model_len=512)
     assert any("full_attention: it attends to all tokens" in reason for reason in found)
 

@@ -80,10 +80,10 @@ def override_rope(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
         values = [overrides[key] for key in keys if key in overrides]
         changed |= {key: values[0] for key in keys if values and key in config}
     given = {key: overrides[key] for key in _EARLIER_KEYS if key in overrides}
-    old = config.get("rope_parameters")
-    if not given or not old:
+    written: Any = config.get("rope_parameters")
+    if not given or not written:
         return changed
-    if by_layer_type(old):
+    if by_layer_type(written):
         raise UserError(
             "--hf-overrides cannot be applied",
             [
@@ -93,8 +93,10 @@ def override_rope(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
             ],
         )
     if "rope_scaling" in given:
-        old = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
-    return changed | {"rope_parameters": {**old, **earlier_as_parameters(given)}}
+        kept = ("rope_theta", "partial_rotary_factor")
+        written = {key: written[key] for key in kept if key in written}
+    rest = {key: value for key, value in changed.items() if key not in given}
+    return rest | {"rope_parameters": {**written, **earlier_as_parameters(given)}}
 
 
 def earlier_as_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
