@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vllm_metal.model.weight_formats import ANY, SERVED, Format
+
 Results = Mapping[str, Mapping[str, Any]]
 """By model file: its kinds and notes, and the outcome with dense pages and with TurboQuant."""
 
@@ -63,6 +65,19 @@ mlx-lm runs these model types with the file of another:
 
 """
 
+_FORMATS = """
+## Weight formats
+
+Unquantised weights and MLX's own formats (`quantization` in `config.json`) are served of every
+model. Of the formats of others, which `quantization_config` names, those in this table are served.
+A test makes a checkpoint in each of them, for each model type that the table names, and compares
+the logits with those of the dequantised weights in float32. All other formats are refused by name
+at start.
+
+| format | model types | in memory | notes |
+| --- | --- | --- | --- |
+"""
+
 _KINDS = """
 ## Kinds
 
@@ -107,7 +122,13 @@ def page(results: Mapping[str, Any]) -> str:
     notes = [f"{_names(names)}: {note}." for note, names in _notes(architectures).items()]
     text += _section(_REASONS, reasons) + _section(_NOTES, notes)
     aliases = (f"`{alias}` with `{file}`" for alias, file in results["aliases"].items())
-    return text + _ALIASES + _wrapped(", ".join(aliases) + ".") + _KINDS
+    text += _ALIASES + _wrapped(", ".join(aliases) + ".") + _FORMATS
+    return text + "".join(_format(name, known) for name, known in SERVED.items()) + _KINDS
+
+
+def _format(name: str, known: Format) -> str:
+    types = known.model_types if known.model_types == ANY else _names(known.model_types)
+    return f"| {name} | {types} | {known.memory} | {known.note} |\n"
 
 
 def _counts(results: Any, mode: str, statuses: Sequence[str]) -> str:

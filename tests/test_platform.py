@@ -4,12 +4,11 @@ import inspect
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import WhisperConfig
-from vllm.config import CompilationMode, CUDAGraphMode, MultiModalConfig
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
@@ -20,7 +19,7 @@ from vllm_metal.config import PRESETS
 from vllm_metal.errors import ChangedLibraryError, UserError
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.machine.device import DEVICE_VARIABLE
-from vllm_metal.platform import MetalPlatform, text_only, unsupported
+from vllm_metal.platform import MetalPlatform, unsupported
 
 WATERMARK = {"key": 1}
 WHISPER = "WhisperForConditionalGeneration"
@@ -92,7 +91,8 @@ def test_checking_twice_changes_nothing(make_config):
         ({"additional_config": {"turbo_quant": True}}, "unknown key 'turbo_quant'"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
-        ({"hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides is not supported"),
+        ({"hf_overrides": lambda config: config}, "--hf-overrides as a function"),
+        ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization fp8 is not supported"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager is not"),
         ({"watermark_config": WATERMARK}, "--watermark-config is not supported: it needs vLLM's"),
         (
@@ -122,11 +122,64 @@ def config_file(folder: Path, **settings) -> str:
     return str(folder)
 
 
-def test_weights_quantised_in_another_way_are_refused(make_config, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "format fp8 are not served"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "format gptq are not served"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "format bitsandbytes are not"),
+        ({"quant_method": "unheard_of"}, "format unheard-of are not served"),
+    ],
+)
+def test_weights_in_other_formats_are_refused(
+    make_config, checkpoint, tmp_path, quantization, words
+):
     settings = json.loads((checkpoint / "config.json").read_text())
-    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     folder = config_file(tmp_path / "model", **settings, quantization_config=quantization)
-    assert "quantised with fp8" in refusal(make_config, model=folder, dtype="bfloat16")
+    assert words in refusal(make_config, model=folder)
+
+
+@pytest.mark.parametrize("asked", [None, "awq"])
+def test_weights_that_mlx_lm_reads_are_served(make_config, checkpoint, tmp_path, asked):
+    """In every type of activations, though vLLM's own kernels for AWQ take float16 alone."""
+    settings = json.loads((checkpoint / "config.json").read_text())
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    folder = config_file(tmp_path / "model", **settings, quantization_config=quantization)
+    for dtype in ("float32", "bfloat16"):
+        assert unsupported(make_config(model=folder, dtype=dtype, quantization=asked)) == []
+
+
+def test_another_format_than_the_weights_have(make_config, checkpoint, tmp_path):
+    settings = json.loads((checkpoint / "config.json").read_text())
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    folder = config_file(tmp_path / "model", **settings, quantization_config=quantization)
+    with pytest.raises(Exception, match="does not match the quantization method"):
+        make_config(model=folder, quantization="gptq")
+
+
+def test_a_model_that_mlx_lm_does_not_know(make_config, tmp_path):
+    """vLLM and transformers know it."""
+    folder = config_file(
+        tmp_path / "model",
+        model_type="opt",
+        architectures=["OPTForCausalLM"],
+        vocab_size=96,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    text = refusal(make_config, model=folder)
+    assert (
+        "architecture OPTForCausalLM: mlx-lm has no model of the type opt (it has: afm7, " in text
+    )
+    assert "mistral" in text
+
+
+def test_an_override_reaches_the_structure(make_config, said):
+    """The number of layers decides nothing here, but mlx-lm has to read it."""
+    assert make_config(hf_overrides={"num_hidden_layers": 2}).cache_config.enable_prefix_caching
+    assert said == []
 
 
 def test_mlxs_own_quantisation_is_served(make_config, checkpoint, tmp_path):
@@ -142,14 +195,6 @@ def test_encoders_are_refused(make_config, tmp_path):
         **WhisperConfig(max_target_positions=128, architectures=[WHISPER]).to_dict(),
     )
     assert "encoder-decoder models" in refusal(make_config, model=folder)
-
-
-def test_a_model_with_eyes_serves_text_only():
-    """vLLM then refuses images by name, which the worker would not see."""
-    multimodal = MultiModalConfig()
-    assert multimodal.get_limit_per_prompt("image") > 0
-    text_only(SimpleNamespace(multimodal_config=multimodal))
-    assert multimodal.get_limit_per_prompt("image") == 0
 
 
 def test_all_reasons_come_at_once(make_config):

@@ -4,6 +4,7 @@ Runs in every process that vLLM starts, also in those that never load a model, s
 imported here.
 """
 
+import json
 import logging
 import multiprocessing
 import platform as host
@@ -20,6 +21,7 @@ from vllm_metal import config
 from vllm_metal.errors import ChangedLibraryError, UserError
 from vllm_metal.machine import cache_folder, device
 from vllm_metal.machine.blas import load_fast_blas
+from vllm_metal.model import checkpoint_refusals
 from vllm_metal.options import check
 
 if TYPE_CHECKING:
@@ -68,10 +70,30 @@ class MetalPlatform(Platform):
 
     @classmethod
     def pre_register_and_update(cls, parser: "FlexibleArgumentParser | None" = None) -> None:
-        """Registers mlx-lm's model types. vLLM calls it before it reads a model's configuration."""
-        from vllm_metal.model.register_models import register_model_types
+        """Tells vLLM which models there are, and that it need not know the format of their weights.
+
+        vLLM calls it before it reads a model's configuration.
+        """
+        from vllm_metal.model import quantization_config  # noqa: F401, registers a class
+        from vllm_metal.model.register_models import register_model_types, register_text_models
 
         register_model_types()
+        register_text_models()
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        """Refuses `--quantization`. vLLM calls it with what that or the checkpoint says.
+
+        Raises:
+            UserError: the weights would have to be quantised while they are loaded.
+        """
+        from vllm_metal.model.quantization_config import NAME
+
+        if quant != NAME:
+            raise UserError(
+                f"--quantization {quant} is not supported: weights are served as the checkpoint "
+                "has them (mlx_lm.convert quantises them)"
+            )
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
@@ -133,8 +155,6 @@ class MetalPlatform(Platform):
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        if vllm_config.model_config is not None:
-            text_only(vllm_config.model_config)
         _disable_accelerator_cache_release()
         _disable_prefix_caching_for_states(vllm_config)
 
@@ -177,7 +197,7 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
     model = vllm_config.model_config
     if model is None:
         return []
-    reasons = []
+    reasons = list(checkpoint_refusals.of(model))
     if (
         vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
         and model.attention_chunk_size is None  # else vLLM has disabled it by itself
@@ -192,11 +212,6 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
         reasons.append(
             "--skip-tokenizer-init is not supported with TurboQuant, which needs the tokenizer to "
             "calibrate its keys on a text"
-        )
-    if model.quantization is not None:
-        reasons.append(
-            f"weights quantised with {model.quantization} are not supported "
-            "(allowed: unquantised weights, and weights quantised by MLX)"
         )
     return reasons
 
@@ -232,7 +247,7 @@ def _check_compression(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or config.parse(vllm_config.additional_config, cache.cache_dtype) is None:
         return
-    structure = _structure(model.model, model.revision, model.trust_remote_code)
+    structure = _structure(model)
     from vllm_metal.metal_kernel_backend.selection import neutral_constants
     from vllm_metal.model.model_binding import ModelBinding
     from vllm_metal.model_pages import ModelPages
@@ -252,7 +267,7 @@ def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is None or not cache.enable_prefix_caching:
         return
-    structure = _structure(model.model, model.revision, model.trust_remote_code)
+    structure = _structure(model)
     from vllm_metal.model.layer_kinds import has_recurrent_state
 
     if has_recurrent_state(structure):
@@ -262,19 +277,20 @@ def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
         logger.info("Prefix caching is off: %s has recurrent state", model.model)
 
 
-@cache
-def _structure(model: str, revision: str | None, trust_remote_code: bool) -> "nn.Module":
-    """The model without its weights. Built once: vLLM checks a configuration several times."""
+def _structure(model: "ModelConfig") -> "nn.Module":
+    """The model without its weights."""
     load_fast_blas()  # before MLX is first imported
+    from vllm_metal.model.model_loader import load_arguments
+
+    return _structure_of(model.model, json.dumps(load_arguments(model)))
+
+
+@cache
+def _structure_of(model: str, load_arguments: str) -> "nn.Module":
+    """Built once for the same arguments: vLLM checks a configuration several times."""
     from vllm_metal.model.model_loader import load_structure
 
-    return load_structure(model, revision, trust_remote_code)
-
-
-def text_only(model: "ModelConfig") -> None:
-    """Makes vLLM refuse images and other inputs: the worker runs the language model alone."""
-    if model.multimodal_config is not None:
-        model.multimodal_config.language_model_only = True
+    return load_structure(model, **json.loads(load_arguments))
 
 
 def _disable_accelerator_cache_release() -> None:

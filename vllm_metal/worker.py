@@ -74,13 +74,19 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config = self.model_config
+        arguments = model_loader.load_arguments(config)
         folder = model_loader.model_folder(config.model, config.revision)
-        depends_on = dependencies.of_server(folder, config.dtype, self.metal_device)
+        depends_on = dependencies.of_server(
+            folder,
+            model_loader.config_settings(config.model, **arguments),
+            config.dtype,
+            self.metal_device,
+        )
         kept = startup_cache_folder()
         self.results = ResultCache(kept, depends_on)
         self._tracing = CrashMarker(kept and kept.with_name("tracing"), depends_on)
         model = model_loader.load_model(
-            str(folder), config.dtype, trust_remote_code=config.trust_remote_code
+            str(folder), config.dtype, **arguments, max_model_len=config.max_model_len
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)

@@ -1,11 +1,14 @@
 """Every backend that is held to the contract. A new one is right when its line here passes."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from tests.metal_kernel_backend.lazy_target import COMPILER, LazyTarget
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
+from vllm_metal.machine.device import DEVICE_VARIABLE
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target

@@ -64,4 +64,4 @@ def unknown_model(tmp_path, demo_model) -> Path:
 @pytest.mark.nightly
 def test_unservable_model_is_named_with_the_reason(unknown_model):
     done = serve(unknown_model, "--max-model-len", "256")
-    assert_refused(done, "mlx-lm cannot load", "Model type opt not supported")
+    assert_refused(done, "architecture OPTForCausalLM", "mlx-lm has no model of the type opt")

@@ -65,7 +65,7 @@ def test_an_unknown_device_is_refused(monkeypatch, no_model):
 def test_no_model_in_a_folder_and_no_such_folder(tmp_path):
     with pytest.raises(UserError, match="tokenizer"):
         run(tmp_path)
-    with pytest.raises(UserError, match="is neither a folder"):
+    with pytest.raises(UserError, match="is not a local folder"):
         run(tmp_path / "missing")
 
 

@@ -10,6 +10,7 @@ It is for tests alone: it needs a C++ compiler that shares MLX's standard librar
 
 import ctypes
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence

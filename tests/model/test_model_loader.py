@@ -12,13 +12,22 @@ from mlx.utils import tree_flatten
 from tests.tiny_models import save_checkpoint, tiny_model
 from vllm_metal.errors import UserError
 from vllm_metal.model import model_loader
-from vllm_metal.model.model_loader import load_model, load_tokenizer, mlx_dtype, weight_bytes
+from vllm_metal.model.model_loader import (
+    load_arguments,
+    load_model,
+    load_structure,
+    load_tokenizer,
+    mlx_dtype,
+    weight_bytes,
+)
 
 
 def load(config):
     """The model of vLLM's configuration, as the worker loads it."""
     model = config.model_config
-    return load_model(model.model, model.dtype, model.revision, model.trust_remote_code)
+    return load_model(
+        model.model, model.dtype, **load_arguments(model), max_model_len=model.max_model_len
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +156,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch, raised, shown, what):
         raise raised
 
     monkeypatch.setattr(model_loader, "snapshot_download", download)
-    with pytest.raises(UserError, match="'some/model' is neither a folder") as error:
+    with pytest.raises(UserError, match="'some/model' is not a local folder and could") as error:
         what("some/model")
     assert error.value.reasons == [shown]
 
@@ -163,3 +172,86 @@ def test_a_revision_is_asked_for(monkeypatch, checkpoint):
     load_model("some/model", "float32", "v2")
     model_loader.load_structure("some/model", "v3")
     assert asked == [("some/model", "v2"), ("some/model", "v3")]
+
+
+def test_a_key_of_the_config_file_that_is_missing(make_config, tmp_path):
+    folder = save_checkpoint(tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["rms_norm_eps"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="mlx-lm cannot load") as error:
+        load_model(str(folder), "float32")
+    assert error.value.reasons == ["config.json lacks 'rms_norm_eps'"]
+
+
+def test_what_the_file_says_in_transformers_5(make_config, tmp_path):
+    """The model of before, whose file has the earlier keys."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"rope_type": "llama3", "original_max_position_embeddings": 64}
+    folder = save_checkpoint(tmp_path / "model", rope_theta=500000.0, rope_scaling=scaling)
+    expected = load(make_config(model=str(folder)))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["rope_parameters"] = settings.pop("rope_scaling") | {
+        "rope_theta": settings.pop("rope_theta")
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    token_ids = mx.array([[5, 4, 3, 7, 8, 9, 1, 2]])
+    logits = load(make_config(model=str(folder)))(token_ids)
+    assert mx.array_equal(logits, expected(token_ids))
+    assert not mx.allclose(logits, tiny_model("llama")(token_ids))
+
+
+def test_a_scaling_that_mlx_lm_ignores_is_refused(make_config, tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    folder = save_checkpoint(
+        tmp_path, "qwen3_moe", architectures=["Qwen3MoeForCausalLM"], rope_scaling=scaling
+    )
+    with pytest.raises(UserError, match="would not compute what config.json says"):
+        load(make_config(model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        ({"rope_theta": 1e6}, {"rope_theta": 1e6}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"rope_theta": 1e6}),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        ),
+        ({"rms_norm_eps": 0.1}, {"rms_norm_eps": 0.1}),
+        ({"num_hidden_layers": 2}, {"num_hidden_layers": 2}),
+    ],
+    ids=str,
+)
+def test_overrides_are_those_of_the_file(make_config, checkpoint, overrides, changes):
+    """mlx-lm gets what vLLM's `--hf-overrides` changes, as if it stood in `config.json`."""
+    if "num_hidden_layers" in overrides:  # the weights have three
+        structure = load_structure(str(checkpoint), hf_overrides=overrides)
+        assert len(structure.layers) == 2
+        return
+    model = load(make_config(hf_overrides=overrides))
+    token_ids = mx.array([[5, 4, 3, 7, 8, 9, 1, 2]])
+    expected = tiny_model("llama", **changes)(token_ids)
+    assert mx.array_equal(model(token_ids), expected)
+    assert not mx.allclose(expected, tiny_model("llama")(token_ids))
+
+
+@pytest.mark.parametrize("with_own", [True, False])
+def test_a_config_file_at_another_place(make_config, tmp_path, with_own):
+    """`--hf-config-path`: nothing of the model's own file is read, if there is one."""
+    folder = save_checkpoint(tmp_path / "model", rope_scaling={"type": "linear", "factor": 4.0})
+    other = save_checkpoint(tmp_path / "other", rope_theta=1e6)
+    if not with_own:
+        (folder / "config.json").unlink()
+    model = load(make_config(model=str(folder), hf_config_path=str(other)))
+    token_ids = mx.array([[5, 4, 3, 7, 8, 9, 1, 2]])
+    assert mx.array_equal(model(token_ids), tiny_model("llama", rope_theta=1e6)(token_ids))
+
+
+def test_the_files_settings_stay_as_they_were(checkpoint):
+    """mlx-lm's models of some types change the dictionary that they are made of."""
+    overrides = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    before = json.dumps(overrides)
+    load_structure(str(checkpoint), hf_overrides=overrides)
+    assert json.dumps(overrides) == before

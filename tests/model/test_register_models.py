@@ -4,17 +4,26 @@ import json
 import pickle
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
+import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
+from tests import transformers_checkpoints
 from tests.serving import Serving
 from tests.tiny_models import save_checkpoint, tiny_model
 from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.model import register_models
-from vllm_metal.model.register_models import MlxLmConfig, mlx_lm_model_types, register_model_types
+from vllm_metal.model.register_models import (
+    MlxLmConfig,
+    mlx_lm_model_types,
+    register_model_types,
+    register_text_models,
+    served_model_types,
+)
 
 PROMPT = [5, 3, 8, 1, 9, 2, 7] * 4
 
@@ -22,6 +31,7 @@ PROMPT = [5, 3, 8, 1, 9, 2, 7] * 4
 @pytest.fixture(autouse=True)
 def registered():
     register_model_types()
+    register_text_models()
 
 
 def test_every_model_file_is_known_afterwards():
@@ -105,10 +115,30 @@ def test_a_checkpoints_own_code_is_used_where_it_is_trusted(tmp_path):
     assert isinstance(AutoConfig.from_pretrained(folder, trust_remote_code=False), MlxLmConfig)
 
 
-def test_a_vllm_without_its_list_is_named(monkeypatch):
-    monkeypatch.delattr("vllm.transformers_utils.config._CONFIG_REGISTRY")
-    with pytest.raises(ChangedLibraryError, match=r"vllm .*_CONFIG_REGISTRY"):
-        register_model_types()
+@pytest.mark.parametrize("table", [None, {}, ["llama"]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("vllm.transformers_utils.config._CONFIG_REGISTRY", register_model_types),
+        ("vllm.model_executor.models.registry._MULTIMODAL_MODELS", register_text_models),
+    ],
+)
+def test_a_vllm_without_one_of_its_tables_is_named(monkeypatch, name, use, table):
+    """vLLM does not promise to keep them; to go on without one would go wrong much later."""
+    if table is None:
+        monkeypatch.delattr(name)
+    else:
+        monkeypatch.setattr(name, table)
+    with pytest.raises(ChangedLibraryError, match=f"vllm .*{name}"):
+        use()
+
+
+def test_an_mlx_lm_without_its_table_is_named(monkeypatch, tmp_path):
+    (tmp_path / "utils.py").write_text("OTHER = {}")
+    monkeypatch.setattr(register_models, "_mlx_lm_folders", lambda: [tmp_path])
+    served_model_types.cache_clear()
+    with pytest.raises(ChangedLibraryError, match=r"mlx-lm .*MODEL_REMAPPING"):
+        served_model_types()
 
 
 def test_a_transformers_that_compares_no_modules_is_named(monkeypatch, tmp_path):
@@ -125,3 +155,28 @@ def test_a_transformers_that_compares_no_modules_is_named(monkeypatch, tmp_path)
     with pytest.raises(ChangedLibraryError, match=r"transformers .*AutoConfig\.from_pretrained"):
         AutoConfig.from_pretrained(with_code, trust_remote_code=False)
     check.cache_clear()
+
+
+def test_types_that_mlx_lm_runs_with_the_file_of_another():
+    assert {"mistral", "qwen2_5_vl", "kimi_k2"} <= served_model_types() - mlx_lm_model_types()
+    assert served_model_types() == mlx_lm_model_types() | set(mlx_lm.utils.MODEL_REMAPPING)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma3", "mistral3"])
+def test_the_language_model_of_a_checkpoint_with_a_vision_part(make_config, tmp_path, model_type):
+    """vLLM does not import the vision part, and so needs none of its packages."""
+    folder = transformers_checkpoints.save(tmp_path / "model", model_type)
+    config = make_config(model=str(folder))
+    assert config.model_config.multimodal_config is None
+    [generated] = Serving(config).generate([PROMPT])
+    model = transformers_checkpoints.make_model(model_type)
+    tokens = list(PROMPT)
+    with torch.inference_mode():
+        for _ in generated:
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert generated == tokens[len(PROMPT) :]
+
+
+def test_architectures_that_only_transformers_knows_reach_our_own_refusal():
+    architectures = set(ModelRegistry.get_supported_archs())
+    assert {"XGLMForCausalLM", "Qwen3VLForConditionalGeneration"} <= architectures

@@ -117,8 +117,8 @@ def test_every_option_is_seen_once_it_is_given(config, option):
     ("settings", "reason"),
     [
         (
-            {"hf_config_path": "MODEL"},
-            "--hf-config-path MODEL is not supported: mlx-lm reads the config.json",
+            {"config_format": "mistral"},
+            "--config-format mistral is not supported: mlx-lm reads the config.json",
         ),
         ({"model_impl": "transformers"}, "--model-impl transformers is not supported: a model"),
         ({"mamba_ssm_cache_dtype": "float16"}, "(allowed: auto, float32)"),

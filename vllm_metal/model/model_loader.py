@@ -1,19 +1,41 @@
-"""Loads the model with mlx-lm, and its tokenizer; knows nothing of attention nor of vLLM."""
+"""Loads a model with mlx-lm, and its tokenizer; knows nothing of attention or of vLLM."""
 
+import contextlib
+import copy
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from mlx.utils import tree_map_with_path, tree_reduce
+from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_metal.errors import UserError
+from vllm_metal.model import weight_formats
+from vllm_metal.model.checkpoint_config import CheckpointConfig, read_config
+from vllm_metal.model.config_check import check_built_model
 
 _CONFIG_FILES = ["*.json", "*.py"]
 _WEIGHT_FILES = [*_CONFIG_FILES, "*.safetensors"]
 _TOKENIZER_FILES = [*_CONFIG_FILES, "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+_LOAD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What mlx-lm raises for a checkpoint that it does not understand."""
 
 
 def mlx_dtype(name: object) -> mx.Dtype:
@@ -21,17 +43,74 @@ def mlx_dtype(name: object) -> mx.Dtype:
     return getattr(mx, str(name).removeprefix("torch."))
 
 
+def load_arguments(model_config: Any) -> dict[str, Any]:
+    """What `load_model` and `load_structure` take besides the model's name, from vLLM's settings.
+
+    Args:
+        model_config: vLLM's `ModelConfig`.
+    """
+    return {
+        "revision": model_config.revision,
+        "trust_remote_code": model_config.trust_remote_code,
+        "hf_config_path": model_config.hf_config_path,
+        "hf_config_revision": model_config._hf_config_revision,
+        "hf_overrides": model_config.hf_overrides,
+    }
+
+
+def config_settings(
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    hf_config_path: str | None = None,
+    hf_config_revision: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The settings of `config.json`, with overrides, that `load_model` takes the model from."""
+    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
+    return read_config(_local_folder(*place, _CONFIG_FILES), hf_overrides).written
+
+
 def load_model(
-    model: str, dtype: object, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    dtype: object,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    hf_config_path: str | None = None,
+    hf_config_revision: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
+    max_model_len: int | None = None,
 ) -> nn.Module:
     """The model in evaluation mode, computing in `dtype`, a torch type or its name.
 
     Quantised weights stay quantised; their scales take the type, since activations follow them.
 
+    Args:
+        model: a local folder, or a name on the Hugging Face Hub.
+        dtype: a torch type or its name.
+        revision: of the model on the Hub.
+        trust_remote_code: whether code that comes with the model may run.
+        hf_config_path: where `config.json` is, if it is not with the model.
+        hf_config_revision: of that place on the Hub.
+        hf_overrides: settings that replace those of `config.json`.
+        max_model_len: tokens of the longest request, to which sliding windows are compared.
+
     Raises:
-        UserError: the folder holds no model that mlx-lm can load.
+        UserError: the folder holds no model that mlx-lm can load, or mlx-lm would compute
+            something else than its `config.json` says.
     """
-    loaded = _load(model_folder(model, revision), trust_remote_code, strict=True)
+    path = model_folder(model, revision)
+    if hf_config_path:
+        place = _local_folder(hf_config_path, hf_config_revision, _CONFIG_FILES)
+    else:
+        place = path
+    config = read_config(place, hf_overrides)
+    weight_formats.check(config.for_mlx_lm, path)
+    loaded = _load(path, config, trust_remote_code, strict=True)
+    check_built_model(loaded, config.written, max_model_len)
+    _check_weights(loaded, path)
     _cast(loaded, mlx_dtype(dtype))
     loaded.eval()
     mx.eval(loaded.parameters())
@@ -42,7 +121,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     """The folder that `load_model` reads, on this machine.
 
     Raises:
-        UserError: the model is neither a folder nor to be had from the Hugging Face hub.
+        UserError: the model is no local folder and could not be downloaded.
     """
     return _local_folder(model, revision, _WEIGHT_FILES)
 
@@ -64,19 +143,24 @@ def load_tokenizer(
 
 
 def load_structure(
-    model: str, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    hf_config_path: str | None = None,
+    hf_config_revision: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model with its shapes and without its weights, from the config file alone.
 
-    Nothing is evaluated, so it takes no memory.
+    Nothing is evaluated, so it takes no memory. The arguments are those of `load_model`.
 
     Raises:
         UserError: there is no config file, or mlx-lm does not know the model.
     """
-    path = _local_folder(model, revision, _CONFIG_FILES)
-    if not (path / "config.json").exists():
-        raise UserError(f"{model!r} holds no config.json")
-    return _load(path, trust_remote_code, strict=False)
+    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
+    path = _local_folder(*place, _CONFIG_FILES)
+    return _load(path, read_config(path, hf_overrides), trust_remote_code, strict=False)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -85,15 +169,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def weight_bytes_on_disk(model: str) -> int | None:
-    """Bytes of a local folder's weight files; None where there are none."""
+    """Bytes of a local folder's weight files; None if it has none."""
     return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) or None
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Floating-point parameters to `dtype`, but for those that must keep theirs.
+    """Converts floating-point parameters to `dtype`.
 
-    These are the ones that the model itself excepts, such as the biases that choose experts, and
-    the float32 scale of a whole tensor in NVFP4.
+    Those that the model itself excepts keep their type, such as the biases that choose experts,
+    and so does the float32 scale of a whole tensor in NVFP4.
     """
     may_cast = getattr(model, "cast_predicate", lambda path: True)
 
@@ -114,19 +198,74 @@ def _local_folder(model: str, revision: str | None, patterns: list[str]) -> Path
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"Model {model!r} is neither a folder nor to be had from the Hugging Face hub",
+            f"{model!r} is not a local folder and could not be downloaded "
+            "from the Hugging Face Hub",
             [_first_line(error)],
         ) from error
 
 
-def _load(path: Path, trust_remote_code: bool, strict: bool) -> nn.Module:
+def _load(path: Path, config: CheckpointConfig, trust_remote_code: bool, strict: bool) -> nn.Module:
+    """mlx-lm's model of a configuration; the weights are read when they are first used."""
+    settings = config.for_mlx_lm
+
+    def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+        """mlx-lm's, and its configuration is ours: it has merged the two until now."""
+        config.clear()
+        config.update(copy.deepcopy(settings))  # some models change theirs
+        return _get_classes(config)
+
     try:
-        model, _ = mlx_lm_load_model(
-            path, lazy=True, strict=strict, trust_remote_code=trust_remote_code
-        )
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"mlx-lm cannot load {str(path)!r}", [str(error)]) from error
+        with _folder_with_config(path) as folder:
+            model, _ = mlx_lm_load_model(
+                folder,
+                lazy=True,
+                strict=strict,
+                model_config=settings,
+                get_model_classes=model_classes,
+                trust_remote_code=trust_remote_code,
+            )
+    except _LOAD_ERRORS as error:
+        raise UserError(f"mlx-lm cannot load {str(path)!r}", [_reason(error)]) from error
     return model
+
+
+@contextlib.contextmanager
+def _folder_with_config(path: Path) -> Iterator[Path]:
+    """The folder, or one beside it with an empty `config.json`, which mlx-lm wants to read.
+
+    With `--hf-config-path` the weights may lie in a folder without one.
+    """
+    if (path / "config.json").exists():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as made:
+        for file in path.iterdir():
+            (Path(made) / file.name).symlink_to(file.resolve())
+        (Path(made) / "config.json").write_text("{}")
+        yield Path(made)
+
+
+def _check_weights(model: nn.Module, path: Path) -> None:
+    """Refuses codes of a format that mlx-lm took for numbers: integers without scales."""
+    for name, module in model.named_modules():
+        weight = module.get("weight")
+        if not isinstance(weight, mx.array) or mx.issubdtype(weight.dtype, mx.floating):
+            continue
+        if "scales" not in module and "weight_scale" not in module:
+            raise UserError(
+                f"mlx-lm cannot load {str(path)!r}",
+                [f"{name}.weight has the type {weight.dtype} and no scales"],
+            )
+
+
+def _reason(error: Exception) -> str:
+    """Why mlx-lm could not load a model, naming the key of `config.json` that it misses."""
+    missing = re.search(r"missing \d+ required positional arguments?: (.*)", str(error))
+    if isinstance(error, TypeError) and missing:
+        return f"config.json lacks {missing[1]}"
+    if isinstance(error, KeyError):
+        return f"config.json or the weights lack {error}"
+    return str(error) or type(error).__name__
 
 
 def _first_line(error: Exception) -> str:

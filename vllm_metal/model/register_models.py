@@ -1,19 +1,24 @@
 """Lets vLLM accept models that mlx-lm knows and transformers or vLLM does not.
 
 vLLM reads a model's `config.json` through transformers and wants the architecture in its own
-registry, though it never builds the model here. What either lacks is registered, nothing that
-they know is replaced.
+registry, though it never builds the model here. Model types and architectures that they lack are
+registered. Multi-modal architectures are replaced by a text model: mlx-lm runs the language model
+alone, and vLLM would import the vision part to inspect it, which needs packages such as
+torchvision.
 """
 
+import ast
+import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_metal.errors import ChangedLibraryError
 
@@ -56,7 +61,7 @@ class MlxLmConfig(PretrainedConfig):
 
 
 def register_model_types() -> list[str]:
-    """Registers the model types that are unknown; gives their names. Cheap when done again."""
+    """Registers the model types that transformers and vLLM do not know, and returns them."""
     known = set(CONFIG_MAPPING.keys()) | _vllm_types()
     unknown = sorted(mlx_lm_model_types() - known)
     for model_type in unknown:
@@ -80,7 +85,7 @@ def require_that_code_of_checkpoints_comes_first() -> None:
         )
 
 
-def register_architectures(architectures: list[str]) -> None:
+def register_architectures(architectures: Iterable[str]) -> None:
     """Registers the names that vLLM's registry lacks."""
     from vllm.model_executor.models import ModelRegistry
 
@@ -88,25 +93,62 @@ def register_architectures(architectures: list[str]) -> None:
         ModelRegistry.register_model(architecture, _STAND_IN)
 
 
+def register_text_models() -> None:
+    """Makes vLLM take every multi-modal architecture for a text model.
+
+    Architectures that transformers knows and vLLM does not are registered too, so that a model
+    without a counterpart in mlx-lm is refused in this package's own words.
+
+    Raises:
+        ChangedLibraryError: vLLM has no table of multi-modal architectures any more.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture in _vllm_table("vllm.model_executor.models.registry", "_MULTIMODAL_MODELS"):
+        ModelRegistry.register_model(architecture, _STAND_IN)
+    register_architectures(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
 @cache
 def mlx_lm_model_types() -> frozenset[str]:
     """Names of mlx-lm's model files; MLX is not imported."""
-    package = importlib.util.find_spec("mlx_lm")
-    folders = (package.submodule_search_locations or []) if package else []
-    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
+    files = (file for folder in _mlx_lm_folders() for file in (folder / "models").glob("*.py"))
     return frozenset(file.stem for file in files if b"\nclass Model(" in file.read_bytes())
+
+
+@cache
+def served_model_types() -> frozenset[str]:
+    """Values of `model_type` for which mlx-lm has a model; MLX is not imported.
+
+    These are the names of its model files, and those that it maps to them.
+
+    Raises:
+        ChangedLibraryError: mlx-lm has no table of such names any more.
+    """
+    table = "MODEL_REMAPPING"
+    for folder in _mlx_lm_folders():
+        for node in ast.parse((folder / "utils.py").read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == table:
+                return mlx_lm_model_types() | set(ast.literal_eval(node.value))
+    raise ChangedLibraryError("mlx-lm", f"mlx_lm.utils.{table}", "it does not exist")
+
+
+def _mlx_lm_folders() -> list[Path]:
+    package = importlib.util.find_spec("mlx_lm")
+    return [Path(f) for f in (package.submodule_search_locations or [])] if package else []
 
 
 def _vllm_types() -> set[str]:
     """The model types for which vLLM has a configuration class of its own."""
-    # patch: a private list of vLLM's, which is only read
-    from vllm.transformers_utils import config
+    return set(_vllm_table("vllm.transformers_utils.config", "_CONFIG_REGISTRY"))
 
-    registry = getattr(config, "_CONFIG_REGISTRY", None)
-    if not isinstance(registry, Mapping):
-        name = "vllm.transformers_utils.config._CONFIG_REGISTRY"
-        raise ChangedLibraryError("vllm", name, f"it is no mapping but {registry!r}")
-    return set(registry)
+
+def _vllm_table(module: str, name: str) -> Mapping[str, Any]:
+    # patch: private tables of vLLM's, which are only read
+    table = getattr(importlib.import_module(module), name, None)
+    if not isinstance(table, Mapping) or not table:
+        raise ChangedLibraryError("vllm", f"{module}.{name}", f"it is no mapping but {table!r}")
+    return table
 
 
 @cache

@@ -5,10 +5,11 @@ another. Whatever is named here without need costs one measurement when it chang
 """
 
 import hashlib
+import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,17 +28,21 @@ SCHEMA = 1
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 
 
-def of_server(model_folder: Path, dtype: object, device: Device) -> dict[str, Any]:
+def of_server(
+    model_folder: Path, settings: Mapping[str, Any], dtype: object, device: Device
+) -> dict[str, Any]:
     """What every result depends on.
 
     Args:
-        model_folder: holds config.json, the weights, and any code of the model's own.
+        model_folder: holds the weights, and any code of the model's own.
+        settings: those of config.json, which may be elsewhere and changed by overrides.
         dtype: in which the model computes.
         device: on which it runs.
     """
     return {
         "schema": SCHEMA,
         "model": _model_files(model_folder),
+        "settings": _digest(json.dumps(settings, sort_keys=True, default=str).encode()),
         "dtype": str(dtype),
         "device": _device(device),
         "packages": {name: version(name) for name in PACKAGES},
@@ -48,7 +53,7 @@ def of_server(model_folder: Path, dtype: object, device: Device) -> dict[str, An
 def of_key_constants(token_ids: Sequence[int], max_model_len: int) -> dict[str, Any]:
     """What the key constants depend on besides: the calibration text as the tokenizer splits it,
     and the positions that it is spread over."""
-    digest = hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()
+    digest = _digest(",".join(map(str, token_ids)).encode())
     return {"token_ids": digest, "max_model_len": max_model_len}
 
 
@@ -77,12 +82,14 @@ def _model_files(folder: Path) -> dict[str, Any]:
     followed.
     """
     files = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
-    config = (folder / "config.json").read_bytes() if "config.json" in files else b""
     return {
         "folder": str(folder.resolve()),
         "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()},
-        "config": hashlib.sha256(config).hexdigest(),
     }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _device(device: Device) -> dict[str, Any]:

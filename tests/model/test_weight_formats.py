@@ -1,0 +1,374 @@
+"""Formats of weights that others write: right logits, or refused by the format's name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_architectures
+import torch
+from mlx.utils import tree_flatten
+from mlx_lm.models import bitlinear_layers
+
+from tests import transformers_checkpoints
+from tests.tiny_models import save_checkpoint
+from tests.transformers_form import earlier_config
+from tests.weight_files import (
+    Weights,
+    awq,
+    bitnet,
+    converted,
+    fp8_blocks,
+    fp8_tensor,
+    gptq,
+    int4_packed,
+    is_projection,
+    mxfp4_blocks,
+    mxfp4_packed,
+    mxfp8,
+    nvfp4,
+    read_weights,
+    write_weights,
+)
+from vllm_metal.errors import UserError
+from vllm_metal.model import weight_formats
+from vllm_metal.model.model_loader import load_model
+
+TOKENS = mx.array([[5, 3, 8, 1, 9, 2, 7, 4, 6, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53]])
+BOUND = 1e-5
+"""Largest difference of logits, in standard deviations of the logits."""
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+def compressed(name: str, **weights: Any) -> dict[str, Any]:
+    """A configuration of compressed-tensors."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 32} | weights
+    groups = {"group_0": {"weights": weights, "targets": ["Linear"]}}
+    return {"quant_method": "compressed-tensors", "format": name, "config_groups": groups}
+
+
+def is_expert(name: str) -> bool:
+    return ".experts." in name and is_projection(name)
+
+
+def is_whole_expert(name: str) -> bool:
+    """The weights of all experts in one tensor."""
+    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint with weights in a format."""
+
+    format: str
+    model: str
+    """The architecture of the float checkpoint."""
+    convert: Callable
+    quantization: dict[str, Any]
+    chosen: Callable[[str], bool] = is_projection
+    label: str = ""
+    model_type: str = ""
+    """Written into the file in place of the architecture's."""
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, [self.format, self.model_type or self.model, self.label]))
+
+
+MIMO = {"n_shared_experts": None}
+MINIMAX = {"model_type": "minimax_m2", "rotary_dim": 16}
+DEEPSEEK = ("deepseek_v3", "joyai_llm_flash", "kimi_k2", "kimi_k25")
+
+SERVED = [
+    Case("awq", "llama", awq(), AWQ),
+    Case("awq", "llama", awq(64), AWQ | {"group_size": 64}, label="64"),
+    Case("bitnet", "llama", bitnet, {"quant_method": "bitnet", "linear_class": "autobitlinear"}),
+    *(Case("fp8", "deepseek_v3", fp8_blocks(), FP8, model_type=name) for name in DEEPSEEK),
+    Case("fp8", "deepseek_v32", fp8_blocks(), FP8),
+    Case("fp8", "glm_moe_dsa", fp8_blocks(), FP8),
+    Case("fp8", "mimo_v2_flash", fp8_blocks(), FP8, changes=MIMO),
+    Case("fp8", "minimax", fp8_blocks(), FP8, model_type="minimax", changes=MINIMAX),
+    Case("fp8", "minimax", fp8_blocks(), FP8, model_type="minimax_m2", changes=MINIMAX),
+    Case("fp8", "mistral4", fp8_blocks(), FP8),
+    Case("fp8", "mistral4", fp8_tensor(), FP8 | {"weight_block_size": None}, label="tensor"),
+    Case("mxfp4", "gpt_oss", mxfp4_blocks, {"quant_method": "mxfp4"}, is_whole_expert),
+    Case("mxfp8", "minimax_m3_vl", mxfp8, {"quant_method": "mxfp8"}),
+    *(
+        Case(
+            "compressed-tensors pack-quantized",
+            "deepseek_v3",
+            int4_packed(),
+            compressed("pack-quantized"),
+            is_expert,
+            model_type=name,
+        )
+        for name in DEEPSEEK
+    ),
+    Case(
+        "compressed-tensors pack-quantized",
+        "mistral4",
+        int4_packed(),
+        compressed("pack-quantized"),
+        lambda name: is_projection(name) and "kv_b_proj" not in name,
+    ),
+    Case(
+        "compressed-tensors mxfp4-pack-quantized",
+        "kimi_k3",
+        mxfp4_packed,
+        compressed("mxfp4-pack-quantized"),
+        is_expert,
+    ),
+]
+NOT_CHECKED = {"modelopt NVFP4"}
+"""mlx-lm's model of the only type that it reads them of needs Metal."""
+
+REFUSED = [
+    (Case("gptq", "llama", gptq(), {"quant_method": "gptq", "bits": 4, "group_size": 32}), "gptq"),
+    (
+        Case("gptq", "llama", gptq(g_idx=False), {"quant_method": "gptq", "bits": 4}, label="no"),
+        "format gptq are not served (served: MLX's own, awq",
+    ),
+    (Case("awq", "llama", awq(), AWQ | {"bits": 8}, label="8"), "bits is 8 (served: 4)"),
+    (Case("awq", "llama", awq(16), AWQ | {"group_size": 16}, label="16"), "group_size is 16"),
+    (Case("awq", "llama", awq(), AWQ | {"version": "gemv"}, label="gemv"), "version is gemv"),
+    (Case("awq", "qwen3_moe", awq(), AWQ), "the experts are quantised"),
+    (Case("fp8", "llama", fp8_blocks(), FP8), "fp8 are not served of llama (served: deepseek_v3"),
+    (
+        Case("fp8", "deepseek_v3", fp8_blocks(64), FP8 | {"weight_block_size": [64, 64]}),
+        "weight_block_size is [64, 64] (served: [128, 128])",
+    ),
+    (
+        Case("fp8", "deepseek_v3", fp8_tensor(), FP8 | {"weight_block_size": None}, label="tensor"),
+        "weight_block_size is None",
+    ),
+    (
+        Case("fp8", "deepseek_v3", fp8_blocks(128, torch.float8_e8m0fnu), FP8, label="e8m0"),
+        "scales have the type F8_E8M0",
+    ),
+    (
+        Case("fp8", "ministral3", fp8_tensor(), FP8 | {"weight_block_size": None}),
+        "fp8 are not served of ministral3",
+    ),
+    (Case("mxfp4", "llama", mxfp4_packed, {"quant_method": "mxfp4"}), "served: gpt_oss"),
+    (Case("mxfp8", "llama", mxfp8, {"quant_method": "mxfp8"}), "served: minimax_m3_vl"),
+    (
+        Case("compressed", "llama", int4_packed(), compressed("pack-quantized")),
+        "compressed-tensors pack-quantized are not served of llama",
+    ),
+    (
+        Case("compressed", "deepseek_v3", int4_packed(), compressed("pack-quantized", num_bits=8)),
+        "num_bits is 8 (served: 4)",
+    ),
+    (
+        Case("compressed", "deepseek_v3", int4_packed(), compressed("pack-quantized"), label="kv"),
+        "kv_b_proj.weight_packed would be quantised a second time",
+    ),
+    (
+        Case("compressed", "llama", fp8_tensor("_scale"), compressed("float-quantized")),
+        "compressed-tensors float-quantized are not served",
+    ),
+    (
+        Case(
+            "compressed",
+            "llama",
+            nvfp4("_packed", "_scale", "_global_scale", inverse=True),
+            compressed("nvfp4-pack-quantized"),
+            label="nvfp4",
+        ),
+        "compressed-tensors nvfp4-pack-quantized are not served",
+    ),
+    (
+        Case(
+            "modelopt",
+            "llama",
+            nvfp4("", "_scale", "_scale_2", inverse=False),
+            {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        ),
+        "modelopt NVFP4 are not served of llama",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Gives the float checkpoint of a case; made once."""
+
+    @cache
+    def make(model: str, changes: str) -> Path:
+        folder = tmp_path_factory.mktemp(model)
+        if model in ("llama", "qwen3_moe"):
+            return save_checkpoint(folder, model)
+        if model in ("gpt_oss", "kimi_k3"):
+            return _save_with_experts(folder, model)
+        return transformers_checkpoints.save(folder, model, **json.loads(changes))
+
+    return lambda case: make(case.model, json.dumps(case.changes))
+
+
+def checkpoints(case: Case, source: Path, folder: Path) -> tuple[Path, Path]:
+    """(the case's checkpoint, one of the same numbers in float32)."""
+    stored, exact = converted(read_weights(source), case.convert, case.chosen)
+    config = json.loads((source / "config.json").read_text())
+    config["model_type"] = case.model_type or config["model_type"]
+    if case.format == "awq":  # mlx-lm holds all other weights in the type of the scales
+        exact = {name: tensor.half().float() for name, tensor in exact.items()}
+    if case.model_type == "kimi_k25":
+        config = {"model_type": "kimi_k25", "text_config": config | {"model_type": "kimi_k2"}}
+        stored, exact = (
+            {f"language_model.{name}": tensor for name, tensor in weights.items()}
+            for weights in (stored, exact)
+        )
+    if case.model == "gpt_oss":
+        exact = _gpt_oss_of_mlx(exact)
+    made = folder / "format", folder / "float32"
+    for path, weights in zip(made, (stored, exact), strict=True):
+        shutil.copytree(source, path)
+        write_weights(path, weights)
+        (path / "config.json").write_text(json.dumps(config))
+    config["quantization_config"] = case.quantization
+    (made[0] / "config.json").write_text(json.dumps(config))
+    return made
+
+
+def logits(model):
+    return np.array(model(TOKENS).astype(mx.float32))
+
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_the_logits_are_those_of_the_numbers(case, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        bitlinear_layers.BitLinear, "execute_matmul_kernel", tiny_architectures._ternary_product
+    )
+    quantised, exact = checkpoints(case, folders(case), tmp_path)
+    model = load_model(str(quantised), "float32")
+    found, expected = logits(model), logits(load_model(str(exact), "float32"))
+    assert np.abs(found - expected).max() < BOUND * expected.std()
+    packed = any(a.dtype in (mx.uint32, mx.uint8) for _, a in tree_flatten(model.parameters()))
+    assert packed == weight_formats.SERVED[case.format].memory.startswith("packed")
+
+
+def test_every_format_and_every_type_has_a_case():
+    shown = {(case.format, case.model_type or case.model) for case in SERVED}
+    for name, known in weight_formats.SERVED.items():
+        if name in NOT_CHECKED:
+            continue
+        if known.model_types == weight_formats.ANY:
+            assert any(case.format == name for case in SERVED), name
+        else:
+            assert {(name, model_type) for model_type in known.model_types} <= shown
+
+
+@pytest.mark.parametrize(("case", "words"), REFUSED, ids=lambda value: str(value)[:60])
+def test_other_weights_are_refused_by_the_name_of_their_format(case, words, folders, tmp_path):
+    quantised, _ = checkpoints(case, folders(case), tmp_path)
+    with pytest.raises(UserError, match="cannot be served") as error:
+        load_model(str(quantised), "float32")
+    [reason] = error.value.reasons
+    assert words in reason
+    assert "served" in reason and weight_formats.REMEDY in reason
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["aqlm", "auto-round", "bitsandbytes", "eetq", "fbgemm_fp8", "hqq", "quark", "torchao"],
+)
+def test_methods_that_mlx_lm_does_not_know(method):
+    config = {"model_type": "llama", "quantization_config": {"quant_method": method}}
+    reason = weight_formats.refusal(config)
+    assert method.replace("_", "-") in reason and "MLX's own" in reason
+
+
+@pytest.mark.parametrize("left", [{"quant_method": "fp8"}, {"quant_method": "gptq", "bits": 4}])
+def test_mlxs_own_format_with_what_is_left_of_another(left, tmp_path):
+    """Some converters leave the `quantization_config` of the checkpoint that they converted."""
+    folder = save_checkpoint(tmp_path / "model", quantization={"group_size": 32, "bits": 4})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": left}))
+    own = save_checkpoint(tmp_path / "own", quantization={"group_size": 32, "bits": 4})
+    expected = logits(load_model(str(own), "float32"))
+    assert np.array_equal(logits(load_model(str(folder), "float32")), expected)
+
+
+def test_codes_without_scales_are_no_numbers(tmp_path):
+    """As a file would have them whose config.json names no format."""
+    folder = save_checkpoint(tmp_path / "model")
+    weights = read_weights(folder)
+    stored, _ = converted(weights, fp8_tensor(), is_projection)
+    write_weights(folder, {name: t for name, t in stored.items() if "scale" not in name})
+    with pytest.raises(UserError, match="mlx-lm cannot load") as error:
+        load_model(str(folder), "float32")
+    assert "uint8 and no scales" in error.value.reasons[0]
+
+
+def test_the_types_of_the_tensors_of_all_files(tmp_path):
+    for i in (1, 2):
+        file = tmp_path / f"model-0000{i}-of-00002.safetensors"
+        mx.save_safetensors(str(file), {f"a{i}": mx.zeros(3), f"b{i}": mx.zeros(2, mx.uint8)})
+    assert weight_formats.tensor_types(tmp_path) == {
+        "a1": "F32",
+        "b1": "U8",
+        "a2": "F32",
+        "b2": "U8",
+    }
+
+
+def _save_with_experts(folder: Path, name: str) -> Path:
+    """mlx-lm's random weights with the experts under the names of the original checkpoint.
+
+    transformers has no model of Kimi K3, and writes the weights of gpt-oss in another way.
+    """
+    config = earlier_config(name)
+    weights: Weights = {}
+    for key, array in tree_flatten(tiny_architectures.tiny_model(name).parameters()):
+        rename = _gpt_oss_names if name == "gpt_oss" else _kimi_k3_names
+        weights |= rename(key, torch.from_numpy(np.array(array)))
+    if name == "gpt_oss":
+        for key in [key for key in weights if ".gate_proj" in key]:
+            parts = weights.pop(key), weights.pop(key.replace("gate_proj", "up_proj"))
+            axis = parts[0].ndim - 2 if key.endswith("gate_proj") else 1
+            joined = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
+            weights[key.replace("gate_proj", "gate_up_proj")] = joined
+    (folder / "config.json").write_text(json.dumps(config))
+    write_weights(folder, weights)
+    return folder
+
+
+def _kimi_k3_names(name: str, tensor: torch.Tensor) -> Weights:
+    base, found, projection = name.partition(".mlp.switch_mlp.")
+    if not found:
+        return {name: tensor}
+    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    projection = names[projection.removesuffix(".weight")]
+    prefix = f"{base}.block_sparse_moe.experts"
+    return {f"{prefix}.{i}.{projection}.weight": expert for i, expert in enumerate(tensor)}
+
+
+def _gpt_oss_names(name: str, tensor: torch.Tensor) -> Weights:
+    if ".experts." not in name:
+        return {name: tensor}
+    return {name.removesuffix(".weight").replace(".bias", "_bias"): tensor}
+
+
+def _gpt_oss_of_mlx(weights: Weights) -> Weights:
+    """Under mlx-lm's names, which it reads float weights of."""
+    renamed: Weights = {}
+    for name, tensor in weights.items():
+        if ".experts." not in name:
+            renamed[name] = tensor
+            continue
+        base, _, part = name.rpartition(".")
+        projection, suffix = part.removesuffix("_bias"), "bias" if "bias" in part else "weight"
+        if projection == "down_proj":
+            renamed[f"{base}.down_proj.{suffix}"] = tensor
+            continue
+        gate, up = tensor.unflatten(1, (-1, 2)).unbind(2)
+        renamed |= {f"{base}.gate_proj.{suffix}": gate, f"{base}.up_proj.{suffix}": up}
+    return renamed
