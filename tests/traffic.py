@@ -8,10 +8,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from tests.serving import Serving
 
-LONGEST_ANSWER = 24
+LONGEST_PROMPT, LONGEST_ANSWER = 72, 24
 """Tokens."""
-_LONGEST_PREFIX = 60
-"""Tokens of a conversation that goes on."""
 
 AnswerOf = Callable[[list[int], int], list[int]]
 """The right answer to a prompt, of as many tokens."""
@@ -38,9 +36,10 @@ def prompt(rng: random.Random, length: int, vocabulary: int) -> list[int]:
 def arrivals(
     rng: random.Random, count: int, vocabulary: int, answer_of: AnswerOf
 ) -> Iterator[Arrival]:
-    """Shared prefixes of whole blocks and of parts of them, and next turns of conversations.
+    """Requests that begin with shared prefixes, of whole blocks or parts of them.
 
-    A next turn goes on from an answer that may still be computed.
+    Many go on from the answer to an earlier one, which may still be computed.
+
     """
     prefixes = [prompt(rng, rng.choice([16, 17, 32, 48, 50]), vocabulary) for _ in range(3)]
     for _ in range(count):
@@ -48,8 +47,9 @@ def arrivals(
         if rng.random() < 0.3:
             token_ids = token_ids[: rng.randrange(1, len(token_ids) + 1)]
         token_ids += prompt(rng, rng.choice([0, 0, 1, 9, 30]), vocabulary)
+        token_ids = token_ids[:LONGEST_PROMPT]
         num_tokens = rng.randrange(1, LONGEST_ANSWER + 1)
-        if len(token_ids) < _LONGEST_PREFIX:
+        if len(token_ids) < LONGEST_PROMPT:
             answer = answer_of(token_ids, num_tokens)
             prefixes.append(token_ids + answer[: rng.randrange(num_tokens + 1)])
         steps = rng.choice([0, 0, 1, 2, 5])

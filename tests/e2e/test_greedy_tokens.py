@@ -1,6 +1,6 @@
 """The engine's greedy tokens are mlx-lm's, however the scheduler cuts the work.
 
-On the real model, whose tests take long. `test_models.py` has the same for a tiny model of each kind.
+On the real model. `test_models.py` has the same for a tiny model of each kind.
 """
 
 import pytest
