@@ -1,9 +1,7 @@
 """`vllm serve` as a user runs it, through the official `openai` client."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,9 +11,10 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.e2e.conftest import SERVED_MODEL as MODEL
+
 pytestmark = pytest.mark.engine
 
-MODEL = "smollm2"
 WEATHER = {
     "type": "function",
     "function": {
@@ -29,40 +28,6 @@ WEATHER = {
         },
     },
 }
-
-
-@pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory):
-    """Address of a running server with the demo model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(demo_model), "--served-model-name", MODEL),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "16"),
-        *("--kv-cache-memory-bytes", str(400 << 20)),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-    ]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None or _answers(address):
-                break
-            time.sleep(0.5)
-        assert process.poll() is None, log.read_text()[-3000:]
-        yield address
-        served = log.read_text()
-        assert "Traceback" not in served
-        assert "KV cache plan" in served
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture
@@ -210,13 +175,6 @@ def test_bench_serve_completes_without_failures(server, demo_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"Successful requests:\s+16", done.stdout), done.stdout
     assert re.search(r"Failed requests:\s+0", done.stdout), done.stdout
-
-
-def _answers(address: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{address}/health", timeout=2).status == 200
-    except OSError:
-        return False
 
 
 def _metric(address: str, name: str) -> float:
