@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 
 
+def loaded_worker(config: "VllmConfig") -> MetalWorker:
+    """A worker as vLLM has it when it asks for the memory."""
+    worker = MetalWorker(config, 0, 0, "", is_driver_worker=True)
+    worker.init_device()
+    worker.load_model()
+    [layout] = worker.get_supported_kv_cache_layouts()
+    worker.set_kv_cache_layout(layout)
+    return worker
+
+
 class Serving:
     """Worker and scheduler, set up in the order in which vLLM's engine does it.
 

@@ -1,6 +1,5 @@
 """The worker in the order in which vLLM calls it: memory asked for, promised and kept."""
 
-import json
 import re
 
 import mlx.core as mx
@@ -8,27 +7,16 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import ChunkedKVCache
 
-from tests.serving import Serving
-from tests.tiny_models import LAYERS, save_checkpoint, save_tokenizer
+from tests.serving import Serving, loaded_worker
+from tests.tiny_models import LAYERS, save_checkpoint
 from vllm_metal import worker as worker_module
 from vllm_metal.errors import UserError
-from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.machine.device import Device
 from vllm_metal.model.decode_graphs import DecodeGraphs
 from vllm_metal.model.dry_forward import UnsupportedModelError
 from vllm_metal.startup import decode_probe
-from vllm_metal.worker import MetalWorker
 
 PROMPT = list(range(90))
-
-
-def loaded(config) -> MetalWorker:
-    worker = MetalWorker(config, 0, 0, "", is_driver_worker=True)
-    worker.init_device()
-    worker.load_model()
-    [layout] = worker.get_supported_kv_cache_layouts()
-    worker.set_kv_cache_layout(layout)
-    return worker
 
 
 def test_the_users_bytes_are_the_bytes_for_pages(make_config):
@@ -44,7 +32,7 @@ def test_memory_follows_utilization(make_config):
     answers = {}
     for utilization in (0.2, 0.1):
         config = make_config(kv_cache_memory_bytes=None, gpu_memory_utilization=utilization)
-        worker = loaded(config)
+        worker = loaded_worker(config)
         answers[utilization] = worker.determine_available_memory()
         limit = worker.metal_device.memory_limit
         spent = worker.plan.weights + worker.plan.workspace
@@ -53,7 +41,7 @@ def test_memory_follows_utilization(make_config):
 
 
 def test_the_memory_question_keeps_nothing(make_config):
-    worker = loaded(make_config())
+    worker = loaded_worker(make_config())
     before = mx.get_active_memory()
     worker.determine_available_memory()
     assert mx.get_active_memory() - before < 10_000
@@ -84,13 +72,13 @@ def test_mlx_is_told_the_plan(make_config):
 
 
 def test_too_little_memory_for_one_request(make_config):
-    worker = loaded(make_config(kv_cache_memory_bytes=133_000))
+    worker = loaded_worker(make_config(kv_cache_memory_bytes=133_000))
     with pytest.raises(UserError, match="Too little memory for one request of 128 tokens"):
         worker.determine_available_memory()
 
 
 def test_vllm_agrees_that_the_offered_length_fits(make_config):
-    worker = loaded(make_config(kv_cache_memory_bytes=133_000))
+    worker = loaded_worker(make_config(kv_cache_memory_bytes=133_000))
     with pytest.raises(UserError) as error:
         worker.determine_available_memory()
     offered = int(str(error.value).split("--max-model-len ")[1].split(" ")[0])
@@ -101,7 +89,7 @@ def test_vllm_agrees_that_the_offered_length_fits(make_config):
 
 def asked_with(config, memory: int) -> int:
     """What a worker answers on a device with so much memory, with weights that take none."""
-    worker = loaded(config)
+    worker = loaded_worker(config)
     worker.weights = 0
     worker.metal_device = Device("cpu", "a small machine", memory, 0)
     return worker.determine_available_memory()
@@ -112,7 +100,7 @@ def test_what_too_little_memory_offers_is_enough(make_config, max_model_len):
     """Here the workspace is too large; with `--max-model-len -1` vLLM itself would name nothing."""
     settings = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 1.0}
     settings |= {"max_model_len": max_model_len}
-    worker = loaded(make_config(**settings))
+    worker = loaded_worker(make_config(**settings))
     worker.determine_available_memory()
     memory = worker.plan.workspace * 3 // 4
     with pytest.raises(UserError, match="the largest term is the workspace") as error:
@@ -130,102 +118,6 @@ def test_the_length_may_be_fitted_to_the_memory(make_config):
     serving = Serving(config)
     assert config.model_config.max_model_len == 48
     assert len(serving.generate([PROMPT[:40]], max_tokens=8)[0]) == 8
-
-
-@pytest.fixture
-def make_compressed(make_config, tmp_path, monkeypatch):
-    """As `make_config`, for a model that can be compressed, with an empty startup cache."""
-    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "on")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_checkpoint(tmp_path / "model", head_dim=64)
-    save_tokenizer(folder)
-
-    def make(**settings):
-        defaults = {"model": str(folder), "skip_tokenizer_init": False}
-        return make_config(**(defaults | {"additional_config": {"turboquant": True}} | settings))
-
-    return make
-
-
-OF_THE_MODEL = ["key_constants", "decode_answers"]
-"""Results that do not depend on the server's limits."""
-
-
-def measured_before(worker: MetalWorker) -> list[str]:
-    """What a later start of `worker` reads instead of measuring it."""
-    worker.determine_available_memory()
-    return worker.results.read
-
-
-def constants_of(worker: MetalWorker) -> list[tuple[bytes, bytes]]:
-    codecs = [backend.key_codec for backend in worker.model_pages.backends]
-    return [(bytes(codec.centre), bytes(codec.key_factors)) for codec in codecs]
-
-
-def test_a_second_start_measures_nothing(make_compressed, monkeypatch, tmp_path):
-    first = loaded(make_compressed())
-    assert measured_before(first) == []
-    names = {path.name.split("-")[0] for path in (tmp_path / "cache/vllm_metal/startup").iterdir()}
-    assert names == {"key_constants", "decode_answers", "forward_peaks"}
-
-    def unwanted(*_):
-        raise AssertionError("measured although it was kept")
-
-    monkeypatch.setattr(worker_module, "calibrate", unwanted)
-    monkeypatch.setattr(worker_module.workspace_probe, "prefill_peaks", unwanted)
-    monkeypatch.setattr(worker_module.workspace_probe, "decode_peaks", unwanted)
-    monkeypatch.setattr(worker_module.decode_probe, "ask", unwanted)
-    second = loaded(make_compressed())
-    assert measured_before(second) == ["key_constants", "decode_answers", "forward_peaks"]
-    assert second.decode_answers == first.decode_answers
-    assert constants_of(second) == constants_of(first)
-    assert second.step_memory == first.step_memory
-    assert second.plan.workspace == first.plan.workspace
-
-
-def test_formats_share_the_constants_and_not_the_memory(make_compressed):
-    measured_before(loaded(make_compressed()))
-    other = {"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"}
-    assert measured_before(loaded(make_compressed(additional_config=other))) == OF_THE_MODEL
-    assert measured_before(loaded(make_compressed(additional_config={}))) == ["decode_answers"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "shared"),
-    [
-        ({"max_model_len": 96}, ["decode_answers"]),
-        ({"dtype": "bfloat16"}, []),
-        ({"block_size": 32}, OF_THE_MODEL),
-        ({"max_num_seqs": 4}, OF_THE_MODEL),
-        ({"max_num_batched_tokens": 32}, OF_THE_MODEL),
-        ({"additional_config": {"turboquant": True, "skip_layers": [0]}}, OF_THE_MODEL),
-    ],
-    ids=str,
-)
-def test_what_another_configuration_shares(make_compressed, settings, shared):
-    measured_before(loaded(make_compressed()))
-    assert measured_before(loaded(make_compressed(**settings))) == shared
-
-
-def test_another_tokenizer_is_another_calibration(make_compressed, tmp_path):
-    """It may lie outside the model's folder, with the same name and size."""
-    measured_before(loaded(make_compressed()))
-    folder = save_checkpoint(tmp_path / "other", head_dim=64)
-    save_tokenizer(folder)
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
-    path.write_text(json.dumps(content))
-    config = make_compressed(tokenizer=str(folder))
-    assert measured_before(loaded(config)) == ["forward_peaks"]
-
-
-def test_the_startup_cache_may_be_switched_off(make_compressed, monkeypatch, tmp_path):
-    monkeypatch.setenv(STARTUP_CACHE_VARIABLE, "off")
-    for _ in range(2):
-        assert measured_before(loaded(make_compressed())) == []
-    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -303,11 +195,11 @@ def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):
     chunked = [ChunkedKVCache(8) for _ in range(LAYERS)]
     monkeypatch.setattr(llama.Model, "make_cache", lambda _: chunked)
     with pytest.raises(UnsupportedModelError, match="'llama' cannot be served"):
-        loaded(config)
+        loaded_worker(config)
 
 
 def test_what_it_offers(make_config):
-    worker = loaded(make_config())
+    worker = loaded_worker(make_config())
     assert worker.get_supported_tasks() == ("generate",)
     assert worker.get_supported_kv_cache_layouts() == ["LBNHC"]
     assert worker.list_loras() == set()

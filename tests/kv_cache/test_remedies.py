@@ -134,12 +134,12 @@ def test_what_is_offered_helps(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_more_is_asked_for_than_is_needed(way):
-    """A token more, or the next step of a setting, no longer fits."""
+    """The next step of a setting no longer fits, nor does a length that uses up the slack."""
     plan_of, changes, _ = WAYS[way]
     settings = replace(SETTINGS, **changes)
     for offer in offers(refusal(plan_of, **changes)):
         more = {
-            "max_model_len": lambda length: round(1.15 * length) + 16,
+            "max_model_len": lambda length: round(1.35 * length) + 16,
             "max_num_batched_tokens": lambda tokens: 2 * tokens,
             "max_num_seqs": lambda requests: requests,
             "gpu_memory_utilization": lambda part: part - 0.01,
