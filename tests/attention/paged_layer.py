@@ -14,6 +14,9 @@ from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_rows, prefill_chunk
 from vllm_metal.kv_cache.groups import AttentionGroup
 
+BLOCK = 16
+GROUPED = LayerShape(num_kv_heads=2, head_size=64, head_size_v=64)
+
 
 @dataclass
 class Request:
@@ -170,3 +173,15 @@ class PagedLayer:
 
 def _sinks(request: Request, dtype: mx.Dtype) -> mx.array | None:
     return None if request.sinks is None else mx.array(request.sinks, dtype)
+
+
+def error(out: mx.array, expected: np.ndarray, *requests: Request) -> float:
+    """Largest difference as a part of the largest value; NaN stays NaN and fails a comparison."""
+    largest = max(np.abs(request.values).max() for request in requests)
+    return float(np.abs(np.array(out.astype(mx.float32)) - expected).max() / (largest or 1.0))
+
+
+def fill(layer: PagedLayer, request: Request, chunk: int = 2 * BLOCK) -> None:
+    """Prefills all tokens but the last, which `decode` brings."""
+    for start in range(0, request.seq_len - 1, chunk):
+        layer.prefill(request, start, min(start + chunk, request.seq_len - 1))
