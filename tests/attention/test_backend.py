@@ -154,6 +154,25 @@ def test_output_has_the_type_of_the_queries(candidate):
         assert error(out, layer.expected_decode([request]), request) < largest
 
 
+def test_keys_and_values_may_have_types_of_their_own(candidate):
+    """The output has that of the queries, whatever a chunk reads."""
+    layer = layer_of(candidate)
+    request = layer.request(BLOCK + 5, 4)
+    kinds = mx.float32, mx.float16, mx.bfloat16
+    for queries, keys, values in zip(
+        kinds, kinds[1:] + kinds[:1], kinds[2:] + kinds[:2], strict=True
+    ):
+        dtypes = {"queries": queries, "keys": keys, "values": values}
+        for start, end in ((0, 10), (10, BLOCK + 4)):
+            out = layer.prefill(request, start, end, dtypes)
+            assert out.dtype == queries
+            expected = request.expected(start, end)
+            assert error(out, expected, request) < candidate.tolerance + 2e-2
+        out = layer.decode([request], dtypes)
+        assert out.dtype == queries
+        assert error(out, layer.expected_decode([request]), request) < candidate.tolerance + 2e-2
+
+
 @pytest.mark.parametrize("field", ["keys", "values"])
 def test_ugly_keys_and_values(candidate, field):
     """Each case scaled so that its scores are of the size of a model's."""
