@@ -152,7 +152,7 @@ PLANTED = {
     ),
     "an unknown function": ("simd_any(grows)", "simd_ballot_any(grows)"),
     "a float cut to an int unasked": ("int count = 0;", "int count = 0.5f;"),
-    "the C++ library": ("return sum == 0.0f", "return std::isnan(sum)"),
+    "the C++ library": ("return sum > 0.0f", "return std::isfinite(sum)"),
 }
 
 
