@@ -11,14 +11,17 @@ and loaded again in the inner loop.
 
 import argparse
 import contextlib
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
+import mlx.core as mx
 from cuda_program import Instantiation, cuda_program, decode_instantiation
 
 BOUNDS = (128, 96)
@@ -50,8 +53,19 @@ def allocated(made_for: Instantiation, registers: int) -> tuple[int, int]:
     return int(used.group(1)), int(spilt.group(1))
 
 
+def conditions() -> str:
+    """The machine, the day and the versions that a table holds for."""
+    nvcc = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"release [^,]+, V([\d.]+)", nvcc)
+    return (
+        f"{date.today()}, {platform.system()} {platform.machine()}, nvcc {release.group(1)} for "
+        f"sm_90, MLX {mx.__version__}; no GPU takes part"
+    )
+
+
 def table(cases: Sequence[tuple[tuple[str, str], int, int]]) -> None:
-    """Prints a row for each case."""
+    """Prints the conditions and a row for each case."""
+    print(conditions())
     print("formats      heads rows   at most 128: used, spilt   at most 96: used, spilt")
     for pair, heads, most_rows in cases:
         made_for = decode_instantiation(pair, heads, max_rows=most_rows, run_tokens=2)

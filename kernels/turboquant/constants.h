@@ -13,6 +13,7 @@ constant constexpr int TRIED_LEVELS = 3;
 constant constexpr int NUM_CANDIDATES = 5;
 constant constexpr float COORDINATE_LIMIT = 16777216.0f;
 constant constexpr float MAX_SCALE = 65504.0f;
+constant constexpr int NAN_BITS = 32256;
 constant constexpr int CODEBOOK_FACTORS = 4;
 constant constexpr int CODEBOOK_MIDPOINTS = 16;
 constant constexpr int TOKEN_WORDS = 8;

@@ -16,6 +16,30 @@ struct StoredPair {
   uint biases;
 };
 
+// The scales of a pair of tokens, as their keys and values are to be read.
+struct PairScales {
+  uint keys;
+  uint values;
+};
+
+// All bits of those halves that are NaN or infinite.
+METAL_FUNC uint broken_halves(uint halves) {
+  uint low = (halves & 0x7c00u) == 0x7c00u ? 0xffffu : 0u;
+  uint high = (halves & 0x7c000000u) == 0x7c000000u ? 0xffff0000u : 0u;
+  return low | high;
+}
+
+// A token whose key or value was not finite is read as a key of NaN and a value of zeros. MLX's
+// attention replaces scores that are not seen, but multiplies every value, and 0 * NaN is NaN.
+template <typename Layout>
+METAL_FUNC PairScales load_scales(const device uchar* page, uint slot) {
+  uint keys = load_pair(Layout::key_scale(page, slot));
+  uint values = load_pair(Layout::value_scale(page, slot));
+  uint broken = broken_halves(keys) | broken_halves(values);
+  constexpr uint NAN_PAIR = uint(NAN_BITS) << 16 | uint(NAN_BITS);
+  return {(keys & ~broken) | (NAN_PAIR & broken), values & ~broken};
+}
+
 // The centroids of a pair of rotated vectors, with levels, scales and biases: [2, D] in `rotated`.
 template <int D, int BITS, int TERMS, bool HAS_LEVELS>
 METAL_FUNC void read_pair(
@@ -100,12 +124,13 @@ METAL_FUNC void dequantize_tokens(
   int count = offset + 1 < run.num_tokens ? 2 : 1;
   ulong output_row = ulong(row) * run.num_tokens + offset;
   threadgroup float* rotated = scratch + simdgroup * DequantizeScratch<Layout>::SIZE;
+  const PairScales scales = load_scales<Layout>(page, slot);
   if (vector % 2 == 0) {
     uint chunk = min(lane, DK / CHUNK - 1);
     const StoredPair stored = {
         Layout::key_codes(page, slot, 0), Layout::key_codes(page, slot + 1, 0),
         Layout::key_has_levels ? load_pair(Layout::key_levels(page, slot, chunk)) : 0u,
-        load_pair(Layout::key_scale(page, slot)),
+        scales.keys,
         Layout::key_has_bias ? load_pair(Layout::key_bias(page, slot)) : 0u};
     read_pair<DK, Layout::key_bits, Layout::key_terms, Layout::key_has_levels>(
         stored, key_codebook, rotated, lane);
@@ -117,7 +142,7 @@ METAL_FUNC void dequantize_tokens(
   } else {
     const StoredPair stored = {
         Layout::value_codes(page, slot, 0), Layout::value_codes(page, slot + 1, 0), 0u,
-        load_pair(Layout::value_scale(page, slot)), 0u};
+        scales.values, 0u};
     read_pair<DV, Layout::value_bits, Layout::value_terms, false>(
         stored, value_codebook, rotated, lane);
     for (int i = 0; i < count; i++) {

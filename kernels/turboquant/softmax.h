@@ -29,6 +29,6 @@ struct SoftmaxState {
     return factor;
   }
 
-  // 1 / sum, or 0 when there was nothing to attend to. NaN stays NaN.
-  METAL_FUNC float normaliser() const thread { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  // 1 / sum, or 0 when there was nothing to attend to.
+  METAL_FUNC float normaliser() const thread { return sum > 0.0f ? 1.0f / sum : 0.0f; }
 };

@@ -8,8 +8,8 @@
 #include "turboquant/layout.h"
 #include "turboquant/packing.h"
 
-// Stores one new key or value. One with an element that is NaN or infinite gets the scale NaN and
-// the codes of zeros: the output of every query that sees it is NaN, and of no other.
+// Stores one new key or value. One that is not finite after the rotation is stored as zeros would
+// be, with NaN as its scale: the output of every query that sees it is NaN, and of no other.
 template <
     typename Layout, bool KEY, int D, int BITS, int TERMS, bool HAS_LEVELS, bool HAS_BIAS,
     typename T>
@@ -51,7 +51,7 @@ METAL_FUNC void store_vector(
       KEY ? Layout::key_codes(page, slot, 0) : Layout::value_codes(page, slot, 0);
   pack_codes<D, BITS>(codes, (device ushort*)target, lane);
   if (lane == 0) {
-    scale = broken ? as_type<half>(ushort(0x7e00)) : scale;
+    scale = broken ? as_type<half>(ushort(NAN_BITS)) : scale;
     *(device half*)(KEY ? Layout::key_scale(page, slot) : Layout::value_scale(page, slot)) = scale;
     if (HAS_BIAS) {
       *(device half*)Layout::key_bias(page, slot) = bias;

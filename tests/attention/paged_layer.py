@@ -1,6 +1,6 @@
 """Requests whose K/V a test knows in full, fed to a backend in chunks and in decode steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,6 +13,13 @@ from vllm_metal.attention.slots import compose_slots
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_rows, prefill_chunk
 from vllm_metal.kv_cache.groups import AttentionGroup
+
+BLOCK = 16
+GROUPED = LayerShape(num_kv_heads=2, head_size=64, head_size_v=64)
+
+FIELDS = ("queries", "keys", "values")
+Types = mx.Dtype | Mapping[str, mx.Dtype]
+"""The element type of a request's arrays: one for all, or one for each of `FIELDS`."""
 
 
 @dataclass
@@ -90,14 +97,14 @@ class PagedLayer:
             shape.sliding_window,
         )
 
-    def prefill(self, request: Request, start: int, end: int, dtype: mx.Dtype = mx.float32):
+    def prefill(self, request: Request, start: int, end: int, dtype: Types = mx.float32):
         """Stores tokens `start` to `end` as one chunk; their attention, [Hq, L, Dv]."""
-        metadata = self.chunk(request, start, end)
-        keys = mx.array(request.keys[:, start:end], dtype)
-        values = mx.array(request.values[:, start:end], dtype)
+        metadata, dtypes = self.chunk(request, start, end), _each(dtype)
+        keys = mx.array(request.keys[:, start:end], dtypes["keys"])
+        values = mx.array(request.values[:, start:end], dtypes["values"])
         self.kv_cache.store(0, keys.swapaxes(0, 1), values.swapaxes(0, 1), metadata)
-        queries = mx.array(request.queries[:, start:end], dtype)
-        sinks = _sinks(request, dtype)
+        queries = mx.array(request.queries[:, start:end], dtypes["queries"])
+        sinks = _sinks(request, queries.dtype)
         chunk = Chunk(queries, keys, values, metadata, request.scale, sinks)
         out = self.backend.prefill(self.pages, chunk)
         self.kv_cache.evaluate(out)
@@ -106,7 +113,7 @@ class PagedLayer:
     def decode(
         self,
         requests: Sequence[Request],
-        dtype: mx.Dtype = mx.float32,
+        dtype: Types = mx.float32,
         padding: int = 0,
         lens: Sequence[int] | None = None,
     ) -> mx.array:  # [B, Hq, Dv]
@@ -118,21 +125,16 @@ class PagedLayer:
         """
         lens = [request.seq_len for request in requests] if lens is None else lens
         last = [seq_len - 1 for seq_len in lens]
-        metadata = self.rows(requests, lens, padding)
+        metadata, dtypes = self.rows(requests, lens, padding), _each(dtype)
 
-        def newest(arrays: list[np.ndarray]) -> mx.array:
+        def newest(field: str) -> mx.array:
+            arrays = [getattr(request, field) for request in requests]
             rows = [array[:, i] for array, i in zip(arrays, last, strict=True)]
-            return mx.array(np.stack(rows), dtype)
+            return mx.array(np.stack(rows), dtypes[field])
 
-        self.kv_cache.store(
-            0,
-            newest([request.keys for request in requests]),
-            newest([request.values for request in requests]),
-            metadata,
-        )
-        queries = newest([request.queries for request in requests])
-        first = requests[0]
-        rows = Rows(queries, metadata, first.scale, _sinks(first, dtype))
+        self.kv_cache.store(0, newest("keys"), newest("values"), metadata)
+        queries, first = newest("queries"), requests[0]
+        rows = Rows(queries, metadata, first.scale, _sinks(first, queries.dtype))
         out = self.backend.decode(self.pages, rows)
         self.kv_cache.evaluate(out)
         return out
@@ -168,5 +170,21 @@ class PagedLayer:
         return self.rng.standard_normal(shape, dtype=np.float32)
 
 
+def _each(dtype: Types) -> Mapping[str, mx.Dtype]:
+    return dict.fromkeys(FIELDS, dtype) if isinstance(dtype, mx.Dtype) else dtype
+
+
 def _sinks(request: Request, dtype: mx.Dtype) -> mx.array | None:
     return None if request.sinks is None else mx.array(request.sinks, dtype)
+
+
+def error(out: mx.array, expected: np.ndarray, *requests: Request) -> float:
+    """Largest difference as a part of the largest value; NaN stays NaN and fails a comparison."""
+    largest = max(np.abs(request.values).max() for request in requests)
+    return float(np.abs(np.array(out.astype(mx.float32)) - expected).max() / (largest or 1.0))
+
+
+def fill(layer: PagedLayer, request: Request, chunk: int = 2 * BLOCK) -> None:
+    """Prefills all tokens but the last, which `decode` brings."""
+    for start in range(0, request.seq_len - 1, chunk):
+        layer.prefill(request, start, min(start + chunk, request.seq_len - 1))

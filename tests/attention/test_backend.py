@@ -8,13 +8,11 @@ import pytest
 
 from tests import inputs
 from tests.attention.candidates import Candidate
-from tests.attention.paged_layer import PagedLayer, Request
+from tests.attention.paged_layer import BLOCK, GROUPED, PagedLayer, error, fill
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.kv_cache.cache import KVCache
 
-BLOCK = 16
 LENGTHS = tuple(inputs.lengths(BLOCK))
-GROUPED = LayerShape(num_kv_heads=2, head_size=64, head_size_v=64)
 NARROW_VALUES = LayerShape(num_kv_heads=1, head_size=64, head_size_v=32)
 ONE_TO_ONE = LayerShape(num_kv_heads=3, head_size=32, head_size_v=32)
 SHAPES = [GROUPED, NARROW_VALUES, ONE_TO_ONE]
@@ -22,18 +20,6 @@ SHAPES = [GROUPED, NARROW_VALUES, ONE_TO_ONE]
 
 def layer_of(candidate: Candidate, shape: LayerShape = GROUPED) -> PagedLayer:
     return PagedLayer(candidate.make(shape, BLOCK))
-
-
-def error(out: mx.array, expected: np.ndarray, *requests: Request) -> float:
-    """Largest difference as a part of the largest value; NaN stays NaN and fails a comparison."""
-    largest = max(np.abs(request.values).max() for request in requests)
-    return float(np.abs(np.array(out.astype(mx.float32)) - expected).max() / (largest or 1.0))
-
-
-def fill(layer: PagedLayer, request: Request, chunk: int = 2 * BLOCK) -> None:
-    """Prefills all tokens but the last, which `decode` brings."""
-    for start in range(0, request.seq_len - 1, chunk):
-        layer.prefill(request, start, min(start + chunk, request.seq_len - 1))
 
 
 def test_pages_take_the_bytes_that_the_backend_says(candidate):
@@ -136,19 +122,6 @@ def test_padding_of_the_block_table_is_masked(candidate):
     assert error(out[1:], layer.expected_decode([long]), long) < candidate.tolerance
 
 
-def test_values_that_are_no_numbers_stay_with_their_request(candidate):
-    """An earlier owner of a block that overflowed does not spoil the next one."""
-    layer = layer_of(candidate)
-    for poison in (np.inf, np.nan):
-        earlier = layer.request(2 * BLOCK, 4)
-        earlier = replace(earlier, values=np.full_like(earlier.values, poison))
-        layer.prefill(earlier, 0, 2 * BLOCK)
-        request = layer.request(BLOCK + 3, 4, block_ids=earlier.block_ids)
-        fill(layer, request)
-        out = layer.decode([request])
-        assert error(out, layer.expected_decode([request]), request) < candidate.tolerance, poison
-
-
 def test_sinks(candidate):
     layer = layer_of(candidate)
     request = layer.request(2 * BLOCK + 5, 4, sinks=True)
@@ -179,6 +152,25 @@ def test_output_has_the_type_of_the_queries(candidate):
         out = layer.decode([request], dtype)
         assert out.dtype == dtype
         assert error(out, layer.expected_decode([request]), request) < largest
+
+
+def test_keys_and_values_may_have_types_of_their_own(candidate):
+    """The output has that of the queries, whatever a chunk reads."""
+    layer = layer_of(candidate)
+    request = layer.request(BLOCK + 5, 4)
+    kinds = mx.float32, mx.float16, mx.bfloat16
+    for queries, keys, values in zip(
+        kinds, kinds[1:] + kinds[:1], kinds[2:] + kinds[:2], strict=True
+    ):
+        dtypes = {"queries": queries, "keys": keys, "values": values}
+        for start, end in ((0, 10), (10, BLOCK + 4)):
+            out = layer.prefill(request, start, end, dtypes)
+            assert out.dtype == queries
+            expected = request.expected(start, end)
+            assert error(out, expected, request) < candidate.tolerance + 2e-2
+        out = layer.decode([request], dtypes)
+        assert out.dtype == queries
+        assert error(out, layer.expected_decode([request]), request) < candidate.tolerance + 2e-2
 
 
 @pytest.mark.parametrize("field", ["keys", "values"])

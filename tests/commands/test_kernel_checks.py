@@ -60,6 +60,22 @@ def test_bytes_that_differ_from_the_codecs_are_found(monkeypatch):
     assert found.wrong_bytes and found.failure.endswith("differ from those of the codec")
 
 
+@pytest.mark.parametrize("kind", [DenseTrial, KernelTrial])
+def test_a_broken_key_without_effect_is_found(monkeypatch, kind):
+    monkeypatch.setattr(kind, "break_last_key", lambda self: None)
+    found = check() if kind is KernelTrial else check_dense(LayerShape(2, 64, 64), 16)
+    assert found.failure == "a key that is not finite gives an output that is"
+
+
+def test_a_broken_key_that_reaches_the_other_request_is_found(monkeypatch):
+    def everywhere(self):
+        self.keys = self.keys * mx.nan
+
+    monkeypatch.setattr(DenseTrial, "break_last_key", everywhere)
+    found = check_dense(LayerShape(2, 64, 64), 16)
+    assert "a relative error of inf" in found.failure
+
+
 @pytest.mark.parametrize("setting", ["sinks", "window"])
 def test_sinks_and_windows_are_checked(monkeypatch, setting):
     decode = KernelTrial.decode

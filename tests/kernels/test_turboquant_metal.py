@@ -82,7 +82,7 @@ def test_one_variant_of_each_kernel_whatever_the_batch_and_the_table():
     """So nothing is compiled when a request is added or grows: MLX passes arrays of fewer than 8
     elements in another address space and gives the kernel another name."""
     names = set()
-    for batch, blocks in product(range(1, 17), (1, 2, 3, 7, 8, 9, 16)):
+    for batch, blocks in product(range(1, 17), range(1, 21)):
         names |= kernel_names(sources(TINY, heads_per_kv_head=1, batch=batch, blocks=blocks))
     assert len(names) == 4
     sinks = [mx.zeros((heads,)) for heads in (1, 8)]

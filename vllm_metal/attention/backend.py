@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from vllm_metal.attention.broken_tokens import confined
 from vllm_metal.attention.masks import causal_mask
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 
@@ -149,7 +150,11 @@ class AttentionBackend(ABC):
         values: mx.array,  # [T, H, Dv]
         metadata: AttentionMetadata,
     ) -> Pages:
-        """Writes T tokens to their slots. The caller drops the pages it passed in."""
+        """Writes T tokens to their slots. The caller drops the pages it passed in.
+
+        The output of every query that sees a token with a NaN or infinite element in its key or
+        value is NaN in the KV heads concerned, and no other output is touched: see `broken_tokens`.
+        """
 
     @abstractmethod
     def decode(self, pages: Pages, rows: Rows) -> mx.array:  # [B, Hq, Dv]
@@ -175,13 +180,15 @@ class AttentionBackend(ABC):
     ) -> tuple[mx.array, mx.array]:  # [B, H, S, Dk], [B, H, S, Dv]
         """Returns all keys and values of the requests, in the type of the new ones.
 
-        A prefill chunk gets its own as they are, unless `reproducible`. Rows of shorter requests
-        end in zeros, so that a masked token adds nothing even where an earlier owner of its block
-        left a NaN.
+        A prefill chunk gets its own as they are, unless `reproducible`. A token whose key or value
+        is not finite has a key of NaN and a value of zeros (`broken_tokens`). Rows of shorter
+        requests end in zeros, so that a masked token adds nothing even where an earlier owner of
+        its block left a NaN.
         """
         context_len = metadata.max_seq_len
         if isinstance(metadata, PrefillMetadata) and not self.reproducible:
             context_len = metadata.context_len
+            keys, values = confined(keys, values)
         if not context_len:
             return keys, values
         stored_keys, stored_values = self.read(pages, metadata)

@@ -1,6 +1,7 @@
 """Compares the kernels of format pairs, and dense pages, with right answers on this machine."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -8,7 +9,12 @@ import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.commands.decode_timing import DecodeStep
-from vllm_metal.commands.kernel_trial import QUERY_HEADS_PER_KV_HEAD, DenseTrial, KernelTrial
+from vllm_metal.commands.kernel_trial import (
+    QUERY_HEADS_PER_KV_HEAD,
+    DenseTrial,
+    KernelTrial,
+    Trial,
+)
 from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.host_target import (
     HostProgram,
@@ -62,6 +68,7 @@ def check_dense(shape: LayerShape, block_size: int) -> Check:
             _compare(check, dtype, trial.decode(), trial.expected())
             seen = trial.sinks, WINDOW
             _compare(check, dtype, trial.decode(*seen), trial.expected(*seen))
+            check_broken_token(trial, trial.decode, check)
     check_order(DensePages(shape, block_size, DTYPES[0]), check)
     return check
 
@@ -126,6 +133,23 @@ def check_trial(trial: KernelTrial, check: Check, thorough: bool = True) -> None
     check.wrong_bytes += trial.wrong_bytes(token)
     if check.wrong_bytes:
         check.failure = f"{check.wrong_bytes} stored bytes differ from those of the codec"
+    if thorough:
+        check_broken_token(trial, lambda: trial.decode(trial.store()), check)
+
+
+def check_broken_token(trial: Trial, decode: Callable[[], mx.array], check: Check) -> None:
+    """A key that is not finite makes the output of its own request NaN, and of no other.
+
+    `decode` stores the trial's keys and values and attends to them. An earlier finding stands.
+    """
+    if check.failure:
+        return
+    expected = trial.expected()
+    trial.break_last_key()
+    outputs = np.array(decode().astype(mx.float32))
+    _compare(check, trial.dtype, mx.array(outputs[0]), expected[0])
+    if not np.isnan(outputs[-1, :QUERY_HEADS_PER_KV_HEAD]).all():
+        check.failure = "a key that is not finite gives an output that is"
 
 
 def _compare(check: Check, dtype: mx.Dtype, got: mx.array, expected: np.ndarray) -> None:

@@ -81,6 +81,13 @@ class Trial:
             )
             return np.array(out[:, :, 0])
 
+    def break_last_key(self) -> None:
+        """Makes one element NaN in the first KV head of the last token of the last request."""
+        with mx.stream(mx.cpu):
+            keys = np.array(self.keys.astype(mx.float32))
+            keys[-1, 0, 0] = np.nan
+            self.keys = mx.array(keys).astype(self.dtype)
+
     def _by_request(self, tokens: mx.array) -> mx.array:
         return tokens.reshape(REQUESTS, self.length, *tokens.shape[1:]).swapaxes(1, 2)
 

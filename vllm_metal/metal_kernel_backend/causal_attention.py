@@ -43,7 +43,7 @@ def causal_attention(
     sinks: mx.array | None,
     sliding_window: int | None = None,
 ) -> mx.array:  # [1, Hq, L, Dv]
-    """Causal attention, in row tiles where MLX would hold all scores at once."""
+    """Causal attention in the type of the queries, in row tiles where MLX would hold all scores."""
     heads, query_len, seq_len = queries.shape[1], queries.shape[2], keys.shape[2]
     context_len = seq_len - query_len
     rows = query_len
@@ -71,7 +71,8 @@ def causal_attention(
                 sinks=sinks,
             )
         )
-    return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+    out = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
+    return out.astype(queries.dtype)  # MLX attends in the widest of the three types
 
 
 def attend_to_itself(chunk: Chunk, sliding_window: int | None) -> mx.array:  # [Hq, L, Dv]

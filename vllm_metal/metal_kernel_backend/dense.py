@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import gcd
 
 import mlx.core as mx
-import numpy as np
 
 from vllm_metal.attention.backend import (
     AttentionBackend,
@@ -20,6 +19,7 @@ from vllm_metal.attention.backend import (
     Pages,
     Rows,
 )
+from vllm_metal.attention.broken_tokens import confined
 from vllm_metal.attention.metadata import AttentionMetadata
 from vllm_metal.attention.slots import split_slots
 from vllm_metal.metal_kernel_backend.causal_attention import (
@@ -63,11 +63,6 @@ class DensePages(AttentionBackend):
             block_size,
             self.page_size_bytes // dtype.size,
         )
-        sizes = shape.num_kv_heads * np.array([shape.head_size, shape.head_size_v])
-        self._broken_token = mx.array(np.repeat([np.nan, 0.0], sizes)).astype(dtype)
-        """What is stored of a token with a key or a value that is not finite: NaN as its keys, so
-        that the output of every query that sees it is NaN, and zeros as its values, because the
-        weight of a masked token is 0 and 0 * NaN is NaN."""
         self.name = f"dense {str(dtype).removeprefix('mlx.core.')}"
 
     @property
@@ -83,11 +78,11 @@ class DensePages(AttentionBackend):
     ) -> Pages:
         unit = self._geometry.unit(1)
         units = metadata.once(_token_units, self._geometry)
-        tokens, new = keys.shape[0], keys.astype(self.dtype).flatten(1)
+        # As the pages have them: what their type cannot hold is infinite.
+        keys, values = confined(keys.astype(self.dtype), values.astype(self.dtype))
+        tokens, new = keys.shape[0], keys.flatten(1)
         if self.shape.head_size_v:
-            new = mx.concatenate([new, values.astype(self.dtype).flatten(1)], axis=1)
-        broken = mx.sum(new - new, axis=1, keepdims=True)  # 0; NaN where an element is not finite
-        new = mx.where(broken == 0, new, self._broken_token)
+            new = mx.concatenate([new, values.flatten(1)], axis=1)
         array = pages.array.reshape(-1, unit)
         array[units] = new.reshape(tokens, -1, unit)
         return Pages(array.reshape(pages.array.shape))

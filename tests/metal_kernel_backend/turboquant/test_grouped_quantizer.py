@@ -105,6 +105,24 @@ def test_what_no_scale_can_hold_is_finite(name):
         assert (np.abs(y) <= np.maximum(2 * np.abs(x.astype(np.float64)), 1e-6)).all(), case
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_vector_that_is_not_finite_is_zeros_with_a_scale_of_nan(name, poison):
+    """One element, or all of them; the vectors beside it are what they are without it."""
+    x = np.random.default_rng(0).standard_normal((5, 128)).astype(np.float32)
+    x[1] = x[3] = 0
+    sound, _ = stored(x, name)
+    x[1, 17], x[3] = poison, poison
+    broken, y = stored(x, name)
+    expected = np.array(sound.scales).view(np.uint16)
+    expected[[1, 3]] = 0x7E00
+    assert (np.array(broken.scales).view(np.uint16) == expected).all()
+    for field in ("codes", "biases", "levels"):
+        if getattr(sound, field) is not None:
+            assert mx.array_equal(getattr(broken, field), getattr(sound, field))
+    assert np.isnan(y[[1, 3]]).all() and np.isfinite(np.delete(y, [1, 3], axis=0)).all()
+
+
 def test_error_falls_with_bits():
     for case, x in inputs.vectors(128).items():
         y = rotated(x)

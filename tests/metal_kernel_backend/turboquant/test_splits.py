@@ -56,12 +56,52 @@ def test_where_registers_allow_it_eight_heads_share_their_keys(monkeypatch):
     assert (gpu.resident_threadgroups(4), gpu.resident_threadgroups(5)) == (3, 2)
 
 
-def test_one_request_fills_the_simdgroups_of_an_apple_gpu(monkeypatch):
-    """24 simdgroups a core, 6 threadgroups: 8 KV heads of 8,192 tokens on the 40 cores of a Max."""
-    gpu = gpu_of(MetalTarget(), 40, monkeypatch)
-    plan = plan_decode(gpu, 4, 8, 8192)
-    assert 0.85 * 24 * 40 <= 8 * plan.num_splits * module.DECODE_SIMDGROUPS <= 24 * 40
-    assert plan.split_tokens % 32 == 0
+CHIPS = {
+    "M1": 8,
+    "M4": 10,
+    "M4 Pro": 20,
+    "M1 Max": 32,
+    "M4 Max": 40,
+    "M1 Ultra": 64,
+    "M3 Ultra": 80,
+}
+"""GPU cores. A core holds 24 simdgroups, 6 threadgroups."""
+
+
+def wave(chip: str, tokens: int, monkeypatch) -> tuple[int, int, float]:
+    """One request with 8 KV heads: waves, steps of each, and the part of the simdgroups in use."""
+    gpu = gpu_of(MetalTarget(), CHIPS[chip], monkeypatch)
+    plan = plan_decode(gpu, 4, 8, tokens)
+    threadgroups, resident = 8 * plan.num_splits, 6 * CHIPS[chip]
+    assert gpu.split_step == 32
+    return -(-threadgroups // resident), plan.split_tokens // 32, threadgroups / resident
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048, 8192, 32_768])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_one_request_takes_no_more_steps_than_an_apple_gpu_must(chip, tokens, monkeypatch):
+    """Steps one after the other: at most 15 % more than all steps over all that run at a time."""
+    waves, steps, _ = wave(chip, tokens, monkeypatch)
+    least = -(-8 * tokens // 32 // (6 * CHIPS[chip]))
+    assert waves * steps <= max(least, 1.15 * least)
+
+
+@pytest.mark.parametrize(
+    ("chip", "tokens", "filled"),
+    [
+        ("M1 Max", 8192, 1.0),
+        ("M4 Max", 8192, 0.97),
+        ("M3 Ultra", 8192, 0.87),
+        ("M1 Max", 1024, 0.67),
+        ("M4 Max", 1024, 0.53),
+        ("M3 Ultra", 1024, 0.53),
+    ],
+)
+def test_the_part_of_an_apple_gpu_that_one_request_fills(chip, tokens, filled, monkeypatch):
+    """1,024 tokens are 256 steps of a threadgroup: an Ultra holds 480, a Max 192 or 240, which do
+    two steps each in one wave."""
+    waves, _, part = wave(chip, tokens, monkeypatch)
+    assert waves == 1 and round(part, 2) == filled
 
 
 def test_the_cpu_is_one_core():

@@ -76,8 +76,9 @@ inline float fma(float a, float b, float c) { return std::fmaf(a, b, c); }
 // Exact up to the last rounding: the product of two halves is a float.
 inline half fma(half a, half b, half c) { return half(float(a) * float(b) + float(c)); }
 inline half2 fma(half2 a, half2 b, half2 c) { return half2(fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)); }
-inline float min(float a, float b) { return a < b ? a : b; }
-inline float max(float a, float b) { return a > b ? a : b; }
+// As in Metal and CUDA: of a NaN and a number, the number.
+inline float min(float a, float b) { return a < b || b != b ? a : b; }
+inline float max(float a, float b) { return a > b || b != b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float abs(float a) { return std::fabs(a); }

@@ -12,10 +12,12 @@ quantiser too, and the result depends, up to rounding, on nothing but the tokens
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, Chunk, LayerShape, Pages
+from vllm_metal.attention.broken_tokens import confined
 from vllm_metal.metal_kernel_backend.causal_attention import attend_to_itself
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
@@ -69,6 +71,9 @@ class TurboQuantAttention(AttentionBackend):
         return self.layout.page_size_bytes
 
     def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
+        if not self.reproducible:
+            keys, values = confined(chunk.keys, chunk.values)
+            chunk = replace(chunk, keys=keys, values=values)
         if not (self.reproducible or chunk.metadata.context_len):
             return attend_to_itself(chunk, self.shape.sliding_window)
         return self._prefill_compressed(pages, chunk)

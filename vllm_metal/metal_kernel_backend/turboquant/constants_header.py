@@ -27,7 +27,11 @@ from vllm_metal.metal_kernel_backend.turboquant.layout import (
     ODD_FACTORS,
     PageLayout,
 )
-from vllm_metal.metal_kernel_backend.turboquant.quantizer import COORDINATE_LIMIT, MAX_SCALE
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import (
+    COORDINATE_LIMIT,
+    MAX_SCALE,
+    NAN_BITS,
+)
 
 HEADER = f"turboquant/{CONSTANTS}"
 """The copy, in `kernels/`."""
@@ -55,6 +59,7 @@ CONSTANT_VALUES = {
     "NUM_CANDIDATES": NUM_CANDIDATES,
     "COORDINATE_LIMIT": COORDINATE_LIMIT,
     "MAX_SCALE": MAX_SCALE,
+    "NAN_BITS": NAN_BITS,
     "CODEBOOK_FACTORS": CODEBOOK_FACTORS,
     "CODEBOOK_MIDPOINTS": CODEBOOK_MIDPOINTS,
     "TOKEN_WORDS": TOKEN_WORDS,

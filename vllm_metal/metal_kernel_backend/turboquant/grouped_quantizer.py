@@ -12,7 +12,8 @@ scales t = largest |y_i| * factor:
 2. The candidate with the largest <y, c>^2 / <c, c> wins, the first among equals. The scale stored
    is <y, c> / <c, c>, which has the least squared error.
 
-Rounding and the order of sums are defined as in `quantizer`. Weights and centroids are exact.
+Rounding, the order of sums, and what is stored of a vector that is not finite are defined as in
+`quantizer`. Weights and centroids are exact.
 """
 
 import mlx.core as mx
@@ -27,9 +28,10 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import (
     COORDINATE_LIMIT,
     MAX_SCALE,
+    NAN_SCALE,
     Quantized,
+    are_finite,
     multiples,
-    nan_unless_finite,
 )
 from vllm_metal.metal_kernel_backend.turboquant.rotation import tree_sum
 
@@ -78,9 +80,9 @@ class GroupedQuantizer:
 
     def _quantize(self, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Vectors [N, D] to codes [N, D], scales [N] and levels [N, D / 16]."""
-        magnitude = mx.abs(y)
-        largest = mx.max(magnitude, axis=-1)
-        magnitude = mx.minimum(magnitude, COORDINATE_LIMIT).reshape(
+        finite = are_finite(y)
+        y = mx.where(finite, y, 0)
+        magnitude = mx.minimum(mx.abs(y), COORDINATE_LIMIT).reshape(
             -1, 1, self.num_groups, 1, GROUP_SIZE
         )
         reach = mx.max(magnitude, axis=-1, keepdims=True)
@@ -105,8 +107,8 @@ class GroupedQuantizer:
             mx.take_along_axis(x.reshape(flat), best, axis=1).squeeze(1)
             for x in (along / energy, steps, levels)
         )
-        scale = nan_unless_finite(mx.minimum(scale.squeeze(-1), MAX_SCALE), largest)
-        scale = scale.astype(mx.float16)
+        scale = mx.where(finite, mx.minimum(scale, MAX_SCALE).astype(mx.float16), NAN_SCALE)
+        scale = scale.squeeze(-1)
         return mx.where(y >= 0, self.half + steps, self.half - 1 - steps), scale, levels
 
     def _levels(self, reach: mx.array, scales: mx.array) -> mx.array:

@@ -16,9 +16,9 @@ Affine formats first subtract bias = (max + min) / 2, rounded to float16, and st
 Every operation is in float32 and rounded on its own (no fused multiply-add); sums are
 `rotation.tree_sum`. So the stored bytes are defined, and kernels are held to them.
 
-Where y has a coordinate that is NaN or infinite, the scale is NaN and the codes mean nothing. So
-the output of every query that sees the vector is NaN. A query that does not see it is not touched:
-codes stand for finite numbers, and weights of 0 take no scale.
+A vector y with a coordinate that is NaN or infinite is stored as zeros would be, but with the scale
+`NAN_SCALE`. Its codes stand for finite numbers, so only what takes the scale becomes NaN: the
+output of every query that sees the vector, and no other.
 """
 
 from collections.abc import Sequence
@@ -36,6 +36,13 @@ COORDINATE_LIMIT = 2.0**24
 
 MAX_SCALE = 65504.0
 """The largest float16."""
+
+NAN_BITS = 0x7E00
+"""A NaN of float16."""
+
+NAN_SCALE = mx.array(NAN_BITS, mx.uint16).view(mx.float16)
+"""The scale of a vector that is not finite. By its bits, because backends of MLX write the NaN of a
+conversion with different ones."""
 
 BELOW = 1 - 2.0**-20
 """Makes a quotient smaller by more than rounding, its own and that of a product, could add."""
@@ -104,7 +111,8 @@ class Quantizer:
         The axes of 1 hold M midpoints or 2 sums, and 5 candidates, on the way.
         """
         biases = None
-        reach = mx.max(mx.abs(y), axis=-1, keepdims=True)
+        finite = are_finite(y)
+        y = mx.where(finite, y, 0)
         if self.has_bias is not None:
             y = mx.clip(y, -COORDINATE_LIMIT, COORDINATE_LIMIT)
             biases = mx.where(self.has_bias, _middle(y), mx.array(0, mx.float16))
@@ -117,8 +125,8 @@ class Quantizer:
         if self.unbiased is not None:
             norm = tree_sum(magnitude * magnitude)
             scales = mx.where(self.unbiased, norm / mx.where(along > 0, along, 1.0), scales)
-        scales = nan_unless_finite(mx.minimum(scales, MAX_SCALE), reach).astype(mx.float16)
-        scales = mx.take_along_axis(scales, best, axis=-2)
+        scales = mx.minimum(scales, MAX_SCALE).astype(mx.float16)
+        scales = mx.where(finite, mx.take_along_axis(scales, best, axis=-2), NAN_SCALE)
         steps = mx.take_along_axis(steps, best, axis=-2)
         codes = mx.where(y >= 0, self.half + steps, self.half - 1 - steps)
         return Quantized(codes, scales, biases)
@@ -179,9 +187,9 @@ class Quantizer:
         return multiples(magnitude, largest * self.widths, self.last)
 
 
-def nan_unless_finite(scales: mx.array, reach: mx.array) -> mx.array:
-    """Scales of vectors whose largest magnitude is `reach`: NaN where that is NaN or infinite."""
-    return scales + (reach - reach)
+def are_finite(y: mx.array) -> mx.array:
+    """Which vectors [..., D] have no coordinate that is NaN or infinite, bool [..., 1]."""
+    return mx.all(y - y == 0, axis=-1, keepdims=True)
 
 
 def multiples(magnitude: mx.array, width: mx.array, last: mx.array | int) -> mx.array:

@@ -16,7 +16,7 @@ from vllm_metal.metal_kernel_backend.turboquant.bitpack import (
 )
 from vllm_metal.metal_kernel_backend.turboquant.formats import GROUP_SIZE
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
+from vllm_metal.metal_kernel_backend.turboquant.quantizer import NAN_SCALE, Quantized
 
 
 class Slots:
@@ -117,11 +117,18 @@ class Slots:
         return levels.reshape(batch, heads, 1, blocks * layout.block_size, -1)
 
     def load(self, pages: mx.array, block_table: mx.array) -> tuple[Quantized, Quantized]:
-        """The keys and values of blocks [B, N], each [B, H, N * block_size, D]."""
+        """The keys and values of blocks [B, N], each [B, H, N * block_size, D].
+
+        A token whose key or value was not finite is read as a key of NaN and a value of zeros: see
+        `attention.broken_tokens`.
+        """
         head_pages = self.head_pages(pages, self.head_page_indices(block_table))
         key_scales, *biases, value_scales = (
             plane.squeeze((2, 3)) for plane in self.scales_and_biases(head_pages)
         )
+        broken = ~(mx.isfinite(key_scales) & mx.isfinite(value_scales))
+        key_scales = mx.where(broken, NAN_SCALE, key_scales)
+        value_scales = mx.where(broken, mx.zeros((), mx.float16), value_scales)
         levels = self.key_levels(head_pages)
         keys = unpack(self.key_halfwords(head_pages).squeeze(2), self.layout.key_format.bits)
         values = unpack(self.value_halfwords(head_pages).squeeze(2), self.layout.value_format.bits)
