@@ -26,6 +26,17 @@ _VISION: dict[str, dict[str, Any]] = {
         },
         "mm_tokens_per_image": 4,
     },
+    "minimax_m3_vl": {
+        "merged_hidden_size": 32,
+        "projector_hidden_size": 48,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+        },
+    },
     "mistral3": {
         "vision_config": {
             "model_type": "pixtral",

@@ -90,6 +90,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "step3p5": {
         "attention_other_setting": {"num_attention_heads": 2, "num_attention_groups": 2},
         "moe_layers_enum": "1,3",
+        "yarn_only_types": ["full_attention"],
     },
 }
 """What the tiny configurations lack, by architecture; in `text_config` where there is one."""

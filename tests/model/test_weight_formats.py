@@ -1,10 +1,6 @@
 """Formats of weights that others write: right logits, or refused by the format's name."""
 
 import json
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +12,9 @@ import torch
 from mlx.utils import tree_flatten
 from mlx_lm.models import bitlinear_layers
 
-from tests import transformers_checkpoints
+from tests.foreign_checkpoints import Case, checkpoints, is_expert, is_whole_expert, save_float
 from tests.tiny_models import save_checkpoint
-from tests.transformers_form import earlier_config
 from tests.weight_files import (
-    Weights,
     awq,
     bitnet,
     converted,
@@ -44,6 +38,7 @@ TOKENS = mx.array([[5, 3, 8, 1, 9, 2, 7, 4, 6, 11, 13, 17, 19, 23, 29, 31, 37, 4
 BOUND = 1e-5
 """Largest difference of logits, in standard deviations of the logits."""
 
+BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
@@ -55,34 +50,6 @@ def compressed(name: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": name, "config_groups": groups}
 
 
-def is_expert(name: str) -> bool:
-    return ".experts." in name and is_projection(name)
-
-
-def is_whole_expert(name: str) -> bool:
-    """The weights of all experts in one tensor."""
-    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint with weights in a format."""
-
-    format: str
-    model: str
-    """The architecture of the float checkpoint."""
-    convert: Callable
-    quantization: dict[str, Any]
-    chosen: Callable[[str], bool] = is_projection
-    label: str = ""
-    model_type: str = ""
-    """Written into the file in place of the architecture's."""
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "-".join(filter(None, [self.format, self.model_type or self.model, self.label]))
-
-
 MIMO = {"n_shared_experts": None}
 MINIMAX = {"model_type": "minimax_m2", "rotary_dim": 16}
 DEEPSEEK = ("deepseek_v3", "joyai_llm_flash", "kimi_k2", "kimi_k25")
@@ -90,7 +57,8 @@ DEEPSEEK = ("deepseek_v3", "joyai_llm_flash", "kimi_k2", "kimi_k25")
 SERVED = [
     Case("awq", "llama", awq(), AWQ),
     Case("awq", "llama", awq(64), AWQ | {"group_size": 64}, label="64"),
-    Case("bitnet", "llama", bitnet, {"quant_method": "bitnet", "linear_class": "autobitlinear"}),
+    *(Case("awq", model, awq(), AWQ) for model in ("gemma3_text", "phi3", "qwen3_vl", "starcoder2")),
+    Case("bitnet", "llama", bitnet, BITNET | {"modules_to_not_convert": ["lm_head"]}),
     *(Case("fp8", "deepseek_v3", fp8_blocks(), FP8, model_type=name) for name in DEEPSEEK),
     Case("fp8", "deepseek_v32", fp8_blocks(), FP8),
     Case("fp8", "glm_moe_dsa", fp8_blocks(), FP8),
@@ -200,42 +168,15 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Gives the float checkpoint of a case; made once."""
+    made: dict[str, Path] = {}
 
-    @cache
-    def make(model: str, changes: str) -> Path:
-        folder = tmp_path_factory.mktemp(model)
-        if model in ("llama", "qwen3_moe"):
-            return save_checkpoint(folder, model)
-        if model in ("gpt_oss", "kimi_k3"):
-            return _save_with_experts(folder, model)
-        return transformers_checkpoints.save(folder, model, **json.loads(changes))
+    def make(case: Case) -> Path:
+        key = case.model + json.dumps(case.changes)
+        if key not in made:
+            made[key] = save_float(tmp_path_factory.mktemp(case.model), case)
+        return made[key]
 
-    return lambda case: make(case.model, json.dumps(case.changes))
-
-
-def checkpoints(case: Case, source: Path, folder: Path) -> tuple[Path, Path]:
-    """(the case's checkpoint, one of the same numbers in float32)."""
-    stored, exact = converted(read_weights(source), case.convert, case.chosen)
-    config = json.loads((source / "config.json").read_text())
-    config["model_type"] = case.model_type or config["model_type"]
-    if case.format == "awq":  # mlx-lm holds all other weights in the type of the scales
-        exact = {name: tensor.half().float() for name, tensor in exact.items()}
-    if case.model_type == "kimi_k25":
-        config = {"model_type": "kimi_k25", "text_config": config | {"model_type": "kimi_k2"}}
-        stored, exact = (
-            {f"language_model.{name}": tensor for name, tensor in weights.items()}
-            for weights in (stored, exact)
-        )
-    if case.model == "gpt_oss":
-        exact = _gpt_oss_of_mlx(exact)
-    made = folder / "format", folder / "float32"
-    for path, weights in zip(made, (stored, exact), strict=True):
-        shutil.copytree(source, path)
-        write_weights(path, weights)
-        (path / "config.json").write_text(json.dumps(config))
-    config["quantization_config"] = case.quantization
-    (made[0] / "config.json").write_text(json.dumps(config))
-    return made
+    return make
 
 
 def logits(model):
@@ -318,57 +259,3 @@ def test_the_types_of_the_tensors_of_all_files(tmp_path):
         "a2": "F32",
         "b2": "U8",
     }
-
-
-def _save_with_experts(folder: Path, name: str) -> Path:
-    """mlx-lm's random weights with the experts under the names of the original checkpoint.
-
-    transformers has no model of Kimi K3, and writes the weights of gpt-oss in another way.
-    """
-    config = earlier_config(name)
-    weights: Weights = {}
-    for key, array in tree_flatten(tiny_architectures.tiny_model(name).parameters()):
-        rename = _gpt_oss_names if name == "gpt_oss" else _kimi_k3_names
-        weights |= rename(key, torch.from_numpy(np.array(array)))
-    if name == "gpt_oss":
-        for key in [key for key in weights if ".gate_proj" in key]:
-            parts = weights.pop(key), weights.pop(key.replace("gate_proj", "up_proj"))
-            axis = parts[0].ndim - 2 if key.endswith("gate_proj") else 1
-            joined = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
-            weights[key.replace("gate_proj", "gate_up_proj")] = joined
-    (folder / "config.json").write_text(json.dumps(config))
-    write_weights(folder, weights)
-    return folder
-
-
-def _kimi_k3_names(name: str, tensor: torch.Tensor) -> Weights:
-    base, found, projection = name.partition(".mlp.switch_mlp.")
-    if not found:
-        return {name: tensor}
-    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    projection = names[projection.removesuffix(".weight")]
-    prefix = f"{base}.block_sparse_moe.experts"
-    return {f"{prefix}.{i}.{projection}.weight": expert for i, expert in enumerate(tensor)}
-
-
-def _gpt_oss_names(name: str, tensor: torch.Tensor) -> Weights:
-    if ".experts." not in name:
-        return {name: tensor}
-    return {name.removesuffix(".weight").replace(".bias", "_bias"): tensor}
-
-
-def _gpt_oss_of_mlx(weights: Weights) -> Weights:
-    """Under mlx-lm's names, which it reads float weights of."""
-    renamed: Weights = {}
-    for name, tensor in weights.items():
-        if ".experts." not in name:
-            renamed[name] = tensor
-            continue
-        base, _, part = name.rpartition(".")
-        projection, suffix = part.removesuffix("_bias"), "bias" if "bias" in part else "weight"
-        if projection == "down_proj":
-            renamed[f"{base}.down_proj.{suffix}"] = tensor
-            continue
-        gate, up = tensor.unflatten(1, (-1, 2)).unbind(2)
-        renamed |= {f"{base}.gate_proj.{suffix}": gate, f"{base}.up_proj.{suffix}": up}
-    return renamed

@@ -212,9 +212,9 @@ def _same_rope(module: nn.Module, right: nn.Module, expected: Mapping[str, Any])
         return False
     if rope_type(expected) != "yarn":
         return True
-    factor = expected.get("attention_factor") or getattr(right, "mscale", 1.0)
-    scale = float(getattr(module, "mscale", 1.0))
-    return bool(np.isclose(scale, float(factor), rtol=_RELATIVE_TOLERANCE))
+    wanted_scale: Any = expected.get("attention_factor") or getattr(right, "mscale", 1.0)
+    scale: Any = getattr(module, "mscale", 1.0)
+    return bool(np.isclose(float(scale), float(wanted_scale), rtol=_RELATIVE_TOLERANCE))
 
 
 def _dims(module: nn.Module) -> int:
