@@ -57,7 +57,10 @@ DEEPSEEK = ("deepseek_v3", "joyai_llm_flash", "kimi_k2", "kimi_k25")
 SERVED = [
     Case("awq", "llama", awq(), AWQ),
     Case("awq", "llama", awq(64), AWQ | {"group_size": 64}, label="64"),
-    *(Case("awq", model, awq(), AWQ) for model in ("gemma3_text", "phi3", "qwen3_vl", "starcoder2")),
+    *(
+        Case("awq", model, awq(), AWQ)
+        for model in ("gemma3_text", "phi3", "qwen3_vl", "starcoder2")
+    ),
     Case("bitnet", "llama", bitnet, BITNET | {"modules_to_not_convert": ["lm_head"]}),
     *(Case("fp8", "deepseek_v3", fp8_blocks(), FP8, model_type=name) for name in DEEPSEEK),
     Case("fp8", "deepseek_v32", fp8_blocks(), FP8),
