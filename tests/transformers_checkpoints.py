@@ -38,6 +38,7 @@ _VISION: dict[str, dict[str, Any]] = {
         },
     },
     "mistral3": {
+        "tie_word_embeddings": False,
         "vision_config": {
             "model_type": "pixtral",
             "hidden_size": 32,
