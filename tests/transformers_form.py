@@ -12,7 +12,9 @@ from typing import Any
 
 import tiny_architectures
 from mlx_lm.utils import load_config
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from vllm_metal.model.checkpoint_config import transformers_class
 
 THETA = 654321.0
 """No type's default."""
@@ -149,7 +151,9 @@ def _scale(text: dict[str, Any], scaling: Mapping[str, Any]) -> None:
 
 def as_transformers_writes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same configuration, read and saved by transformers."""
-    read = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+    read_by = transformers_class(config["model_type"])
+    assert read_by is not None
+    read = read_by.from_dict(copy.deepcopy(dict(config)))
     with tempfile.TemporaryDirectory() as folder:
         read.save_pretrained(folder)
         return load_config(Path(folder))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -120,6 +121,17 @@ def test_a_model_type_that_mlx_lm_does_not_know(make_config, checkpoint, tmp_pat
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "never_heard_of"}))
     with pytest.raises(UserError, match="never_heard_of"):
         load(config)
+
+
+def test_a_model_whose_code_needs_another_package(monkeypatch, checkpoint, tmp_path):
+    """mlx-lm's module ends the process where it cannot import it."""
+    for module in ("hf_olmo", "mlx_lm.models.olmo"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"model_type": "olmo"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="mlx-lm cannot load") as error:
+        load_structure(str(tmp_path))
+    assert error.value.reasons == ["its code needs the package hf_olmo, which is not installed"]
 
 
 def test_weights_of_another_shape(make_config, tmp_path):

@@ -177,6 +177,16 @@ def test_the_language_model_of_a_checkpoint_with_a_vision_part(make_config, tmp_
     assert generated == tokens[len(PROMPT) :]
 
 
+@pytest.mark.parametrize("model_type", ["lfm2-vl", "muse_spark"])
+def test_a_text_part_of_a_type_that_only_mlx_lm_knows(make_config, tmp_path, model_type):
+    settings = config_of(model_type, architectures=["OnlyHereForConditionalGeneration"])
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True).create_model_config()
+    assert model.get_head_size() == settings["text_config"]["head_dim"]
+    restored = pickle.loads(pickle.dumps(model.hf_config))
+    assert restored.get_text_config().num_hidden_layers == 4
+
+
 def own_config(folder, **changes):
     """A model folder with a configuration only."""
     (folder / "config.json").write_text(json.dumps(config_of("llama", **changes)))

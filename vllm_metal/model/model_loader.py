@@ -32,10 +32,12 @@ _LOAD_ERRORS = (
     LookupError,
     OSError,
     RuntimeError,
+    SystemExit,
     TypeError,
     ValueError,
 )
-"""What mlx-lm raises for a checkpoint that it does not understand."""
+"""What mlx-lm raises for a checkpoint that it does not understand, or whose code needs a package
+that is missing."""
 
 
 def mlx_dtype(name: object) -> mx.Dtype:
@@ -258,8 +260,11 @@ def _check_weights(model: nn.Module, path: Path) -> None:
             )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Why mlx-lm could not load a model, naming the key of `config.json` that it misses."""
+    if isinstance(error, SystemExit):
+        missing_package = getattr(error.__context__, "name", None)
+        return f"its code needs the package {missing_package}, which is not installed"
     missing = re.search(r"missing \d+ required positional arguments?: (.*)", str(error))
     if isinstance(error, TypeError) and missing:
         return f"config.json lacks {missing[1]}"

@@ -53,6 +53,9 @@ class MlxLmConfig(PretrainedConfig):
                     setattr(self, other, given)
                 if given is not None and getattr(self, name, None) is None:
                     setattr(self, name, given)
+        text = settings.get("text_config")
+        if isinstance(text, dict):  # vLLM asks the language model's settings for the names above
+            self.text_config = _config_class(text.get("model_type", self.model_type))(**text)
         register_architectures(self.architectures or [])
         if "AutoConfig" in (settings.get("auto_map") or {}):
             require_that_code_of_checkpoints_comes_first()
