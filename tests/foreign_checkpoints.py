@@ -51,7 +51,7 @@ def save_float(folder: Path, case: Case) -> Path:
     """Saves the float checkpoint of a case, under the names of the original; returns the folder."""
     if case.model == "llama":
         return save_checkpoint(folder, case.model)
-    if case.model in ("gpt_oss", "kimi_k3"):
+    if case.model in _NAMES:
         return _save_with_experts(folder, case.model)
     return transformers_checkpoints.save(folder, case.model, **case.changes)
 
@@ -84,19 +84,19 @@ def checkpoints(case: Case, source: Path, folder: Path) -> tuple[Path, Path]:
 def _save_with_experts(folder: Path, name: str) -> Path:
     """mlx-lm's random weights with the experts under the names of the original checkpoint.
 
-    transformers has no model of Kimi K3, and writes the weights of gpt-oss in another way.
+    transformers has no model of Kimi K3 and Muse Spark, and writes gpt-oss in another way.
     """
     config = earlier_config(name)
     weights: Weights = {}
     for key, array in tree_flatten(tiny_architectures.tiny_model(name).parameters()):
-        rename = _gpt_oss_names if name == "gpt_oss" else _kimi_k3_names
-        weights |= rename(key, torch.from_numpy(np.array(array)))
-    if name == "gpt_oss":
-        for key in [key for key in weights if ".gate_proj" in key]:
-            parts = weights.pop(key), weights.pop(key.replace("gate_proj", "up_proj"))
-            axis = parts[0].ndim - 2 if key.endswith("gate_proj") else 1
-            joined = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
-            weights[key.replace("gate_proj", "gate_up_proj")] = joined
+        weights |= _NAMES[name](key, torch.from_numpy(np.array(array)))
+    for key in [key for key in weights if key.endswith(("experts.gate_proj", "gate_proj_bias"))]:
+        parts = weights.pop(key), weights.pop(key.replace("gate_proj", "up_proj"))
+        if name == "gpt_oss":  # rows of the two take turns
+            joined = torch.stack(parts, 2).flatten(1, 2)
+        else:
+            joined = torch.cat(parts, 1)
+        weights[key.replace("gate_proj", "gate_up_proj")] = joined
     (folder / "config.json").write_text(json.dumps(config))
     write_weights(folder, weights)
     return folder
@@ -116,6 +116,33 @@ def _gpt_oss_names(name: str, tensor: torch.Tensor) -> Weights:
     if ".experts." not in name:
         return {name: tensor}
     return {name.removesuffix(".weight").replace(".bias", "_bias"): tensor}
+
+
+def _muse_spark_names(name: str, tensor: torch.Tensor) -> Weights:
+    """Gates and norms of the original have other values than mlx-lm's; any will do."""
+    if name.endswith("_beta"):
+        return {}
+    for mine, original in (
+        ("add_attn_alpha", "post_attention_residual_gate.gate"),
+        ("add_ffn_alpha", "post_feedforward_residual_gate.gate"),
+    ):
+        if name.endswith(mine):
+            return {name.replace(mine, original): tensor}
+    if name.endswith("qkvg_proj.weight"):
+        q, k, v, gate = tensor.split([128, 64, 64, 128])
+        parts = {"q_proj": q, "k_proj": k, "v_proj": v, "gate_proj": gate}
+        return {name.replace("qkvg_proj", key): part for key, part in parts.items()}
+    if name.endswith("_proj.weight") and ".experts." in name:
+        return {name.removesuffix(".weight"): tensor}
+    return {name: tensor}
+
+
+_NAMES = {
+    "gpt_oss": _gpt_oss_names,
+    "kimi_k3": _kimi_k3_names,
+    "muse_spark": _muse_spark_names,
+}
+"""What gives a tensor of mlx-lm's model its names in the original checkpoint."""
 
 
 def _gpt_oss_of_mlx(weights: Weights) -> Weights:

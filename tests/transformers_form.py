@@ -101,7 +101,7 @@ _LACKED = {
     "head_dim": ["glm4_moe_lite"],
     "rope_theta": (
         "dbrx gemma4 gemma4_text glm_moe_dsa gpt2 gpt_bigcode gpt_neox gptj jamba laguna mamba "
-        "mamba2 mellum ministral3 mistral4 nemotron_h qwen3_5 qwen3_5_moe"
+        "mamba2 mellum ministral3 mistral4 muse_spark nemotron_h qwen3_5 qwen3_5_moe"
     ).split(),
 }
 """Keys of the tiny configurations' common part, and the types that have none such."""

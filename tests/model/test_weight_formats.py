@@ -27,11 +27,12 @@ from tests.weight_files import (
     mxfp4_packed,
     mxfp8,
     nvfp4,
+    nvfp4_experts,
     read_weights,
     write_weights,
 )
 from vllm_metal.errors import UserError
-from vllm_metal.model import weight_formats
+from vllm_metal.model import model_loader, weight_formats
 from vllm_metal.model.model_loader import load_model
 
 TOKENS = mx.array([[5, 3, 8, 1, 9, 2, 7, 4, 6, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53]])
@@ -98,8 +99,9 @@ SERVED = [
         is_expert,
     ),
 ]
-NOT_CHECKED = {"modelopt NVFP4"}
-"""mlx-lm's model of the only type that it reads them of needs Metal."""
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+MUSE_SPARK = Case("modelopt NVFP4", "muse_spark", nvfp4_experts, NVFP4, is_whole_expert)
+"""Its weights are compared and not its logits: mlx-lm's model needs Metal."""
 
 REFUSED = [
     (Case("gptq", "llama", gptq(), {"quant_method": "gptq", "bits": 4, "group_size": 32}), "gptq"),
@@ -161,7 +163,7 @@ REFUSED = [
             "modelopt",
             "llama",
             nvfp4("", "_scale", "_scale_2", inverse=False),
-            {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+            NVFP4,
         ),
         "modelopt NVFP4 are not served of llama",
     ),
@@ -191,6 +193,7 @@ def test_the_logits_are_those_of_the_numbers(case, folders, tmp_path, monkeypatc
     monkeypatch.setattr(
         bitlinear_layers.BitLinear, "execute_matmul_kernel", tiny_architectures._ternary_product
     )
+    monkeypatch.setattr(model_loader, "can_run_metal", lambda: True)
     quantised, exact = checkpoints(case, folders(case), tmp_path)
     model = load_model(str(quantised), "float32")
     found, expected = logits(model), logits(load_model(str(exact), "float32"))
@@ -199,13 +202,33 @@ def test_the_logits_are_those_of_the_numbers(case, folders, tmp_path, monkeypatc
     assert packed == weight_formats.SERVED[case.format].memory.startswith("packed")
 
 
-def test_every_format_and_every_type_has_a_case():
-    shown = {(case.format, case.model_type or case.model) for case in SERVED}
-    for name, known in weight_formats.SERVED.items():
-        if name in NOT_CHECKED:
+def test_the_weights_of_a_model_that_needs_metal(folders, tmp_path):
+    quantised, exact = checkpoints(MUSE_SPARK, folders(MUSE_SPARK), tmp_path)
+    expected = dict(load_model(str(exact), "float32").named_modules())
+    compared = 0
+    for name, module in load_model(str(quantised), "float32").named_modules():
+        if "scales" not in module:
             continue
+        compared += 1
+        numbers = mx.dequantize(
+            module.weight,
+            module.scales,
+            group_size=16,
+            bits=4,
+            mode="nvfp4",
+            dtype=mx.float32,
+        )
+        numbers = numbers * module.global_scale.reshape(-1, 1, 1) / (6 * 448)
+        assert np.allclose(np.array(numbers), np.array(expected[name].weight), rtol=1e-5, atol=0)
+    assert compared == 12  # three projections in each of four layers
+
+
+def test_every_format_and_every_type_has_a_case():
+    cases = [*SERVED, MUSE_SPARK]
+    shown = {(case.format, case.model_type or case.model) for case in cases}
+    for name, known in weight_formats.SERVED.items():
         if known.model_types == weight_formats.ANY:
-            assert any(case.format == name for case in SERVED), name
+            assert any(case.format == name for case in cases), name
         else:
             assert {(name, model_type) for model_type in known.model_types} <= shown
 
@@ -218,6 +241,15 @@ def test_other_weights_are_refused_by_the_name_of_their_format(case, words, fold
     [reason] = error.value.reasons
     assert words in reason
     assert "served" in reason and weight_formats.REMEDY in reason
+
+
+def test_ternary_weights_on_another_device_than_metal(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_loader, "can_run_metal", lambda: False)
+    [case] = [case for case in SERVED if case.format == "bitnet"]
+    quantised, _ = checkpoints(case, folders(case), tmp_path)
+    with pytest.raises(UserError, match="on this device") as error:
+        load_model(str(quantised), "float32")
+    assert "_proj has ternary weights (bitnet)" in error.value.reasons[0]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ SERVED: dict[str, Format] = {
     ),
     "compressed-tensors mxfp4-pack-quantized": Format(("kimi_k3",), "packed, 4 bits", "experts"),
     "modelopt NVFP4": Format(
-        ("muse_spark",), "packed, 4 bits", "not checked: mlx-lm's model needs Metal"
+        ("muse_spark",),
+        "packed, 4 bits",
+        "experts; weights are compared and not logits, since mlx-lm's model needs Metal",
     ),
 }
 """What is served besides MLX's own format, by `quant_method` and, where it has several, format."""
