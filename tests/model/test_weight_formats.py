@@ -113,7 +113,7 @@ REFUSED = [
     (Case("awq", "llama", awq(16), AWQ | {"group_size": 16}, label="16"), "group_size is 16"),
     (Case("awq", "llama", awq(), AWQ | {"version": "gemv"}, label="gemv"), "version is gemv"),
     (Case("awq", "qwen3_moe", awq(), AWQ), "the experts are quantised"),
-    (Case("fp8", "llama", fp8_blocks(), FP8), "fp8 are not served of llama (served: deepseek_v3"),
+    (Case("fp8", "llama", fp8_blocks(), FP8), "fp8 are not served for llama (served: deepseek_v3"),
     (
         Case("fp8", "deepseek_v3", fp8_blocks(64), FP8 | {"weight_block_size": [64, 64]}),
         "weight_block_size is [64, 64] (served: [128, 128])",
@@ -128,13 +128,13 @@ REFUSED = [
     ),
     (
         Case("fp8", "ministral3", fp8_tensor(), FP8 | {"weight_block_size": None}),
-        "fp8 are not served of ministral3",
+        "fp8 are not served for ministral3",
     ),
     (Case("mxfp4", "llama", mxfp4_packed, {"quant_method": "mxfp4"}), "served: gpt_oss"),
     (Case("mxfp8", "llama", mxfp8, {"quant_method": "mxfp8"}), "served: minimax_m3_vl"),
     (
         Case("compressed", "llama", int4_packed(), compressed("pack-quantized")),
-        "compressed-tensors pack-quantized are not served of llama",
+        "compressed-tensors pack-quantized are not served for llama",
     ),
     (
         Case("compressed", "deepseek_v3", int4_packed(), compressed("pack-quantized", num_bits=8)),
@@ -165,7 +165,7 @@ REFUSED = [
             nvfp4("", "_scale", "_scale_2", inverse=False),
             NVFP4,
         ),
-        "modelopt NVFP4 are not served of llama",
+        "modelopt NVFP4 are not served for llama",
     ),
 ]
 
