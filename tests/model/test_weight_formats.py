@@ -64,6 +64,7 @@ SERVED = [
     ),
     Case("bitnet", "llama", bitnet, BITNET | {"modules_to_not_convert": ["lm_head"]}),
     *(Case("fp8", "deepseek_v3", fp8_blocks(), FP8, model_type=name) for name in DEEPSEEK),
+    Case("fp8", "deepseek_v3", fp8_blocks(), FP8 | {"scale_fmt": "ue8m0"}, label="powers of two"),
     Case("fp8", "deepseek_v32", fp8_blocks(), FP8),
     Case("fp8", "glm_moe_dsa", fp8_blocks(), FP8),
     Case("fp8", "mimo_v2_flash", fp8_blocks(), FP8, changes=MIMO),
