@@ -85,7 +85,6 @@ def group_of(nodeid: str) -> str:
 
 _WITH_DEMO_ENGINES = (
     "tests/e2e/test_greedy_tokens.py",
-    "tests/e2e/test_sampling.py",
     "tests/e2e/test_turboquant.py::test_eight_bits",
 )
 _ENGINE_FOR_EACH_KIND = "tests/e2e/test_models.py"

@@ -35,10 +35,3 @@ def demo_engine(demo_model) -> Iterator[LLM]:
     """
     with e2e.engine(demo_model) as llm:
         yield llm
-
-
-@pytest.fixture(scope="session")
-def chunking_engine(demo_model) -> Iterator[LLM]:
-    """The demo model in chunks of 64 tokens, over few pages."""
-    with e2e.engine(demo_model, **e2e.CHUNKS_IN_FEW_BLOCKS) as llm:
-        yield llm
