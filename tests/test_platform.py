@@ -19,6 +19,15 @@ from vllm_metal.platform import MetalPlatform, unsupported
 
 WATERMARK = {"key": 1}
 WHISPER = "WhisperForConditionalGeneration"
+
+
+class Unchanged:
+    """A function for `--hf-overrides` whose name is the same in every process."""
+
+    def __new__(cls, config):
+        return config
+
+
 ARCHITECTURE = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "mamba": "MambaForCausalLM",
@@ -87,7 +96,7 @@ def test_checking_twice_changes_nothing(make_config):
         ({"additional_config": {"turbo_quant": True}}, "unknown key 'turbo_quant'"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
-        ({"hf_overrides": dict}, "--hf-overrides as a function"),
+        ({"hf_overrides": Unchanged}, "--hf-overrides as a function"),
         ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization fp8 is not supported"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager is not"),
         ({"watermark_config": WATERMARK}, "--watermark-config is not supported: it needs vLLM's"),
