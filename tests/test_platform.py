@@ -18,7 +18,6 @@ from vllm_metal.machine.device import DEVICE_VARIABLE
 from vllm_metal.platform import MetalPlatform, unsupported
 
 WATERMARK = {"key": 1}
-WHISPER = "WhisperForConditionalGeneration"
 
 
 class Unchanged:
