@@ -68,7 +68,7 @@ mlx-lm runs these model types with the file of another:
 _FORMATS = """
 ## Weight formats
 
-Unquantised weights and MLX's own formats (`quantization` in `config.json`) are served of every
+Unquantised weights and MLX's own formats (`quantization` in `config.json`) are served for every
 model. Of the formats of others, which `quantization_config` names, those in this table are served.
 A test makes a checkpoint in each of them, for each model type that the table names, and compares
 the logits with those of the dequantised weights in float32. All other formats are refused by name

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.transformers_form import earlier_config
+from vllm_metal.model.checkpoint_config import transformers_class
 
 _WITHOUT_HEAD_DIM = ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "mistral4")
 """MLA: transformers takes the size of a head from the sizes of its parts."""
@@ -26,7 +26,19 @@ _VISION: dict[str, dict[str, Any]] = {
         },
         "mm_tokens_per_image": 4,
     },
+    "minimax_m3_vl": {
+        "merged_hidden_size": 32,
+        "projector_hidden_size": 48,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+        },
+    },
     "mistral3": {
+        "tie_word_embeddings": False,
         "vision_config": {
             "model_type": "pixtral",
             "hidden_size": 32,
@@ -68,7 +80,9 @@ def make_model(name: str, **changes: Any) -> PreTrainedModel:
     config |= copy.deepcopy(_VISION.get(name, {}))
     if "model_type" in changes:
         config["model_type"] = changes["model_type"]
-    read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    read_by = transformers_class(config["model_type"])
+    assert read_by is not None
+    read = read_by.from_dict(config)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(read.get_text_config(), key, None) is not None:
             setattr(read.get_text_config(), key, 0)

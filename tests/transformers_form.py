@@ -12,7 +12,9 @@ from typing import Any
 
 import tiny_architectures
 from mlx_lm.utils import load_config
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from vllm_metal.model.checkpoint_config import transformers_class
 
 THETA = 654321.0
 """No type's default."""
@@ -90,6 +92,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "step3p5": {
         "attention_other_setting": {"num_attention_heads": 2, "num_attention_groups": 2},
         "moe_layers_enum": "1,3",
+        "yarn_only_types": ["full_attention"],
     },
 }
 """What the tiny configurations lack, by architecture; in `text_config` where there is one."""
@@ -98,7 +101,7 @@ _LACKED = {
     "head_dim": ["glm4_moe_lite"],
     "rope_theta": (
         "dbrx gemma4 gemma4_text glm_moe_dsa gpt2 gpt_bigcode gpt_neox gptj jamba laguna mamba "
-        "mamba2 mellum ministral3 mistral4 nemotron_h qwen3_5 qwen3_5_moe"
+        "mamba2 mellum ministral3 mistral4 muse_spark nemotron_h qwen3_5 qwen3_5_moe"
     ).split(),
 }
 """Keys of the tiny configurations' common part, and the types that have none such."""
@@ -148,7 +151,9 @@ def _scale(text: dict[str, Any], scaling: Mapping[str, Any]) -> None:
 
 def as_transformers_writes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same configuration, read and saved by transformers."""
-    read = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+    read_by = transformers_class(config["model_type"])
+    assert read_by is not None
+    read = read_by.from_dict(copy.deepcopy(dict(config)))
     with tempfile.TemporaryDirectory() as folder:
         read.save_pretrained(folder)
         return load_config(Path(folder))

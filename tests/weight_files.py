@@ -155,6 +155,14 @@ def nvfp4(packed_suffix: str, scale_suffix: str, global_suffix: str, inverse: bo
     return convert
 
 
+def nvfp4_experts(name: str, weight: torch.Tensor) -> tuple[Weights, torch.Tensor]:
+    """As Muse Spark stores its experts: the last scale for each expert, of gate and up apart."""
+    stored, exact = nvfp4("", "_weight_scale", "_weight_scale_2", inverse=False)(name, weight)
+    shape = (len(weight), 2) if "gate_up" in name else (len(weight),)
+    stored[f"{name}_weight_scale_2"] = stored[f"{name}_weight_scale_2"].expand(shape)
+    return stored, exact
+
+
 def _affine(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, ...]:
     """(codes [out, groups, size], scales [out, groups], zero points [out, groups], numbers)."""
     groups = weight.unflatten(-1, (-1, group_size))

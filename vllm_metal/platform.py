@@ -18,8 +18,8 @@ from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config
-from vllm_metal.errors import ChangedLibraryError, UserError
-from vllm_metal.machine import cache_folder, device
+from vllm_metal.errors import UserError
+from vllm_metal.machine import cache_folder, device, torch_accelerator
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
 from vllm_metal.options import check
@@ -75,10 +75,9 @@ class MetalPlatform(Platform):
         vLLM calls it before it reads a model's configuration.
         """
         from vllm_metal.model import quantization_config  # noqa: F401, registers a class
-        from vllm_metal.model.register_models import register_model_types, register_text_models
+        from vllm_metal.model.register_models import register_models
 
-        register_model_types()
-        register_text_models()
+        register_models()
 
     @classmethod
     def verify_quantization(cls, quant: str) -> None:
@@ -155,7 +154,7 @@ class MetalPlatform(Platform):
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        _disable_accelerator_cache_release()
+        torch_accelerator.disable_cache_release()
         _disable_prefix_caching_for_states(vllm_config)
 
 
@@ -206,8 +205,6 @@ def _unsupported_model(vllm_config: "VllmConfig", compresses: bool) -> list[str]
             "--disable-hybrid-kv-cache-manager is not supported: layers of different kinds have "
             "their own groups of pages"
         )
-    if model.is_encoder_decoder:
-        reasons.append("encoder-decoder models are not supported")
     if model.skip_tokenizer_init and compresses:
         reasons.append(
             "--skip-tokenizer-init is not supported with TurboQuant, which needs the tokenizer to "
@@ -291,20 +288,3 @@ def _structure_of(model: str, load_arguments: str) -> "nn.Module":
     from vllm_metal.model.model_loader import load_structure
 
     return load_structure(model, **json.loads(load_arguments))
-
-
-def _disable_accelerator_cache_release() -> None:
-    """Replaces two functions of torch, which vLLM calls at its shutdown, with ones that do nothing.
-
-    torch stays on the CPU here. Emptying the caches of its accelerator fails where it has none, and
-    on Apple's accelerator it crashes the process with torch 2.13.
-    """
-    # patch: torch's functions that empty the caches of its accelerator
-    for name in ("empty_cache", "empty_host_cache"):
-        if not hasattr(torch.accelerator, name):
-            raise ChangedLibraryError("torch", f"torch.accelerator.{name}", "it does not exist")
-        setattr(torch.accelerator, name, _release_nothing)
-
-
-def _release_nothing() -> None:
-    """Takes the place of torch's functions."""

@@ -1,14 +1,21 @@
 """A model that mlx-lm built from less than its `config.json` says is refused."""
 
 import copy
+import json
 
 import pytest
 from mlx_lm.utils import _get_classes
+from tiny_architectures import ARCHITECTURES
+from transformers import DeepseekV3Config
+from vllm.transformers_utils.config import get_config
 
 from tests.tiny_models import config_of
+from tests.transformers_form import TYPES, as_transformers_writes, earlier_config
 from vllm_metal.errors import UserError
-from vllm_metal.model.checkpoint_config import with_mlx_lm_keys
+from vllm_metal.model import config_check
+from vllm_metal.model.checkpoint_config import transformers_class, with_mlx_lm_keys
 from vllm_metal.model.config_check import check_built_model
+from vllm_metal.model.register_models import register_models
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -154,3 +161,57 @@ def test_a_part_that_is_not_in_the_file():
     """transformers adds one of its own; a file that mlx-lm wrote flat has the settings above it."""
     config = {**config_of("qwen2", rope_theta=20000.0), "model_type": "qwen2_vl"}
     check_built_model(build(config), config)
+
+
+VLLM_CANNOT = {
+    "pixtral": "transformers has a vision part of this name",
+    "deepseek_v41": "it is refused; its layers choose between two embeddings",
+    "olmo": "mlx-lm's own code needs another package",
+}
+"""Architectures of which vLLM has no configuration that could be compared."""
+
+ANOTHER_KEY = ("phi3small", "prism_hadamard_qwen35")
+"""Architectures that read no `rope_theta`, of which the tiny configuration has one."""
+
+FAST = (
+    *("llama", "gemma3", "gemma3_text", "gemma4_text", "gpt_neox", "gpt_oss", "kimi_k25"),
+    *("lfm2-vl", "mimo_v2_flash", "phi3", "qwen3_5", "qwen3_next", "step3p5"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FAST else pytest.mark.nightly)
+        for name in ARCHITECTURES
+        if name not in VLLM_CANNOT
+    ],
+)
+def test_the_model_is_the_one_of_vllms_configuration(name, monkeypatch, tmp_path):
+    """Frequencies and windows of every layer, for all types that mlx-lm has.
+
+    `config.json` is as transformers 5 writes it where transformers knows the type.
+    """
+    register_models()
+    # vLLM reads DeepSeek-V3.2 with transformers' class of V3, and leaves the new name in it
+    monkeypatch.setattr(DeepseekV3Config, "model_type", "deepseek_v3")
+    written = as_transformers_writes(earlier_config(name)) if name in TYPES else config_of(name)
+    text = written.get("text_config", written)
+    if name in ANOTHER_KEY:
+        del text["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    said = get_config(tmp_path, trust_remote_code=False).get_text_config()
+    said = {**said.__dict__, **said.to_dict()}
+    model = build(with_mlx_lm_keys(written))
+    assert list(config_check._rope_differences(model, text, said)) == []
+    assert list(config_check._window_differences(model, said, 512)) == []
+
+
+def test_vllms_class_of_a_type_does_not_take_the_place_of_transformers(tmp_path):
+    """vLLM registers classes of its own, which lack transformers' other names of keys."""
+    register_models()
+    written = as_transformers_writes(earlier_config("step3p5"))
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    read = get_config(tmp_path, trust_remote_code=False)
+    assert type(read) is not transformers_class("step3p5")
+    assert with_mlx_lm_keys(written)["num_attention_groups"] == written["num_key_value_heads"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -122,6 +123,17 @@ def test_a_model_type_that_mlx_lm_does_not_know(make_config, checkpoint, tmp_pat
         load(config)
 
 
+def test_a_model_whose_code_needs_another_package(monkeypatch, checkpoint, tmp_path):
+    """mlx-lm's module ends the process where it cannot import it."""
+    for module in ("hf_olmo", "mlx_lm.models.olmo"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"model_type": "olmo"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="mlx-lm cannot load") as error:
+        load_structure(str(tmp_path))
+    assert error.value.reasons == ["its code needs the package hf_olmo, which is not installed"]
+
+
 def test_weights_of_another_shape(make_config, tmp_path):
     folder = save_checkpoint(tmp_path / "model")
     config = make_config(model=str(folder))
@@ -203,8 +215,9 @@ def test_what_the_file_says_in_transformers_5(make_config, tmp_path):
 
 def test_a_scaling_that_mlx_lm_ignores_is_refused(make_config, tmp_path):
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    # vLLM imports the class of an architecture, and Llama's is imported already
     folder = save_checkpoint(
-        tmp_path, "qwen3_moe", architectures=["Qwen3MoeForCausalLM"], rope_scaling=scaling
+        tmp_path, "qwen3_moe", architectures=["LlamaForCausalLM"], rope_scaling=scaling
     )
     with pytest.raises(UserError, match="would not compute what config.json says"):
         load(make_config(model=str(folder)))

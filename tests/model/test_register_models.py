@@ -11,11 +11,12 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
+from vllm.transformers_utils.config import HFConfigParser
 
 from tests import transformers_checkpoints
 from tests.serving import Serving
-from tests.tiny_models import save_checkpoint, tiny_model
-from vllm_metal.errors import ChangedLibraryError
+from tests.tiny_models import config_of, save_checkpoint, tiny_model
+from vllm_metal.errors import ChangedLibraryError, UserError
 from vllm_metal.model import register_models
 from vllm_metal.model.register_models import (
     MlxLmConfig,
@@ -30,8 +31,7 @@ PROMPT = [5, 3, 8, 1, 9, 2, 7] * 4
 
 @pytest.fixture(autouse=True)
 def registered():
-    register_model_types()
-    register_text_models()
+    register_models.register_models()
 
 
 def test_every_model_file_is_known_afterwards():
@@ -175,6 +175,77 @@ def test_the_language_model_of_a_checkpoint_with_a_vision_part(make_config, tmp_
         for _ in generated:
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert generated == tokens[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("model_type", ["lfm2-vl", "muse_spark"])
+def test_a_text_part_of_a_type_that_only_mlx_lm_knows(make_config, tmp_path, model_type):
+    settings = config_of(model_type, architectures=["OnlyHereForConditionalGeneration"])
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True).create_model_config()
+    assert model.get_head_size() == settings["text_config"]["head_dim"]
+    restored = pickle.loads(pickle.dumps(model.hf_config))
+    assert restored.get_text_config().num_hidden_layers == 4
+
+
+def own_config(folder, **changes):
+    """A model folder with a configuration only."""
+    (folder / "config.json").write_text(json.dumps(config_of("llama", **changes)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("known_to_vllm", [False, True])
+def test_architectures_that_vllm_cannot_inspect(make_config, monkeypatch, tmp_path, known_to_vllm):
+    """mlx-lm chooses its model by `model_type`. vLLM would fail where an import does."""
+    in_this_process = "vllm.model_executor.models.registry._run_in_subprocess"
+    monkeypatch.setattr(in_this_process, lambda inspect: inspect())
+    architecture = f"Strange{known_to_vllm}ForCausalLM"
+    if known_to_vllm:
+        ModelRegistry.register_model(architecture, "a_package_that_is_missing.models:Strange")
+    folder = own_config(tmp_path, architectures=[architecture])
+    assert make_config(model=folder).model_config.architectures == [architecture]
+
+
+def test_a_model_type_that_nobody_knows(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr("vllm.transformers_utils.repo_utils.time.sleep", lambda seconds: None)
+    folder = own_config(tmp_path, model_type="strange", architectures=["StrangeForCausalLM"])
+    with pytest.raises(UserError, match="cannot be served") as error:
+        make_config(model=folder)
+    [reason] = error.value.reasons
+    assert reason.startswith(
+        "architecture StrangeForCausalLM: mlx-lm has no model of the type strange (it has: afm7"
+    )
+
+
+def test_what_else_is_wrong_in_a_configuration_is_vllms_to_say(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr("vllm.transformers_utils.repo_utils.time.sleep", lambda seconds: None)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ValueError, match="Should have a `model_type` key"):
+        make_config(model=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        (
+            "vllm.model_executor.models.registry._ModelRegistry._raise_for_unsupported",
+            register_models.take_unknown_architectures,
+        ),
+        (
+            "vllm.transformers_utils.config.HFConfigParser.parse",
+            register_models.refuse_unknown_model_types,
+        ),
+    ],
+)
+def test_a_vllm_without_what_is_replaced_is_named(monkeypatch, name, use):
+    monkeypatch.setattr(name, None)
+    with pytest.raises(ChangedLibraryError, match=f"vllm .*{name}"):
+        use()
+
+
+def test_vllms_reading_is_replaced_once():
+    parse = HFConfigParser.parse
+    register_models.register_models()
+    assert HFConfigParser.parse is parse
 
 
 def test_architectures_that_only_transformers_knows_reach_our_own_refusal():

@@ -1,10 +1,6 @@
 """Formats of weights that others write: right logits, or refused by the format's name."""
 
 import json
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +12,9 @@ import torch
 from mlx.utils import tree_flatten
 from mlx_lm.models import bitlinear_layers
 
-from tests import transformers_checkpoints
+from tests.foreign_checkpoints import Case, checkpoints, is_expert, is_whole_expert, save_float
 from tests.tiny_models import save_checkpoint
-from tests.transformers_form import earlier_config
 from tests.weight_files import (
-    Weights,
     awq,
     bitnet,
     converted,
@@ -33,17 +27,19 @@ from tests.weight_files import (
     mxfp4_packed,
     mxfp8,
     nvfp4,
+    nvfp4_experts,
     read_weights,
     write_weights,
 )
 from vllm_metal.errors import UserError
-from vllm_metal.model import weight_formats
+from vllm_metal.model import model_loader, weight_formats
 from vllm_metal.model.model_loader import load_model
 
 TOKENS = mx.array([[5, 3, 8, 1, 9, 2, 7, 4, 6, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53]])
 BOUND = 1e-5
 """Largest difference of logits, in standard deviations of the logits."""
 
+BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
@@ -55,34 +51,6 @@ def compressed(name: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": name, "config_groups": groups}
 
 
-def is_expert(name: str) -> bool:
-    return ".experts." in name and is_projection(name)
-
-
-def is_whole_expert(name: str) -> bool:
-    """The weights of all experts in one tensor."""
-    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A checkpoint with weights in a format."""
-
-    format: str
-    model: str
-    """The architecture of the float checkpoint."""
-    convert: Callable
-    quantization: dict[str, Any]
-    chosen: Callable[[str], bool] = is_projection
-    label: str = ""
-    model_type: str = ""
-    """Written into the file in place of the architecture's."""
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "-".join(filter(None, [self.format, self.model_type or self.model, self.label]))
-
-
 MIMO = {"n_shared_experts": None}
 MINIMAX = {"model_type": "minimax_m2", "rotary_dim": 16}
 DEEPSEEK = ("deepseek_v3", "joyai_llm_flash", "kimi_k2", "kimi_k25")
@@ -90,8 +58,13 @@ DEEPSEEK = ("deepseek_v3", "joyai_llm_flash", "kimi_k2", "kimi_k25")
 SERVED = [
     Case("awq", "llama", awq(), AWQ),
     Case("awq", "llama", awq(64), AWQ | {"group_size": 64}, label="64"),
-    Case("bitnet", "llama", bitnet, {"quant_method": "bitnet", "linear_class": "autobitlinear"}),
+    *(
+        Case("awq", model, awq(), AWQ)
+        for model in ("gemma3_text", "phi3", "qwen3_vl", "starcoder2")
+    ),
+    Case("bitnet", "llama", bitnet, BITNET | {"modules_to_not_convert": ["lm_head"]}),
     *(Case("fp8", "deepseek_v3", fp8_blocks(), FP8, model_type=name) for name in DEEPSEEK),
+    Case("fp8", "deepseek_v3", fp8_blocks(), FP8 | {"scale_fmt": "ue8m0"}, label="powers of two"),
     Case("fp8", "deepseek_v32", fp8_blocks(), FP8),
     Case("fp8", "glm_moe_dsa", fp8_blocks(), FP8),
     Case("fp8", "mimo_v2_flash", fp8_blocks(), FP8, changes=MIMO),
@@ -127,8 +100,9 @@ SERVED = [
         is_expert,
     ),
 ]
-NOT_CHECKED = {"modelopt NVFP4"}
-"""mlx-lm's model of the only type that it reads them of needs Metal."""
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+MUSE_SPARK = Case("modelopt NVFP4", "muse_spark", nvfp4_experts, NVFP4, is_whole_expert)
+"""Its weights are compared and not its logits: mlx-lm's model needs Metal."""
 
 REFUSED = [
     (Case("gptq", "llama", gptq(), {"quant_method": "gptq", "bits": 4, "group_size": 32}), "gptq"),
@@ -140,7 +114,7 @@ REFUSED = [
     (Case("awq", "llama", awq(16), AWQ | {"group_size": 16}, label="16"), "group_size is 16"),
     (Case("awq", "llama", awq(), AWQ | {"version": "gemv"}, label="gemv"), "version is gemv"),
     (Case("awq", "qwen3_moe", awq(), AWQ), "the experts are quantised"),
-    (Case("fp8", "llama", fp8_blocks(), FP8), "fp8 are not served of llama (served: deepseek_v3"),
+    (Case("fp8", "llama", fp8_blocks(), FP8), "fp8 are not served for llama (served: deepseek_v3"),
     (
         Case("fp8", "deepseek_v3", fp8_blocks(64), FP8 | {"weight_block_size": [64, 64]}),
         "weight_block_size is [64, 64] (served: [128, 128])",
@@ -155,13 +129,13 @@ REFUSED = [
     ),
     (
         Case("fp8", "ministral3", fp8_tensor(), FP8 | {"weight_block_size": None}),
-        "fp8 are not served of ministral3",
+        "fp8 are not served for ministral3",
     ),
     (Case("mxfp4", "llama", mxfp4_packed, {"quant_method": "mxfp4"}), "served: gpt_oss"),
     (Case("mxfp8", "llama", mxfp8, {"quant_method": "mxfp8"}), "served: minimax_m3_vl"),
     (
         Case("compressed", "llama", int4_packed(), compressed("pack-quantized")),
-        "compressed-tensors pack-quantized are not served of llama",
+        "compressed-tensors pack-quantized are not served for llama",
     ),
     (
         Case("compressed", "deepseek_v3", int4_packed(), compressed("pack-quantized", num_bits=8)),
@@ -190,9 +164,9 @@ REFUSED = [
             "modelopt",
             "llama",
             nvfp4("", "_scale", "_scale_2", inverse=False),
-            {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+            NVFP4,
         ),
-        "modelopt NVFP4 are not served of llama",
+        "modelopt NVFP4 are not served for llama",
     ),
 ]
 
@@ -200,42 +174,15 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Gives the float checkpoint of a case; made once."""
+    made: dict[str, Path] = {}
 
-    @cache
-    def make(model: str, changes: str) -> Path:
-        folder = tmp_path_factory.mktemp(model)
-        if model in ("llama", "qwen3_moe"):
-            return save_checkpoint(folder, model)
-        if model in ("gpt_oss", "kimi_k3"):
-            return _save_with_experts(folder, model)
-        return transformers_checkpoints.save(folder, model, **json.loads(changes))
+    def make(case: Case) -> Path:
+        key = case.model + json.dumps(case.changes)
+        if key not in made:
+            made[key] = save_float(tmp_path_factory.mktemp(case.model), case)
+        return made[key]
 
-    return lambda case: make(case.model, json.dumps(case.changes))
-
-
-def checkpoints(case: Case, source: Path, folder: Path) -> tuple[Path, Path]:
-    """(the case's checkpoint, one of the same numbers in float32)."""
-    stored, exact = converted(read_weights(source), case.convert, case.chosen)
-    config = json.loads((source / "config.json").read_text())
-    config["model_type"] = case.model_type or config["model_type"]
-    if case.format == "awq":  # mlx-lm holds all other weights in the type of the scales
-        exact = {name: tensor.half().float() for name, tensor in exact.items()}
-    if case.model_type == "kimi_k25":
-        config = {"model_type": "kimi_k25", "text_config": config | {"model_type": "kimi_k2"}}
-        stored, exact = (
-            {f"language_model.{name}": tensor for name, tensor in weights.items()}
-            for weights in (stored, exact)
-        )
-    if case.model == "gpt_oss":
-        exact = _gpt_oss_of_mlx(exact)
-    made = folder / "format", folder / "float32"
-    for path, weights in zip(made, (stored, exact), strict=True):
-        shutil.copytree(source, path)
-        write_weights(path, weights)
-        (path / "config.json").write_text(json.dumps(config))
-    config["quantization_config"] = case.quantization
-    (made[0] / "config.json").write_text(json.dumps(config))
-    return made
+    return make
 
 
 def logits(model):
@@ -247,6 +194,7 @@ def test_the_logits_are_those_of_the_numbers(case, folders, tmp_path, monkeypatc
     monkeypatch.setattr(
         bitlinear_layers.BitLinear, "execute_matmul_kernel", tiny_architectures._ternary_product
     )
+    monkeypatch.setattr(model_loader, "can_run_metal", lambda: True)
     quantised, exact = checkpoints(case, folders(case), tmp_path)
     model = load_model(str(quantised), "float32")
     found, expected = logits(model), logits(load_model(str(exact), "float32"))
@@ -255,13 +203,33 @@ def test_the_logits_are_those_of_the_numbers(case, folders, tmp_path, monkeypatc
     assert packed == weight_formats.SERVED[case.format].memory.startswith("packed")
 
 
-def test_every_format_and_every_type_has_a_case():
-    shown = {(case.format, case.model_type or case.model) for case in SERVED}
-    for name, known in weight_formats.SERVED.items():
-        if name in NOT_CHECKED:
+def test_the_weights_of_a_model_that_needs_metal(folders, tmp_path):
+    quantised, exact = checkpoints(MUSE_SPARK, folders(MUSE_SPARK), tmp_path)
+    expected = dict(load_model(str(exact), "float32").named_modules())
+    compared = 0
+    for name, module in load_model(str(quantised), "float32").named_modules():
+        if "scales" not in module:
             continue
+        compared += 1
+        numbers = mx.dequantize(
+            module.weight,
+            module.scales,
+            group_size=16,
+            bits=4,
+            mode="nvfp4",
+            dtype=mx.float32,
+        )
+        numbers = numbers * module.global_scale.reshape(-1, 1, 1) / (6 * 448)
+        assert np.allclose(np.array(numbers), np.array(expected[name].weight), rtol=1e-5, atol=0)
+    assert compared == 12  # three projections in each of four layers
+
+
+def test_every_format_and_every_type_has_a_case():
+    cases = [*SERVED, MUSE_SPARK]
+    shown = {(case.format, case.model_type or case.model) for case in cases}
+    for name, known in weight_formats.SERVED.items():
         if known.model_types == weight_formats.ANY:
-            assert any(case.format == name for case in SERVED), name
+            assert any(case.format == name for case in cases), name
         else:
             assert {(name, model_type) for model_type in known.model_types} <= shown
 
@@ -274,6 +242,15 @@ def test_other_weights_are_refused_by_the_name_of_their_format(case, words, fold
     [reason] = error.value.reasons
     assert words in reason
     assert "served" in reason and weight_formats.REMEDY in reason
+
+
+def test_ternary_weights_on_another_device_than_metal(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_loader, "can_run_metal", lambda: False)
+    [case] = [case for case in SERVED if case.format == "bitnet"]
+    quantised, _ = checkpoints(case, folders(case), tmp_path)
+    with pytest.raises(UserError, match="on this device") as error:
+        load_model(str(quantised), "float32")
+    assert "_proj has ternary weights (bitnet)" in error.value.reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -318,57 +295,3 @@ def test_the_types_of_the_tensors_of_all_files(tmp_path):
         "a2": "F32",
         "b2": "U8",
     }
-
-
-def _save_with_experts(folder: Path, name: str) -> Path:
-    """mlx-lm's random weights with the experts under the names of the original checkpoint.
-
-    transformers has no model of Kimi K3, and writes the weights of gpt-oss in another way.
-    """
-    config = earlier_config(name)
-    weights: Weights = {}
-    for key, array in tree_flatten(tiny_architectures.tiny_model(name).parameters()):
-        rename = _gpt_oss_names if name == "gpt_oss" else _kimi_k3_names
-        weights |= rename(key, torch.from_numpy(np.array(array)))
-    if name == "gpt_oss":
-        for key in [key for key in weights if ".gate_proj" in key]:
-            parts = weights.pop(key), weights.pop(key.replace("gate_proj", "up_proj"))
-            axis = parts[0].ndim - 2 if key.endswith("gate_proj") else 1
-            joined = torch.stack(parts, axis + 1).flatten(axis, axis + 1)
-            weights[key.replace("gate_proj", "gate_up_proj")] = joined
-    (folder / "config.json").write_text(json.dumps(config))
-    write_weights(folder, weights)
-    return folder
-
-
-def _kimi_k3_names(name: str, tensor: torch.Tensor) -> Weights:
-    base, found, projection = name.partition(".mlp.switch_mlp.")
-    if not found:
-        return {name: tensor}
-    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    projection = names[projection.removesuffix(".weight")]
-    prefix = f"{base}.block_sparse_moe.experts"
-    return {f"{prefix}.{i}.{projection}.weight": expert for i, expert in enumerate(tensor)}
-
-
-def _gpt_oss_names(name: str, tensor: torch.Tensor) -> Weights:
-    if ".experts." not in name:
-        return {name: tensor}
-    return {name.removesuffix(".weight").replace(".bias", "_bias"): tensor}
-
-
-def _gpt_oss_of_mlx(weights: Weights) -> Weights:
-    """Under mlx-lm's names, which it reads float weights of."""
-    renamed: Weights = {}
-    for name, tensor in weights.items():
-        if ".experts." not in name:
-            renamed[name] = tensor
-            continue
-        base, _, part = name.rpartition(".")
-        projection, suffix = part.removesuffix("_bias"), "bias" if "bias" in part else "weight"
-        if projection == "down_proj":
-            renamed[f"{base}.down_proj.{suffix}"] = tensor
-            continue
-        gate, up = tensor.unflatten(1, (-1, 2)).unbind(2)
-        renamed |= {f"{base}.gate_proj.{suffix}": gate, f"{base}.up_proj.{suffix}": up}
-    return renamed

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import enum
+import json
+import shutil
 
 import pytest
 from transformers import PretrainedConfig
@@ -116,10 +118,6 @@ def test_every_option_is_seen_once_it_is_given(config, option):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (
-            {"config_format": "mistral"},
-            "--config-format mistral is not supported: mlx-lm reads the config.json",
-        ),
         ({"model_impl": "transformers"}, "--model-impl transformers is not supported: a model"),
         ({"mamba_ssm_cache_dtype": "float16"}, "(allowed: auto, float32)"),
         ({"mamba_cache_dtype": "float16"}, "--mamba-cache-dtype float16"),
@@ -143,6 +141,20 @@ def test_options_that_are_refused(make_config, checkpoint, settings, reason):
         make_config(**settings)
     assert reason.replace("MODEL", str(checkpoint)) in str(error.value)
     assert "hf_secret" not in str(error.value)
+
+
+def test_another_format_of_the_configuration_is_refused(make_config, checkpoint, tmp_path):
+    """vLLM reads a Mistral model's `params.json`, and mlx-lm would read `config.json`."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    sizes = {"dim": 128, "n_layers": 4, "head_dim": 32, "hidden_dim": 192, "n_heads": 4}
+    sizes |= {"n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": 96, "max_position_embeddings": 512}
+    (tmp_path / "params.json").write_text(json.dumps(sizes | {"rope_theta": 10000.0}))
+    with pytest.raises(UserError) as error:
+        make_config(model=str(tmp_path), config_format="mistral")
+    assert (
+        "--config-format mistral is not supported: mlx-lm reads the config.json"
+        in error.value.reasons[0]
+    )
 
 
 @pytest.mark.parametrize(

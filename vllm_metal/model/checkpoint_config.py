@@ -5,14 +5,20 @@ other names are added beside it: `rope_parameters`, aliases such as `num_experts
 `num_local_experts`, and patterns that `layer_types` replaced.
 """
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from mlx_lm.utils import load_config
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
 
 from vllm_metal.errors import UserError
 from vllm_metal.model.rope_parameters import (
@@ -100,11 +106,22 @@ def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
     return filled | _OWN_NAMES.get(model_type, lambda config: {})(filled)
 
 
+def transformers_class(model_type: str) -> type[PretrainedConfig] | None:
+    """transformers' own class of a type's settings; None where it has none.
+
+    vLLM registers classes of its own over some of them, which `AutoConfig` then gives instead.
+    """
+    name = CONFIG_MAPPING_NAMES.get(model_type)
+    if name is None:
+        return None
+    module = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
+    return getattr(module, name, None) or getattr(transformers, name)
+
+
 def _aliases(model_type: str) -> Mapping[str, str]:
     """transformers' other names of the keys that it writes for a type, by the other name."""
-    if model_type not in CONFIG_MAPPING:
-        return {}
-    return CONFIG_MAPPING[model_type].attribute_map
+    read_by = transformers_class(model_type)
+    return read_by.attribute_map if read_by else {}
 
 
 def _patterns(config: Mapping[str, Any]) -> Sequence[tuple[str, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_metal.model import weight_formats
-from vllm_metal.model.register_models import served_model_types
+from vllm_metal.model.register_models import served_model_types, unknown_model_type
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -17,10 +17,9 @@ def of(model: "ModelConfig") -> Iterator[str]:
     """One line for each reason, naming what is served."""
     model_type, known = model.hf_config.model_type, served_model_types()
     if model_type not in known and not hasattr(model.hf_config, "model_file"):
-        yield (
-            f"architecture {', '.join(model.architectures)}: mlx-lm has no model of the type "
-            f"{model_type} (it has: {', '.join(sorted(known, key=str.lower))})"
-        )
+        yield unknown_model_type(model_type, model.architectures)
+    if model.is_encoder_decoder:
+        yield "encoder-decoder models are not supported"
     if callable(model.hf_overrides):
         yield "--hf-overrides as a function is not supported (allowed: a dictionary)"
     if reason := weight_formats.refusal(_weight_settings(model)):

@@ -20,9 +20,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, initialize_rope
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vllm_metal.errors import UserError
+from vllm_metal.model.checkpoint_config import transformers_class
 from vllm_metal.model.layer_kinds import AttentionKind, cache_kinds
 from vllm_metal.model.rope_parameters import (
     SLIDING_THETA_KEYS,
@@ -73,10 +73,11 @@ def _as_transformers_reads(written: Mapping[str, Any]) -> dict[str, Any] | None:
     None where transformers does not know the type or cannot read the file.
     """
     model_type = written.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    read_by = transformers_class(model_type) if isinstance(model_type, str) else None
+    if read_by is None:
         return None
     try:
-        read = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(written))).get_text_config()
+        read = read_by.from_dict(copy.deepcopy(dict(written))).get_text_config()
     except Exception as error:  # a config class may raise anything
         logger.info("transformers cannot read config.json (%s); it is compared as written", error)
         return None
@@ -212,9 +213,9 @@ def _same_rope(module: nn.Module, right: nn.Module, expected: Mapping[str, Any])
         return False
     if rope_type(expected) != "yarn":
         return True
-    factor = expected.get("attention_factor") or getattr(right, "mscale", 1.0)
-    scale = float(getattr(module, "mscale", 1.0))
-    return bool(np.isclose(scale, float(factor), rtol=_RELATIVE_TOLERANCE))
+    wanted_scale: Any = expected.get("attention_factor") or getattr(right, "mscale", 1.0)
+    scale: Any = getattr(module, "mscale", 1.0)
+    return bool(np.isclose(float(scale), float(wanted_scale), rtol=_RELATIVE_TOLERANCE))
 
 
 def _dims(module: nn.Module) -> int:

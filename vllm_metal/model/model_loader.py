@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from mlx.utils import tree_map_with_path, tree_reduce
-from mlx_lm.utils import _get_classes
+from mlx_lm.models.bitlinear_layers import BitLinear
+from mlx_lm.utils import _get_classes, can_run_metal
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -32,10 +33,12 @@ _LOAD_ERRORS = (
     LookupError,
     OSError,
     RuntimeError,
+    SystemExit,
     TypeError,
     ValueError,
 )
-"""What mlx-lm raises for a checkpoint that it does not understand."""
+"""What mlx-lm raises for a checkpoint that it does not understand, or whose code needs a package
+that is missing."""
 
 
 def mlx_dtype(name: object) -> mx.Dtype:
@@ -246,8 +249,17 @@ def _folder_with_config(path: Path) -> Iterator[Path]:
 
 
 def _check_weights(model: nn.Module, path: Path) -> None:
-    """Refuses codes of a format that mlx-lm took for numbers: integers without scales."""
+    """Refuses weights that mlx-lm cannot compute with.
+
+    These are codes of a format that mlx-lm took for numbers, which are integers without scales, and
+    ternary weights on another device than Metal.
+    """
     for name, module in model.named_modules():
+        if isinstance(module, BitLinear) and not can_run_metal():
+            raise UserError(
+                f"mlx-lm cannot run {str(path)!r} on this device",
+                [f"{name} has ternary weights (bitnet), which mlx-lm multiplies on Metal alone"],
+            )
         weight = module.get("weight")
         if not isinstance(weight, mx.array) or mx.issubdtype(weight.dtype, mx.floating):
             continue
@@ -258,8 +270,11 @@ def _check_weights(model: nn.Module, path: Path) -> None:
             )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Why mlx-lm could not load a model, naming the key of `config.json` that it misses."""
+    if isinstance(error, SystemExit):
+        missing_package = getattr(error.__context__, "name", None)
+        return f"its code needs the package {missing_package}, which is not installed"
     missing = re.search(r"missing \d+ required positional arguments?: (.*)", str(error))
     if isinstance(error, TypeError) and missing:
         return f"config.json lacks {missing[1]}"

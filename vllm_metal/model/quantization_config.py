@@ -5,13 +5,16 @@ has none for. Here it runs no kernel of a layer. This class answers for every ch
 of vLLM's own; what is served is decided by `weight_formats`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization import (
+    QuantizationMethods,
+    register_quantization_config,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-NAME = "mlx"
+NAME = cast(QuantizationMethods, "mlx")  # the type lists the names of vLLM's own methods alone
 """vLLM's name for whatever mlx-lm reads."""
 
 
@@ -22,7 +25,7 @@ class MlxQuantizationConfig(QuantizationConfig):
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
+    ) -> QuantizationMethods | None:
         """Takes every checkpoint that names a method, unless `--quantization` names another."""
         method = hf_quant_cfg.get("quant_method")
         return NAME if method and user_quant in (None, NAME, method) else None
@@ -31,7 +34,7 @@ class MlxQuantizationConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "MlxQuantizationConfig":
         return cls()
 
-    def get_name(self) -> str:
+    def get_name(self) -> QuantizationMethods:
         return NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:

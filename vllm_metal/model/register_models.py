@@ -4,7 +4,8 @@ vLLM reads a model's `config.json` through transformers and wants the architectu
 registry, though it never builds the model here. Model types and architectures that they lack are
 registered. Multi-modal architectures are replaced by a text model: mlx-lm runs the language model
 alone, and vLLM would import the vision part to inspect it, which needs packages such as
-torchvision.
+torchvision. An architecture that nobody knows is taken for a text model, too, since mlx-lm chooses
+its model by `model_type`; without a model of that type, this package's own refusal names both.
 """
 
 import ast
@@ -20,7 +21,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vllm_metal.errors import ChangedLibraryError
+from vllm_metal.errors import ChangedLibraryError, UserError
 
 _NAMES = {
     "hidden_size": ("hidden_dim", "model_dim", "n_embd", "dim"),
@@ -52,12 +53,27 @@ class MlxLmConfig(PretrainedConfig):
                     setattr(self, other, given)
                 if given is not None and getattr(self, name, None) is None:
                     setattr(self, name, given)
+        text = settings.get("text_config")
+        if isinstance(text, dict):  # vLLM asks the language model's settings for the names above
+            self.text_config = _config_class(text.get("model_type", self.model_type))(**text)
         register_architectures(self.architectures or [])
         if "AutoConfig" in (settings.get("auto_map") or {}):
             require_that_code_of_checkpoints_comes_first()
 
     def __reduce__(self):
         return _restore, (self.model_type, self.__dict__)
+
+
+def register_models() -> None:
+    """Does all that follows, before vLLM reads a model's configuration.
+
+    Raises:
+        ChangedLibraryError: what is replaced or read in vLLM or mlx-lm has changed.
+    """
+    register_model_types()
+    register_text_models()
+    take_unknown_architectures()
+    refuse_unknown_model_types()
 
 
 def register_model_types() -> list[str]:
@@ -91,6 +107,68 @@ def register_architectures(architectures: Iterable[str]) -> None:
 
     for architecture in set(architectures) - set(ModelRegistry.get_supported_archs()):
         ModelRegistry.register_model(architecture, _STAND_IN)
+
+
+def take_unknown_architectures() -> None:
+    """Makes vLLM take an architecture that it lacks, or that it cannot import, for a text model.
+
+    Raises:
+        ChangedLibraryError: vLLM refuses such architectures in another place.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    # patch: what vLLM's registry does with architectures that it cannot inspect
+    registry, name = type(ModelRegistry), "_raise_for_unsupported"
+    if not callable(getattr(registry, name, None)):
+        where = f"{registry.__module__}.{registry.__name__}.{name}"
+        raise ChangedLibraryError("vllm", where, "it does not exist")
+    setattr(registry, name, _inspect_stand_in)
+
+
+def _inspect_stand_in(registry: Any, architectures: list[str]) -> tuple[Any, str]:
+    """What vLLM's registry gives for the first architecture, as for one that it knows."""
+    registry.register_model(architectures[0], _STAND_IN)
+    return registry._try_inspect_model_cls(architectures[0]), architectures[0]
+
+
+def refuse_unknown_model_types() -> None:
+    """Makes a `model_type` that nobody knows a refusal that names it and the architecture.
+
+    transformers would advise to install another version of itself. A second call does nothing.
+
+    Raises:
+        ChangedLibraryError: vLLM reads `config.json` in another place.
+    """
+    module = importlib.import_module("vllm.transformers_utils.config")
+    # patch: what vLLM says of a `config.json` that transformers cannot read
+    parser = getattr(module, "HFConfigParser", None)
+    parse = getattr(parser, "parse", None)
+    if parser is None or parse is None:
+        where = f"{module.__name__}.HFConfigParser.parse"
+        raise ChangedLibraryError("vllm", where, "it does not exist")
+    if getattr(parse, "refuses_unknown_types", False):
+        return
+
+    def parse_or_refuse(self: Any, model: str | Path, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return parse(self, model, *args, **kwargs)
+        except ValueError as error:
+            settings, _ = PretrainedConfig.get_config_dict(model, revision=kwargs.get("revision"))
+            model_type, known = settings.get("model_type"), served_model_types()
+            if not model_type or model_type in known:
+                raise
+            reason = unknown_model_type(model_type, settings.get("architectures") or [])
+            raise UserError("This configuration cannot be served", [reason]) from error
+
+    parse_or_refuse.refuses_unknown_types = True  # type: ignore[attr-defined]
+    parser.parse = parse_or_refuse
+
+
+def unknown_model_type(model_type: str, architectures: Iterable[str]) -> str:
+    """Why a model is refused for which mlx-lm has no code."""
+    named = f"architecture {', '.join(architectures)}: " if architectures else ""
+    known = ", ".join(sorted(served_model_types(), key=str.lower))
+    return f"{named}mlx-lm has no model of the type {model_type} (it has: {known})"
 
 
 def register_text_models() -> None:

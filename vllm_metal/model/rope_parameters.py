@@ -93,8 +93,8 @@ def override_rope(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
             ],
         )
     if "rope_scaling" in given:
-        kept = ("rope_theta", "partial_rotary_factor")
-        written = {key: written[key] for key in kept if key in written}
+        unscaled = ("rope_theta", "partial_rotary_factor")
+        written = {key: written[key] for key in unscaled if key in written}
     rest = {key: value for key, value in changed.items() if key not in given}
     return rest | {"rope_parameters": {**written, **earlier_as_parameters(given)}}
 

@@ -1,6 +1,6 @@
-"""Which formats of quantised weights mlx-lm reads, and of which models.
+"""Which formats of quantised weights mlx-lm reads, and for which models.
 
-mlx-lm's own format says so under `quantization` in `config.json` and is served of every model.
+mlx-lm's own format says so under `quantization` in `config.json` and is served for every model.
 Others are named by `quant_method` in `quantization_config`. mlx-lm reads some of them, most in the
 code of single models. What it does not read fails while loading, or worse: codes are taken for
 numbers. So all that is not listed here is refused before anything is loaded.
@@ -51,7 +51,9 @@ SERVED: dict[str, Format] = {
     ),
     "compressed-tensors mxfp4-pack-quantized": Format(("kimi_k3",), "packed, 4 bits", "experts"),
     "modelopt NVFP4": Format(
-        ("muse_spark",), "packed, 4 bits", "not checked: mlx-lm's model needs Metal"
+        ("muse_spark",),
+        "packed, 4 bits",
+        "experts; weights are compared and not logits, since mlx-lm's model needs Metal",
     ),
 }
 """What is served besides MLX's own format, by `quant_method` and, where it has several, format."""
@@ -91,7 +93,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return f"weights in the format {name} are not served (served: {served}); {REMEDY}"
     if known.model_types != ANY and model_type not in known.model_types:
         return (
-            f"weights in the format {name} are not served of {model_type} "
+            f"weights in the format {name} are not served for {model_type} "
             f"(served: {', '.join(known.model_types)}); {REMEDY}"
         )
     reasons = list(_unread_settings(name, quantization, model_type))
