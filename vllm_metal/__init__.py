@@ -30,7 +30,7 @@ def register() -> str | None:
       from MLX's own threads;
     - MLX's CPU backend finds a fast BLAS;
     - a `UserError` that ends a process is shown without its stack;
-    - vLLM counts requests whose logits are not numbers, which the worker looks for in every step.
+    - vLLM counts requests whose logits are not finite; the worker checks them in every step.
     """
     try:
         return _register()

@@ -160,19 +160,22 @@ class MetalPlatform(Platform):
 
 
 def _set_scheduler(vllm_config: "VllmConfig") -> None:
-    """vLLM's scheduler, made to end a request whose logits are not numbers; not the user's own."""
-    scheduler = vllm_config.scheduler_config
-    if scheduler.scheduler_cls is not None:
+    """Sets vLLM's scheduler with the end of requests whose logits are not finite.
+
+    A scheduler of the user's own (`--scheduler-cls`) stays.
+    """
+    scheduler, module = vllm_config.scheduler_config, "vllm_metal.scheduler."
+    if not str(scheduler.scheduler_cls or module).startswith(module):
         return
     name = "AsyncMetalScheduler" if scheduler.async_scheduling else "MetalScheduler"
-    scheduler.scheduler_cls = f"vllm_metal.scheduler.{name}"
+    scheduler.scheduler_cls = module + name
     vllm_logger = logging.getLogger("vllm.config.scheduler")
-    if _is_about_another_scheduler not in vllm_logger.filters:
-        vllm_logger.addFilter(_is_about_another_scheduler)
+    if _not_about_own_scheduler not in vllm_logger.filters:
+        vllm_logger.addFilter(_not_about_own_scheduler)
 
 
-def _is_about_another_scheduler(record: logging.LogRecord) -> bool:
-    """Whether vLLM's warning about a scheduler of the user's is about one: this one is not."""
+def _not_about_own_scheduler(record: logging.LogRecord) -> bool:
+    """False for vLLM's warning about custom schedulers where it names this package's."""
     return not (
         str(record.msg).startswith("Using custom scheduler class")
         and "vllm_metal.scheduler." in str(record.args)

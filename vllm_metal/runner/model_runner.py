@@ -55,7 +55,7 @@ class _Step:
     """[B, vocabulary], rows as in `decode_rows`."""
     prompt_logprobs: dict[str, LogprobsTensors | None] = field(default_factory=dict)
     prompts_with_nans: list[str] = field(default_factory=list)
-    """Requests whose prompt has logits that are not numbers, where those are asked for."""
+    """Requests whose prompt logprobs are asked for and cannot be computed."""
 
 
 class ModelRunner:
@@ -210,6 +210,7 @@ class ModelRunner:
             sampled.append(rows.req_ids[row])
         if not parts:
             output.sampled_token_ids = [[] for _ in output.req_ids]
+            self._report_nans(output, step.prompts_with_nans)
             return output
         logits = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         tokens, finite = greedy(logits), are_finite(logits)
@@ -223,7 +224,9 @@ class ModelRunner:
             tokens, finite = tokens[chosen], finite[chosen]
         self._finish_pending()
         wait = self._dispatch(tokens, finite, self.kv_cache.arrays)
-        self._pending = PendingTokens(tokens, finite, wait, positions, output, self._report_nans)
+        self._pending = PendingTokens(
+            tokens, finite, wait, positions, output, step.prompts_with_nans, self._report_nans
+        )
         if self._returns_pending:
             return self._pending
         pending = self._pending
