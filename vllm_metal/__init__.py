@@ -62,8 +62,9 @@ def _register() -> str | None:
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
     load_fast_blas()
     show_user_errors_without_stack()
-    import vllm_metal.platform  # noqa: F401  what fails in it is logged like all else
+    from vllm_metal.platform import hide_warning_about_own_scheduler
 
+    hide_warning_about_own_scheduler()
     return "vllm_metal.platform.MetalPlatform"
 
 

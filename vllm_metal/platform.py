@@ -169,6 +169,13 @@ def _set_scheduler(vllm_config: "VllmConfig") -> None:
         return
     name = "AsyncMetalScheduler" if scheduler.async_scheduling else "MetalScheduler"
     scheduler.scheduler_cls = module + name
+
+
+def hide_warning_about_own_scheduler() -> None:
+    """Leaves out vLLM's warning about custom schedulers where it names this package's.
+
+    To be called in every process: vLLM warns in that of the engine.
+    """
     vllm_logger = logging.getLogger("vllm.config.scheduler")
     if _not_about_own_scheduler not in vllm_logger.filters:
         vllm_logger.addFilter(_not_about_own_scheduler)

@@ -1,5 +1,6 @@
 """`vllm serve` as a user runs it, through the official `openai` client."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,14 +9,22 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlx.core as mx
 import openai
 import pytest
+
+from tests.tiny_models import save_checkpoint, save_tokenizer
 
 pytestmark = pytest.mark.engine
 
 MODEL = "smollm2"
+LLAMA = "LlamaForCausalLM"
+NAN_CHARACTER = "~"
+"""In no text but that of the request that is to fail."""
 WEATHER = {
     "type": "function",
     "function": {
@@ -31,20 +40,16 @@ WEATHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory):
-    """Address of a running server with the demo model."""
+@contextlib.contextmanager
+def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """A running server of this model under the name `MODEL`; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     command = [
         str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(demo_model), "--served-model-name", MODEL),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "16"),
-        *("--kv-cache-memory-bytes", str(400 << 20)),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *("serve", str(model), "--served-model-name", MODEL),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", *options),
     ]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:
@@ -65,9 +70,35 @@ def server(demo_model, tmp_path_factory):
         process.wait(60)
 
 
+@pytest.fixture(scope="module")
+def server(demo_model, tmp_path_factory) -> Iterator[str]:
+    """Address of a running server with the demo model."""
+    options = [
+        *("--max-model-len", "2048", "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(400 << 20)),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    ]
+    with serve(demo_model, tmp_path_factory.mktemp("server") / "log", *options) as address:
+        yield address
+
+
 @pytest.fixture
 def client(server):
     return openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+
+
+@pytest.fixture(scope="module")
+def damaged_server(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """Address and log of a server of a tiny model; the embedding of one character is NaN."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("damaged"), architectures=[LLAMA])
+    save_tokenizer(folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.embed_tokens.weight"][ord(NAN_CHARACTER) - ord(" ")] = mx.nan
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    log = folder / "log"
+    options = "--max-model-len", "128", "--kv-cache-memory-bytes", str(16 << 20)
+    with serve(folder, log, *options) as address:
+        yield address, log
 
 
 def test_chat_and_stream_give_the_same_answer(client):
@@ -210,6 +241,43 @@ def test_bench_serve_completes_without_failures(server, demo_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"Successful requests:\s+16", done.stdout), done.stdout
     assert re.search(r"Failed requests:\s+0", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 1, "seed": 3},
+        {"temperature": 0, "logprobs": 2},
+        {"temperature": 0, "extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}},
+        {"temperature": 0, "extra_body": {"structured_outputs": {"regex": "[a-z]{20}"}}},
+        {"temperature": 0, "extra_body": {"prompt_logprobs": 1}},
+    ],
+    ids=str,
+)
+def test_nan_logits_end_one_request_with_a_server_error(damaged_server, params):
+    """Its neighbours in the batch get the answers that they get without it."""
+    address, log = damaged_server
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+    def answer(prompt: str) -> str:
+        request = {"model": MODEL, "prompt": prompt, "max_tokens": 24} | params
+        return client.completions.create(**request).choices[0].text
+
+    healthy = ["alone", "a neighbour of it", "of a longer prompt, " * 3]
+    expected = [answer(prompt) for prompt in healthy]
+    counted = _metric(address, "vllm:corrupted_requests_total")
+    with ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(answer, prompt) for prompt in healthy[:2]]
+        failing = threads.submit(answer, f"with {NAN_CHARACTER} in it")
+        answers.append(threads.submit(answer, healthy[2]))
+        with pytest.raises(openai.InternalServerError):
+            failing.result()
+        assert [given.result() for given in answers] == expected
+    assert _metric(address, "vllm:corrupted_requests_total") == counted + 1
+    assert _metric(address, "vllm:num_requests_running") == 0
+    assert "its logits are not finite" in log.read_text()
+    assert "custom scheduler" not in log.read_text()
 
 
 def _answers(address: str) -> bool:
