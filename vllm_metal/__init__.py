@@ -30,6 +30,7 @@ def register() -> str | None:
       from MLX's own threads;
     - MLX's CPU backend finds a fast BLAS;
     - a `UserError` that ends a process is shown without its stack;
+    - vLLM's warning about custom schedulers is left out for this package's own;
     - vLLM counts requests whose logits are not finite; the worker checks them in every step.
     """
     try:

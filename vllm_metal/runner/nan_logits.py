@@ -1,8 +1,8 @@
 """Requests whose logits are not finite: found in every step, and named to the scheduler.
 
 An argmax over NaN gives token 0, and vLLM's sampler fails for a whole batch where one row is NaN.
-So every row is checked in the evaluation of its step, before a token is chosen. A request that has such a row gets no token;
-`vllm_metal/scheduler.py` ends it with an error, and the others go on.
+So every row is checked in the evaluation of its step, before a token is chosen. A request that has
+such a row gets no token; `vllm_metal/scheduler.py` ends it with an error, and the others go on.
 """
 
 from collections.abc import Callable, Iterable, Sequence
