@@ -116,10 +116,6 @@ def test_every_option_is_seen_once_it_is_given(config, option):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (
-            {"config_format": "mistral"},
-            "--config-format mistral is not supported: mlx-lm reads the config.json",
-        ),
         ({"model_impl": "transformers"}, "--model-impl transformers is not supported: a model"),
         ({"mamba_ssm_cache_dtype": "float16"}, "(allowed: auto, float32)"),
         ({"mamba_cache_dtype": "float16"}, "--mamba-cache-dtype float16"),
@@ -143,6 +139,14 @@ def test_options_that_are_refused(make_config, checkpoint, settings, reason):
         make_config(**settings)
     assert reason.replace("MODEL", str(checkpoint)) in str(error.value)
     assert "hf_secret" not in str(error.value)
+
+
+def test_a_config_in_mistrals_own_format_is_refused(config):
+    """vLLM itself refuses the format for a folder that has no such config."""
+    config.model_config.config_format = "mistral"
+    [reason] = check.refusals(config)
+    expected = "--config-format mistral is not supported: mlx-lm reads the config.json"
+    assert reason.startswith(expected)
 
 
 @pytest.mark.parametrize(
