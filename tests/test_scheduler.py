@@ -1,19 +1,13 @@
 """A request whose logits are not finite ends with an error, and its neighbours go on."""
 
-import inspect
-import logging
-import re
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from vllm.config import SchedulerConfig
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from tests.serving import Serving
 from vllm_metal import scheduler as scheduler_module
-from vllm_metal.platform import hide_warning_about_own_scheduler
 
 NAN_TOKEN = 7
 """A token whose embedding is NaN in these tests."""
@@ -204,31 +198,3 @@ def test_the_log_names_the_request(make_config, monkeypatch):
     serving.run()
     [line] = logged
     assert line.startswith("Request failing ends with an error after 0 tokens")
-
-
-@pytest.mark.parametrize(
-    ("asynchronous", "expected"),
-    [(True, scheduler_module.AsyncMetalScheduler), (False, scheduler_module.MetalScheduler)],
-)
-def test_the_scheduler_follows_async_scheduling(make_config, asynchronous, expected):
-    config = make_config(async_scheduling=asynchronous)
-    assert config.scheduler_config.get_scheduler_cls() is expected
-
-
-def test_a_scheduler_of_the_users_is_left_alone(make_config):
-    name = "vllm.v1.core.sched.scheduler.Scheduler"
-    config = make_config(scheduler_cls=name, async_scheduling=False)
-    assert config.scheduler_config.scheduler_cls == name
-
-
-@pytest.mark.parametrize(
-    ("name", "warns"),
-    [("vllm_metal.scheduler.AsyncMetalScheduler", False), ("users.scheduler.Scheduler", True)],
-)
-def test_vllm_warns_of_custom_schedulers_but_not_of_this_one(name, warns):
-    """Its logger is asked as `Logger.handle` asks it."""
-    hide_warning_about_own_scheduler()
-    source = inspect.getsource(SchedulerConfig.get_scheduler_cls)
-    [text] = re.findall(r'"(Using custom scheduler class %s)', source)
-    record = logging.LogRecord("", logging.WARNING, "", 0, text, (name,), None)
-    assert bool(logging.getLogger(SchedulerConfig.__module__).filter(record)) is warns

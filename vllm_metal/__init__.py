@@ -44,6 +44,7 @@ def _register() -> str | None:
     from vllm_metal.errors import show_user_errors_without_stack
     from vllm_metal.machine.blas import load_fast_blas
     from vllm_metal.machine.installation import missing_distributions
+    from vllm_metal.options.scheduler_class import hide_warning_about_own_scheduler
 
     in_main_process = multiprocessing.parent_process() is None
     if missing := missing_distributions():
@@ -63,9 +64,9 @@ def _register() -> str | None:
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
     load_fast_blas()
     show_user_errors_without_stack()
-    from vllm_metal.platform import hide_warning_about_own_scheduler
-
     hide_warning_about_own_scheduler()
+    import vllm_metal.platform  # noqa: F401  what fails in it is logged like all else
+
     return "vllm_metal.platform.MetalPlatform"
 
 

@@ -5,7 +5,6 @@ imported here.
 """
 
 import json
-import logging
 import multiprocessing
 import platform as host
 import random
@@ -22,7 +21,7 @@ from vllm_metal.errors import ChangedLibraryError, UserError
 from vllm_metal.machine import cache_folder, device
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
-from vllm_metal.options import check
+from vllm_metal.options import check, scheduler_class
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -151,42 +150,12 @@ class MetalPlatform(Platform):
         from vllm.config import CompilationMode, CUDAGraphMode
 
         vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
-        _set_scheduler(vllm_config)
+        scheduler_class.set_scheduler_class(vllm_config)
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         _disable_accelerator_cache_release()
         _disable_prefix_caching_for_states(vllm_config)
-
-
-def _set_scheduler(vllm_config: "VllmConfig") -> None:
-    """Sets vLLM's scheduler with the end of requests whose logits are not finite.
-
-    A scheduler of the user's own (`--scheduler-cls`) stays.
-    """
-    scheduler, module = vllm_config.scheduler_config, "vllm_metal.scheduler."
-    if not str(scheduler.scheduler_cls or module).startswith(module):
-        return
-    name = "AsyncMetalScheduler" if scheduler.async_scheduling else "MetalScheduler"
-    scheduler.scheduler_cls = module + name
-
-
-def hide_warning_about_own_scheduler() -> None:
-    """Leaves out vLLM's warning about custom schedulers where it names this package's.
-
-    To be called in every process: vLLM warns in that of the engine.
-    """
-    vllm_logger = logging.getLogger("vllm.config.scheduler")
-    if _not_about_own_scheduler not in vllm_logger.filters:
-        vllm_logger.addFilter(_not_about_own_scheduler)
-
-
-def _not_about_own_scheduler(record: logging.LogRecord) -> bool:
-    """False for vLLM's warning about custom schedulers where it names this package's."""
-    return not (
-        str(record.msg).startswith("Using custom scheduler class")
-        and "vllm_metal.scheduler." in str(record.args)
-    )
 
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:

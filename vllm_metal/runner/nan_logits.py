@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_metal.options.scheduler_class import ends_requests
 from vllm_metal.runner.sampler import to_torch
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ def reporter(vllm_config: "VllmConfig") -> Report:
 
     It raises RuntimeError if that is the user's own: such a request would never end.
     """
-    scheduler = str(vllm_config.scheduler_config.scheduler_cls)
-    ends_requests = scheduler.startswith("vllm_metal.scheduler.")
+    ends_them = ends_requests(vllm_config)
 
     def report(output: ModelRunnerOutput, req_ids: Sequence[str]) -> None:
-        if req_ids and not ends_requests:
+        if req_ids and not ends_them:
             raise RuntimeError(
-                f"the logits of {', '.join(req_ids)} are not finite, and the scheduler {scheduler} "
-                "(--scheduler-cls) cannot end a request with an error"
+                f"the logits of {', '.join(req_ids)} are not finite, and the scheduler "
+                f"{vllm_config.scheduler_config.scheduler_cls} (--scheduler-cls) cannot end a "
+                "request with an error"
             )
         if req_ids:
             output.num_nans_in_logits = dict.fromkeys(req_ids, 1)
