@@ -91,7 +91,7 @@ def test_checking_twice_changes_nothing(make_config):
         ({"additional_config": {"turbo_quant": True}}, "unknown key 'turbo_quant'"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
-        ({"hf_overrides": dict}, "--hf-overrides as a function"),
+        ({"hf_overrides": lambda config: config}, "--hf-overrides as a function"),
         ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization fp8 is not supported"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager is not"),
         ({"watermark_config": WATERMARK}, "--watermark-config is not supported: it needs vLLM's"),
