@@ -1,5 +1,7 @@
 """A request whose logits are not finite ends with an error, and its neighbours go on."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -132,14 +134,15 @@ def test_nan_prompt_logprobs_end_a_request_whose_last_logits_are_finite(
     serving = RecordingServing(
         make_config(async_scheduling=async_scheduling, enable_prefix_caching=False)
     )
-    forward = serving.runner.model.forward
+    forward = serving.runner.model.forward_to_head
 
-    def first_row_is_nan(token_ids, metadata, all_rows=False):
-        logits = forward(token_ids, metadata, all_rows)
-        rows = mx.arange(logits.shape[1])[None, :, None]
-        return mx.where((rows == 0) & (token_ids[0, 0] == NAN_TOKEN), mx.nan, logits)
+    def first_row_is_nan(token_ids, metadata):
+        chunk = forward(token_ids, metadata)
+        rows = mx.arange(token_ids.shape[1])[None, :, None]
+        failing = (rows == 0) & (token_ids[0, 0] == NAN_TOKEN)
+        return replace(chunk, hidden=mx.where(failing, mx.nan, chunk.hidden))
 
-    monkeypatch.setattr(serving.runner.model, "forward", first_row_is_nan)
+    monkeypatch.setattr(serving.runner.model, "forward_to_head", first_row_is_nan)
     failing = serving.add("failing", [NAN_TOKEN, *prompt(8)], prompt_logprobs=1)
     healthy = serving.add("healthy", prompt(8), prompt_logprobs=1)
     serving.run()
