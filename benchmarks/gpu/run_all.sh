@@ -17,7 +17,7 @@ set -uo pipefail
 python=${PYTHON:-python3}
 pytest="$python -m pytest -q -p no:cacheprovider"
 # A process that dies takes one test with it, and the next one goes on in another process.
-apart="-n 1 --dist loadgroup --max-worker-restart 20"
+apart="-n 1 --max-worker-restart 20"
 step() { echo "$python benchmarks/gpu/engine_step.py $MODEL $1 ${2:+--cases $2} --output $out/steps.jsonl"; }
 
 # name, seconds, command
