@@ -54,7 +54,8 @@ class HeadRows:
 
         Only where the model `spares_head`. The logits of the pass are never computed.
         """
-        self._kept = kept = []
+        kept: list[mx.array] = []
+        self._kept = kept
         try:
             with self.last_only():
                 run()
