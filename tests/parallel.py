@@ -72,12 +72,14 @@ def make_scheduler(config: pytest.Config, log: object) -> object:
 def group_of(nodeid: str) -> str:
     """Tests of one group run in one process, because they share what is expensive to make.
 
-    That is a module by default; across modules the engines of the demo model, and within the tests
-    of all kinds of models the engine of each kind.
+    That is a module by default; across modules the engines of the demo model and the server, and
+    within the tests of all kinds of models the engine of each kind.
     """
     module, _, test = nodeid.partition("::")
     if any(nodeid.startswith(prefix) for prefix in _WITH_DEMO_ENGINES):
         return "demo engines"
+    if module in _WITH_THE_SERVER:
+        return "server"
     if module == _ENGINE_FOR_EACH_KIND:
         return test.partition("[")[2] or module
     return module
@@ -85,9 +87,9 @@ def group_of(nodeid: str) -> str:
 
 _WITH_DEMO_ENGINES = (
     "tests/e2e/test_greedy_tokens.py",
-    "tests/e2e/test_sampling.py",
     "tests/e2e/test_turboquant.py::test_eight_bits",
 )
+_WITH_THE_SERVER = ("tests/e2e/test_agents.py", "tests/e2e/test_server.py")
 _ENGINE_FOR_EACH_KIND = "tests/e2e/test_models.py"
 
 

@@ -77,14 +77,17 @@ def mlx_lm_tokens(model: Path, token_ids: list[list[int]], new_tokens: int) -> l
     ]
 
 
+def greedy(new_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+
+
 def generate(
     llm: LLM,
     token_ids: list[list[int]],
     params: SamplingParams | list[SamplingParams] | None = None,
 ) -> list[list[int]]:
     """Tokens of each prompt, all submitted at once; greedy unless `params` says otherwise."""
-    if params is None:
-        params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    params = params or greedy(NEW_TOKENS)
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in token_ids], params, use_tqdm=False
     )

@@ -9,9 +9,9 @@ import random
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
-from vllm.v1.request import RequestStatus
 
 from tests.symbolic_pages import SymbolicServing, expected_tokens
+from tests.traffic import Arrival, prompt, serve
 
 PAGE_BYTES = 4096
 MAX_MODEL_LEN = 128
@@ -34,10 +34,6 @@ KINDS = {
 }
 PREFIXES = [kind for kind in KINDS if kind != "states"]
 """Kinds of caches whose prefixes are found again."""
-
-
-def prompt(rng: random.Random, length: int, vocab_size: int) -> list[int]:
-    return [rng.randrange(vocab_size) for _ in range(length)]
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
@@ -76,28 +72,11 @@ def test_random_traffic(make_config, kind, async_scheduling, seed):
     )
     serving = SymbolicServing(config, KINDS[kind], rng.choice([20, 30, 64]))
     vocab_size = config.model_config.get_vocab_size()
-    prefixes = [prompt(rng, rng.choice([16, 17, 32, 48, 50]), vocab_size) for _ in range(3)]
-    requests = {}
-    for i in range(40):
-        token_ids = list(rng.choice(prefixes))
-        if rng.random() < 0.3:
-            token_ids = token_ids[: rng.randrange(1, len(token_ids) + 1)]
-        token_ids += prompt(rng, rng.choice([0, 0, 1, 9, 30]), vocab_size)
-        num_tokens = rng.randrange(1, 25)
-        if len(token_ids) < 60:  # a next turn goes on from the answer, which may still be computed
-            answer = expected_tokens(token_ids, num_tokens, vocab_size)
-            prefixes.append(token_ids + answer[: rng.randrange(num_tokens + 1)])
-        request = serving.add(str(i), token_ids, max_tokens=num_tokens)
-        requests[str(i)] = request, token_ids, num_tokens
-        for _ in range(rng.choice([0, 0, 1, 2, 5])):
-            serving.step()
-        if rng.random() < 0.1:
-            name = rng.choice(list(requests))
-            serving.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
-    serving.run()
-    for name, (request, token_ids, num_tokens) in requests.items():
-        answer = list(request.output_token_ids)
-        right = expected_tokens(token_ids, num_tokens, vocab_size)
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            right = right[: len(answer)]
-        assert answer == right, name
+
+    def answer_of(token_ids: list[int], num_tokens: int) -> list[int]:
+        return expected_tokens(token_ids, num_tokens, vocab_size)
+
+    def same(arrival: Arrival, answer: list[int]) -> bool:
+        return answer == answer_of(arrival.token_ids, arrival.num_tokens)[: len(answer)]
+
+    assert serve(serving, rng, 40, vocab_size, answer_of).wrong(same) == []

@@ -1,30 +1,20 @@
 """`vllm serve` as a user runs it, through the official `openai` client."""
 
-import contextlib
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlx.core as mx
 import openai
 import pytest
 
-from tests.tiny_models import save_checkpoint, save_tokenizer
+from tests.e2e.conftest import SERVED_MODEL as MODEL
+from tests.e2e.conftest import metric
 
 pytestmark = pytest.mark.engine
 
-MODEL = "smollm2"
-LLAMA = "LlamaForCausalLM"
-NAN_CHARACTER = "~"
-"""In no text but that of the request that is to fail."""
 WEATHER = {
     "type": "function",
     "function": {
@@ -40,65 +30,9 @@ WEATHER = {
 }
 
 
-@contextlib.contextmanager
-def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
-    """A running server of this model under the name `MODEL`; gives its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(model), "--served-model-name", MODEL),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", *options),
-    ]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None or _answers(address):
-                break
-            time.sleep(0.5)
-        assert process.poll() is None, log.read_text()[-3000:]
-        yield address
-        served = log.read_text()
-        assert "Traceback" not in served
-        assert "KV cache plan" in served
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory) -> Iterator[str]:
-    """Address of a running server with the demo model."""
-    options = [
-        *("--max-model-len", "2048", "--max-num-seqs", "16"),
-        *("--kv-cache-memory-bytes", str(400 << 20)),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-    ]
-    with serve(demo_model, tmp_path_factory.mktemp("server") / "log", *options) as address:
-        yield address
-
-
 @pytest.fixture
 def client(server):
     return openai.OpenAI(base_url=f"{server}/v1", api_key="none")
-
-
-@pytest.fixture(scope="module")
-def damaged_server(tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """Address and log of a server of a tiny model; the embedding of one character is NaN."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("damaged"), architectures=[LLAMA])
-    save_tokenizer(folder)
-    weights = mx.load(str(folder / "model.safetensors"))
-    weights["model.embed_tokens.weight"][ord(NAN_CHARACTER) - ord(" ")] = mx.nan
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    log = folder / "log"
-    options = "--max-model-len", "128", "--kv-cache-memory-bytes", str(16 << 20)
-    with serve(folder, log, *options) as address:
-        yield address, log
 
 
 def test_chat_and_stream_give_the_same_answer(client):
@@ -213,14 +147,14 @@ def test_a_client_that_goes_away_frees_its_blocks(server, client):
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    assert _metric(server, "vllm:num_requests_running") == 1
+    assert metric(server, "vllm:num_requests_running") == 1
     stream.close()
     for _ in range(60):
-        if _metric(server, "vllm:num_requests_running") == 0:
+        if metric(server, "vllm:num_requests_running") == 0:
             break
         time.sleep(0.25)
-    assert _metric(server, "vllm:num_requests_running") == 0
-    assert _metric(server, "vllm:kv_cache_usage_perc") == 0
+    assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0
 
 
 def test_bad_request_is_a_client_error_and_the_server_lives_on(client):
@@ -241,54 +175,3 @@ def test_bench_serve_completes_without_failures(server, demo_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"Successful requests:\s+16", done.stdout), done.stdout
     assert re.search(r"Failed requests:\s+0", done.stdout), done.stdout
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"temperature": 0},
-        {"temperature": 1, "seed": 3},
-        {"temperature": 0, "logprobs": 2},
-        {"temperature": 0, "extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}},
-        {"temperature": 0, "extra_body": {"structured_outputs": {"regex": "[a-z]{20}"}}},
-        {"temperature": 0, "extra_body": {"prompt_logprobs": 1}},
-    ],
-    ids=str,
-)
-def test_nan_logits_end_one_request_with_a_server_error(damaged_server, params):
-    """Its neighbours in the batch get the answers that they get without it."""
-    address, log = damaged_server
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-    def answer(prompt: str) -> str:
-        request = {"model": MODEL, "prompt": prompt, "max_tokens": 24} | params
-        return client.completions.create(**request).choices[0].text
-
-    healthy = ["alone", "a neighbour of it", "of a longer prompt, " * 3]
-    expected = [answer(prompt) for prompt in healthy]
-    counted = _metric(address, "vllm:corrupted_requests_total")
-    with ThreadPoolExecutor(4) as threads:
-        answers = [threads.submit(answer, prompt) for prompt in healthy[:2]]
-        failing = threads.submit(answer, f"with {NAN_CHARACTER} in it")
-        answers.append(threads.submit(answer, healthy[2]))
-        with pytest.raises(openai.InternalServerError):
-            failing.result()
-        assert [given.result() for given in answers] == expected
-    assert _metric(address, "vllm:corrupted_requests_total") == counted + 1
-    assert _metric(address, "vllm:num_requests_running") == 0
-    assert "its logits are not finite" in log.read_text()
-    assert "custom scheduler" not in log.read_text()
-
-
-def _answers(address: str) -> bool:
-    try:
-        return urllib.request.urlopen(f"{address}/health", timeout=2).status == 200
-    except OSError:
-        return False
-
-
-def _metric(address: str, name: str) -> float:
-    text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
-    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? ([0-9.e+-]+)$", text, re.MULTILINE)
-    assert values, f"{name} is not at /metrics"
-    return float(values[0])

@@ -8,7 +8,7 @@ A prefill chunk attends over its own exact keys and values and over its compress
 decode step reads everything compressed. That keeps a prompt that fits in one chunk free of loss,
 but makes the low bits of a result depend on how the prompt was cut into chunks, on prefix-cache
 hits and on preemption. With `reproducible`, a chunk reads its own keys and values through the
-quantiser too, and the result depends on nothing but the tokens.
+quantiser too, and the result depends, up to rounding, on nothing but the tokens.
 """
 
 from abc import abstractmethod

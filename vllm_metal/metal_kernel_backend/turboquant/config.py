@@ -17,7 +17,7 @@ class TurboQuantConfig:
     """Layers kept dense at each end of the model."""
     reproducible: bool = False
     """A prefill chunk reads its own keys and values compressed, so that tokens do not depend on
-    chunking, prefix-cache hits or preemption; costs quality."""
+    chunking, prefix-cache hits or preemption, up to rounding; costs quality."""
 
     def skipped(self, num_layers: int) -> frozenset[int]:
         """Indices of all layers kept dense, of a model with `num_layers` attention layers.

@@ -1,0 +1,106 @@
+"""A busy server gives every request the tokens that it gets alone, for every kind of model.
+
+Requests share prefixes, come in the middle of others' steps, are cut into chunks, preempted for
+want of blocks, aborted, and lose the prefix cache. Their answers are compared with those of a
+server that does nothing else. `test_scheduling.py` has the same traffic over symbolic pages.
+"""
+
+import random
+
+import pytest
+
+from tests.e2e.kinds import KINDS, Kind
+from tests.serving import Serving
+from tests.tiny_models import VOCABULARY
+from tests.traffic import LONGEST_ANSWER, LONGEST_PROMPT, Arrival, serve
+
+pytestmark = pytest.mark.nightly
+
+MAX_MODEL_LEN = LONGEST_PROMPT + LONGEST_ANSWER
+REQUESTS = 28
+"""Of each case; all cases together have more than 2,000."""
+CLIENTS = 16
+TURBOQUANT = {"turboquant": True, "k_quant": "q8_0", "v_quant": "q8_0", "reproducible": True}
+NEAR_TIE = {False: 1e-4, True: 0.05}
+"""By whether pages are compressed: a token may be another one if its log-probability is less than
+this ahead of the second best. The product of one row is rounded otherwise than that of many, and
+may then tip a code over. What follows such a token is not compared."""
+
+CASES = [
+    (kind, compressed)
+    for kind in KINDS
+    for compressed in (False, True)
+    if not (compressed and kind.no_turboquant)
+]
+
+
+class Alone:
+    """A server that has one request at a time, and remembers their answers."""
+
+    def __init__(self, serving: Serving, near_tie: float):
+        self._serving, self._near_tie = serving, near_tie
+        self._answers: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
+
+    def tokens(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        return self._answer(token_ids)[0][:num_tokens]
+
+    def gives(self, arrival: Arrival, tokens: list[int]) -> bool:
+        """Whether these tokens are, or begin, the answer to a request, up to a near tie."""
+        for mine, other, lead in zip(tokens, *self._answer(arrival.token_ids), strict=False):
+            if mine != other:
+                return lead < self._near_tie
+        return True
+
+    def _answer(self, token_ids: list[int]) -> tuple[list[int], list[float]]:
+        """The tokens, and by how much the log-probability of each was ahead of the next best."""
+        key = tuple(token_ids)
+        if key not in self._answers:
+            first = len(self._serving.outputs)
+            [tokens] = self._serving.generate([token_ids], max_tokens=LONGEST_ANSWER, logprobs=2)
+            scores = [output.logprobs for output in self._serving.outputs[first:]]
+            leads = [s.logprobs[0][1] - s.logprobs[0][2] for s in scores if s is not None]
+            self._answers[key] = tokens, [float(lead) for lead in leads]
+        return self._answers[key]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Gives the folder of a kind's model."""
+    folders = {}
+
+    def folder_of(kind: Kind):
+        if kind not in folders:
+            folders[kind] = kind.save(tmp_path_factory.mktemp("models") / str(len(folders)))
+        return folders[kind]
+
+    return folder_of
+
+
+@pytest.mark.parametrize(("kind", "compressed"), CASES, ids=str)
+def test_every_answer_is_that_of_the_request_alone(make_config, checkpoints, kind, compressed):
+    common = {
+        "model": str(checkpoints(kind)),
+        "skip_tokenizer_init": False,
+        "max_model_len": MAX_MODEL_LEN,
+        "additional_config": TURBOQUANT if compressed else {},
+    }
+    alone = Alone(
+        Serving(make_config(**common, enable_prefix_caching=False, async_scheduling=False)),
+        NEAR_TIE[compressed],
+    )
+    for async_scheduling in (True, False):
+        rng = random.Random(f"{kind} {compressed} {async_scheduling}")
+        busy = Serving(
+            make_config(
+                **common,
+                async_scheduling=async_scheduling,
+                enable_prefix_caching=kind.caches_prefixes,
+                max_num_seqs=CLIENTS,
+                max_num_batched_tokens=rng.choice([23, 32, 48]),
+                num_gpu_blocks_override=kind.scarce_blocks and 2 * kind.scarce_blocks,
+            )
+        )
+        outcome = serve(busy, rng, REQUESTS, VOCABULARY, alone.tokens)
+        wrong = outcome.wrong(alone.gives)
+        print(f"soak: {kind} {compressed} {async_scheduling}: {outcome}, {len(wrong)} wrong")
+        assert wrong == []
