@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(args.jobs) as compilers:
         results = list(
             compilers.map(
-                lambda item: compile_text(*item, args.out, args.standard), programs.items()
+                lambda name: compile_text(name, programs[name], args.out, args.standard), programs
             )
         )
     objects = [_object(path, args.out) for name, path in programs.items() if "/" in name]
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "system": platform.platform(),
         "compiler": _output("xcrun", "-sdk", "macosx", "metal", "--version"),
         "standard": args.standard,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "results": [asdict(result) for result in results],
     }
     (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -107,7 +107,7 @@ def test_engine_processes_are_spawned_and_use_the_first_runner_protocol():
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
-def test_requests_with_nans_are_counted_unless_the_user_objects(monkeypatch):
+def test_requests_with_nan_logits_are_counted_unless_the_user_says_otherwise(monkeypatch):
     vllm_metal.register()
     assert os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] == "1"
     monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "0")

@@ -30,7 +30,8 @@ def register() -> str | None:
       from MLX's own threads;
     - MLX's CPU backend finds a fast BLAS;
     - a `UserError` that ends a process is shown without its stack;
-    - vLLM counts requests whose logits are not numbers, which the worker looks for in every step.
+    - vLLM's warning about custom schedulers is left out for this package's own;
+    - vLLM counts requests whose logits are not finite; the worker checks them in every step.
     """
     try:
         return _register()
@@ -43,6 +44,7 @@ def _register() -> str | None:
     from vllm_metal.errors import show_user_errors_without_stack
     from vllm_metal.machine.blas import load_fast_blas
     from vllm_metal.machine.installation import missing_distributions
+    from vllm_metal.options.scheduler_class import hide_warning_about_own_scheduler
 
     in_main_process = multiprocessing.parent_process() is None
     if missing := missing_distributions():
@@ -62,6 +64,7 @@ def _register() -> str | None:
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
     load_fast_blas()
     show_user_errors_without_stack()
+    hide_warning_about_own_scheduler()
     import vllm_metal.platform  # noqa: F401  what fails in it is logged like all else
 
     return "vllm_metal.platform.MetalPlatform"

@@ -5,7 +5,6 @@ imported here.
 """
 
 import json
-import logging
 import multiprocessing
 import platform as host
 import random
@@ -22,7 +21,7 @@ from vllm_metal.errors import UserError
 from vllm_metal.machine import cache_folder, device, torch_accelerator
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
-from vllm_metal.options import check
+from vllm_metal.options import check, scheduler_class
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -150,32 +149,12 @@ class MetalPlatform(Platform):
         from vllm.config import CompilationMode, CUDAGraphMode
 
         vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
-        _set_scheduler(vllm_config)
+        scheduler_class.set_scheduler_class(vllm_config)
         vllm_config.parallel_config.disable_custom_all_reduce = True
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         torch_accelerator.disable_cache_release()
         _disable_prefix_caching_for_states(vllm_config)
-
-
-def _set_scheduler(vllm_config: "VllmConfig") -> None:
-    """vLLM's scheduler, made to end a request whose logits are not numbers; not the user's own."""
-    scheduler = vllm_config.scheduler_config
-    if scheduler.scheduler_cls is not None:
-        return
-    name = "AsyncMetalScheduler" if scheduler.async_scheduling else "MetalScheduler"
-    scheduler.scheduler_cls = f"vllm_metal.scheduler.{name}"
-    vllm_logger = logging.getLogger("vllm.config.scheduler")
-    if _is_about_another_scheduler not in vllm_logger.filters:
-        vllm_logger.addFilter(_is_about_another_scheduler)
-
-
-def _is_about_another_scheduler(record: logging.LogRecord) -> bool:
-    """Whether vLLM's warning about a scheduler of the user's is about one: this one is not."""
-    return not (
-        str(record.msg).startswith("Using custom scheduler class")
-        and "vllm_metal.scheduler." in str(record.args)
-    )
 
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:

@@ -1,9 +1,9 @@
-"""vLLM's schedulers, which also end a request whose logits are not numbers.
+"""vLLM's schedulers, which also end a request whose logits are not finite.
 
 The worker names such a request in `ModelRunnerOutput.num_nans_in_logits`, vLLM's own field for it,
-and samples nothing for it. vLLM only counts these requests, or stops the engine. Here the request
-ends with vLLM's finish reason "error", which its front ends turn into an HTTP error, and the other
-requests go on.
+and samples nothing for it. vLLM itself only counts these requests, or stops the engine. Here the
+request ends with vLLM's finish reason "error", which its front ends turn into an HTTP error, and
+the other requests go on.
 """
 
 from typing import TYPE_CHECKING

@@ -24,7 +24,7 @@ from vllm_metal.kv_cache.spec import (
     block_table_sizes,
     cache_layout,
 )
-from vllm_metal.kv_cache.workspace import StepMemory
+from vllm_metal.kv_cache.workspace import StepMemory, scoring_bytes
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
@@ -270,6 +270,10 @@ class MetalWorker(WorkerBase):
             ),
         )
         groups = model.kv_cache.groups
+        vocab_size, hidden_size = (
+            self.model_config.get_vocab_size(),
+            self.model_config.get_hidden_size(),
+        )
 
         def steps(settings: MemorySettings) -> StepMemory:
             length = settings.max_model_len
@@ -281,6 +285,7 @@ class MetalWorker(WorkerBase):
                 decode,
                 settings.max_num_seqs,
                 max(1, gathered_tokens(groups, length)),
+                scoring_bytes(query_len, vocab_size, hidden_size),
             )
 
         return steps

@@ -10,14 +10,15 @@
 #
 # PYTHON is the interpreter, with its arguments if it needs some (default: python3). The parts of
 # the kernels need MLX (CUDA), mlx-lm, CuPy, PyTorch with CUDA, pytest and a CUDA toolkit. The parts of
-# the engine need vLLM, MLX (CUDA), mlx-lm, PyTorch and pytest with pytest-xdist; MODEL names a folder
-# for a random model of 5.9 GB (default: OUTPUT_FOLDER/model). The current folder is this repository.
+# the engine need vLLM, MLX (CUDA), mlx-lm, PyTorch and pytest with pytest-xdist, and smoke and greedy the
+# demo model (`vllm-metal fetch-demo-model`); MODEL names a folder for a random model of 5.9 GB (default:
+# OUTPUT_FOLDER/model). The current folder is this repository.
 set -uo pipefail
 
 python=${PYTHON:-python3}
 pytest="$python -m pytest -q -p no:cacheprovider"
 # A process that dies takes one test with it, and the next one goes on in another process.
-apart="-n 1 --dist loadgroup --max-worker-restart 20"
+apart="-n 1 --max-worker-restart 20"
 step() { echo "$python benchmarks/gpu/engine_step.py $MODEL $1 ${2:+--cases $2} --output $out/steps.jsonl"; }
 
 # name, seconds, command
@@ -32,6 +33,7 @@ kernels    570 kernel_tests
 doctor     300 doctor
 crashes    570 $python benchmarks/gpu/crashing_operations.py
 contract   300 $pytest tests/attention/test_backend.py
+smoke      400 $python examples/serve_demo.py
 greedy     400 $pytest $apart tests/e2e/test_greedy_tokens.py
 kinds      570 $pytest $apart tests/e2e/test_models.py -k dense
 kinds-tq   570 $pytest $apart tests/e2e/test_models.py -k turboquant

@@ -1,6 +1,8 @@
 """Fixtures shared by the tests of the engine."""
 
+import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -46,24 +48,16 @@ def demo_engine(demo_model) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(scope="session")
-def server(demo_model, tmp_path_factory) -> Iterator[str]:
-    """Address of a running server with the demo model, as agents want it.
-
-    Tests with it are a group of `tests/parallel.py`.
-    """
+@contextlib.contextmanager
+def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """A running server of this model under the name `SERVED_MODEL`; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     command = [
         str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(demo_model), "--served-model-name", SERVED_MODEL),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "16"),
-        *("--kv-cache-memory-bytes", str(400 << 20)),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-        "--enable-prompt-tokens-details",
+        *("serve", str(model), "--served-model-name", SERVED_MODEL),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", *options),
     ]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:
@@ -82,6 +76,30 @@ def server(demo_model, tmp_path_factory) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def server(demo_model, tmp_path_factory) -> Iterator[str]:
+    """Address of a running server with the demo model, as agents want it.
+
+    Tests with it are a group of `tests/parallel.py`.
+    """
+    options = [
+        *("--max-model-len", "2048", "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(400 << 20)),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        "--enable-prompt-tokens-details",
+    ]
+    with serve(demo_model, tmp_path_factory.mktemp("server") / "log", *options) as address:
+        yield address
+
+
+def metric(address: str, name: str) -> float:
+    """The value of a server's metric."""
+    text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
+    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? ([0-9.e+-]+)$", text, re.MULTILINE)
+    assert values, f"{name} is not at /metrics"
+    return float(values[0])
 
 
 def _answers(address: str) -> bool:

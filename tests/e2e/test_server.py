@@ -5,13 +5,13 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
 
 from tests.e2e.conftest import SERVED_MODEL as MODEL
+from tests.e2e.conftest import metric
 
 pytestmark = pytest.mark.engine
 
@@ -147,14 +147,14 @@ def test_a_client_that_goes_away_frees_its_blocks(server, client):
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    assert _metric(server, "vllm:num_requests_running") == 1
+    assert metric(server, "vllm:num_requests_running") == 1
     stream.close()
     for _ in range(60):
-        if _metric(server, "vllm:num_requests_running") == 0:
+        if metric(server, "vllm:num_requests_running") == 0:
             break
         time.sleep(0.25)
-    assert _metric(server, "vllm:num_requests_running") == 0
-    assert _metric(server, "vllm:kv_cache_usage_perc") == 0
+    assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0
 
 
 def test_bad_request_is_a_client_error_and_the_server_lives_on(client):
@@ -175,10 +175,3 @@ def test_bench_serve_completes_without_failures(server, demo_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"Successful requests:\s+16", done.stdout), done.stdout
     assert re.search(r"Failed requests:\s+0", done.stdout), done.stdout
-
-
-def _metric(address: str, name: str) -> float:
-    text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
-    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? ([0-9.e+-]+)$", text, re.MULTILINE)
-    assert values, f"{name} is not at /metrics"
-    return float(values[0])

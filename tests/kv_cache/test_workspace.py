@@ -1,10 +1,19 @@
-"""From the peaks of small forward passes to the workspace: arithmetic only."""
+"""From the peaks of small forward passes to the workspace; prompt logprobs stay within it."""
 
+import mlx.core as mx
 import pytest
 
+from tests.serving import Serving
+from tests.tiny_models import save_checkpoint
 from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.kv_cache import workspace
-from vllm_metal.kv_cache.workspace import DECODE_SHARE, ForwardPeaks, StepMemory
+from vllm_metal.kv_cache.workspace import (
+    DECODE_SHARE,
+    ForwardPeaks,
+    StepMemory,
+    scored_piece_rows,
+    scoring_bytes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +121,37 @@ def test_decode_is_cut_to_fit(workspace):
 
 def test_decode_is_never_cut_below_one_request():
     assert steps().decode_tokens(0) == 1000
+
+
+def test_prompt_logprobs_may_decide():
+    assert steps(scoring=9000).workspace(page_bytes=0, num_tokens=0) == 9000
+    few, many = (scoring_bytes(rows, 100_000, 64) for rows in (10, 2000))
+    assert scored_piece_rows(100_000) == 83 and scored_piece_rows(96) == 256
+    assert few == 4 * (4 * 10 * 100_000 + 10 * 64)
+    assert many == 4 * (4 * 83 * 100_000 + 2000 * 64)
+
+
+@pytest.fixture
+def large_vocabulary(tmp_path):
+    """A tiny Llama whose logits of a row take 160 KB."""
+    return save_checkpoint(tmp_path / "large", vocab_size=40_000)
+
+
+def test_the_workspace_is_enough_for_prompt_logprobs(make_config, large_vocabulary):
+    """The logits of all rows at once take 80 MB, and 160 MB with what is made of them."""
+    config = make_config(
+        model=str(large_vocabulary),
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=16 << 20,
+        enable_prefix_caching=False,
+    )
+    serving = Serving(config)
+    prompt = list(range(100)) * 5
+    serving.generate([prompt[:20]], max_tokens=1, prompt_logprobs=1)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    serving.generate([prompt], max_tokens=1, prompt_logprobs=1)
+    peak = mx.get_peak_memory() - before
+    assert peak < serving.worker.plan.workspace < 150e6

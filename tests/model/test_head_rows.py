@@ -32,6 +32,24 @@ def test_rows_are_cut_only_when_asked(model_type):
     assert mx.allclose(last_row[:, -1], every_row[:, -1], atol=1e-4).item()
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere2"])
+def test_rows_pass_through_the_head_in_pieces(model_type):
+    """With soft-caps and scales of the model's own after it; the layers do not run again."""
+    model = tiny_model(model_type)
+    rows = HeadRows(model, lambda: model(mx.zeros((1, 3), mx.int32)))
+    tokens = mx.array([[5, 3, 8, 1, 7]])
+    every_row = model(tokens)
+    hidden = rows.input_of_head(lambda: model(tokens))
+    assert hidden.shape[:2] == (1, 5) and hidden.shape[2] != every_row.shape[2]
+
+    def run():
+        return model(mx.zeros_like(tokens))
+
+    pieces = [rows.head(hidden[:, begin : begin + 2], run) for begin in (0, 2, 4)]
+    assert mx.allclose(mx.concatenate(pieces, axis=1), every_row, atol=1e-4).item()
+    assert mx.allclose(model(tokens), every_row, atol=1e-4).item()
+
+
 def test_a_failed_forward_does_not_leave_the_rows_cut():
     model = tiny_model("llama")
     rows = HeadRows(model, lambda: model(mx.zeros((1, 3), mx.int32)))

@@ -1,4 +1,4 @@
-"""Which rows are numbers, and what becomes of those that are not."""
+"""Which rows are finite, and what becomes of those that are not."""
 
 from types import SimpleNamespace
 
@@ -43,8 +43,8 @@ def batch() -> SimpleNamespace:
     return SimpleNamespace(num_reqs=6, vocab_size=1000, req_ids=list("abcdef"))
 
 
-def test_rows_for_torch_are_numbers():
-    """In the order of the batch, with zeros for what is no number and for what has no logits."""
+def test_rows_for_torch_are_finite():
+    """In the order of the batch; a row that is not finite or has no logits is zeros."""
     decoded, prefilled = logits({5: np.nan}), logits({})[:1]
     evaluated = []
     parts = [([5], prefilled), ([0, 1, 3, 2], decoded)]

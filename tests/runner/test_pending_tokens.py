@@ -14,15 +14,17 @@ def no_report(_, req_ids) -> None:
 
 
 def test_a_request_with_nans_gets_no_token_and_is_reported():
-    """Its row may be any."""
-    output = ModelRunnerOutput(req_ids=["a", "b", "c"], req_id_to_index={"a": 0, "b": 1, "c": 2})
-    tokens, finite = mx.array([0, 9, 4], mx.int32), mx.array([False, True, True])
+    """One whose own logits are NaN, in another order than the rows, and one whose prompt's are."""
+    output = ModelRunnerOutput(
+        req_ids=list("abcd"), req_id_to_index={name: i for i, name in enumerate("abcd")}
+    )
+    tokens, finite = mx.array([0, 9, 4, 3], mx.int32), mx.array([False, True, True, True])
     reported = []
-    positions = {"b": 5, "a": 3, "c": 4}
-    arguments = tokens, finite, lambda: None, positions, output
-    pending = PendingTokens(*arguments, lambda *what: reported.append(what))
-    assert pending.get_output().sampled_token_ids == [[9], [], [4]]
-    assert reported == [(output, ["b"])]
+    positions = {"b": 5, "a": 3, "c": 4, "d": 2}
+    arguments = tokens, finite, lambda: None, positions, output, ["d"]
+    pending = PendingTokens(*arguments, lambda *report: reported.append(report))
+    assert pending.get_output().sampled_token_ids == [[9], [], [4], []]
+    assert reported == [(output, ["d", "b"])]
 
 
 def test_pending_tokens_find_their_rows():
@@ -30,7 +32,7 @@ def test_pending_tokens_find_their_rows():
     output = ModelRunnerOutput(req_ids=["a", "b", "c"], req_id_to_index={"a": 0, "b": 1, "c": 2})
     tokens = mx.array([7, 9], mx.int32)
     finite = mx.array([True, True])
-    pending = PendingTokens(tokens, finite, lambda: None, {"c": 5, "a": 3}, output, no_report)
+    pending = PendingTokens(tokens, finite, lambda: None, {"c": 5, "a": 3}, output, [], no_report)
     assert pending.get_output().sampled_token_ids == [[9], [], [7]]
 
 
@@ -43,7 +45,7 @@ def test_two_threads_wait_for_one_step_and_read_it_once():
 
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
     tokens, finite = mx.array([7], mx.int32), mx.array([True])
-    pending = PendingTokens(tokens, finite, wait, {"a": 3}, output, no_report)
+    pending = PendingTokens(tokens, finite, wait, {"a": 3}, output, [], no_report)
     with ThreadPoolExecutor(2) as threads:
         results = [threads.submit(pending.wait) for _ in range(2)]
         computed.set()

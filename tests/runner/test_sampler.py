@@ -240,7 +240,7 @@ def prompt_scores(batch: RequestBatch, prompt: list[int], chunks: list[int], wan
             batch.requests["r"],
             length,
             VOCABULARY,
-            lambda n, start=start: table[start : start + n].clone(),
+            lambda begin, end, start=start: table[start + begin : start + end].clone(),
         )
         start += length
     return scores, torch.log_softmax(table, -1)
@@ -274,6 +274,6 @@ def test_raw_logits_instead_of_logprobs(batch):
     batch.update(scheduler_output([new_request("r", [4, 5], [5], prompt_logprobs=0)]))
     table = torch.arange(float(VOCABULARY))[None]
     scores = TorchSampler("raw_logits").score_prompt(
-        batch.requests["r"], 2, VOCABULARY, lambda n: table[:n].clone()
+        batch.requests["r"], 2, VOCABULARY, lambda begin, end: table[begin:end].clone()
     )
     assert scores.logprobs.tolist() == [[5.0]]

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,41 @@ def test_a_process_that_died_is_remembered(marker):
     assert in_another_process(marker, "os.kill(os.getpid(), signal.SIGFPE)") == -signal.SIGFPE
     assert marker.left_behind
     assert not CrashMarker(marker.path.parent, FACTS | {"mlx": "2"}).left_behind
+
+
+TRACING_DIES = """
+import os, signal, sys
+from pathlib import Path
+from tests.tiny_models import tiny_model
+from vllm_metal.model.decode_graphs import DecodeGraphs
+from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.startup import decode_probe
+from vllm_metal.startup.crash_marker import CrashMarker
+if sys.argv[2] == "dies":
+    DecodeGraphs.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGFPE)
+marker = CrashMarker(Path(sys.argv[1]), {})
+prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+print(decode_probe.ask(ModelBinding(tiny_model("llama")), prompts, marker).traced)
+"""
+
+
+def test_after_a_start_that_tracing_killed_the_next_one_decodes_untraced(tmp_path):
+    """As a division by zero in MLX's C++ kills it; once the mark is deleted, it is tried again."""
+    path = os.pathsep.join([os.getcwd(), str(Path.cwd() / "scripts")])
+
+    def start(what: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", TRACING_DIES, str(tmp_path / "tracing"), what]
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert start("dies").returncode == -signal.SIGFPE
+    [mark] = (tmp_path / "tracing").iterdir()
+    survived = start("lives")
+    assert survived.returncode == 0, survived.stderr
+    assert "holds=False" in survived.stdout and "ended in the middle of it" in survived.stdout
+    assert str(mark) in survived.stdout
+    mark.unlink()
+    assert "holds=True" in start("lives").stdout
 
 
 @pytest.mark.parametrize("then", ["pass", "raise SystemExit(3)", "raise KeyboardInterrupt"])

@@ -25,6 +25,25 @@ MARGIN = 1 / 16
 """Added to what follows from small forward passes: where phases overlap, it is not quite linear."""
 
 
+SCORED_PIECE_BYTES, SCORED_PIECE_ROWS = 32 << 20, 256
+"""Bounds on the float32 logits of a piece of a prompt chunk whose rows are scored."""
+
+_SCORED_COPIES = 4
+"""Logits of a piece before and after a soft-cap, in float32, and what a reduction holds."""
+
+
+def scored_piece_rows(vocab_size: int) -> int:
+    """Rows of a prompt chunk whose logits are computed at a time for `prompt_logprobs`."""
+    return max(1, min(SCORED_PIECE_ROWS, SCORED_PIECE_BYTES // (4 * vocab_size)))
+
+
+def scoring_bytes(query_len: int, vocab_size: int, hidden_size: int) -> int:
+    """Memory that `prompt_logprobs` of a chunk of `query_len` tokens take after its forward pass:
+    the hidden states of all rows, and the logits of a piece of them."""
+    rows = min(query_len, scored_piece_rows(vocab_size))
+    return 4 * (_SCORED_COPIES * rows * vocab_size + query_len * hidden_size)
+
+
 @dataclass(frozen=True)
 class ForwardPeaks:
     """Peaks in bytes, measured with few rows and tokens, and what follows for many."""
@@ -79,6 +98,8 @@ class StepMemory:
     """Rows of a decode step."""
     max_tokens: int
     """Tokens that a request holds, rounded up as `DecodeGraphs` does; 1 where it holds none."""
+    scoring: int = 0
+    """Bytes for the prompt logprobs of the largest chunk."""
 
     def workspace(self, page_bytes: int, num_tokens: int) -> int:
         """Bytes for any step.
@@ -90,6 +111,7 @@ class StepMemory:
         decode = self.decode_bytes(most_rounded(num_tokens))
         return max(
             *map(self.prefill.of_chunk, self.chunks),
+            self.scoring,
             self.decode.of(1, self.max_tokens),
             min(decode, page_bytes // DECODE_SHARE),
         )

@@ -35,8 +35,10 @@ class HeadRows:
         self.spares_head = feeding is not None
         """False where there is no such module: the head then runs on every row."""
         self._last_only = False
+        self._kept: list[mx.array] | None = None
+        self._given: mx.array | None = None
         if feeding is not None:
-            _replace_call(feeding, self._cut)
+            _replace_call(feeding, self._cut, instead=lambda: self._given)
 
     @contextmanager
     def last_only(self, wanted: bool = True) -> Iterator[None]:
@@ -47,7 +49,32 @@ class HeadRows:
         finally:
             self._last_only = False
 
+    def input_of_head(self, run: Callable[[], mx.array]) -> mx.array:
+        """What the lazy forward pass `run` gives to the head, every row: [B, L, hidden].
+
+        Only where the model `spares_head`. The logits of the pass are never computed.
+        """
+        kept: list[mx.array] = []
+        self._kept = kept
+        try:
+            with self.last_only():
+                run()
+        finally:
+            self._kept = None
+        [hidden] = kept
+        return hidden
+
+    def head(self, hidden: mx.array, run: Callable[[], mx.array]) -> mx.array:
+        """Logits of `hidden` [B, R, hidden], lazily. `run` passes through the head alone."""
+        self._given = hidden
+        try:
+            return run()
+        finally:
+            self._given = None
+
     def _cut(self, hidden: mx.array) -> mx.array:
+        if self._kept is not None:
+            self._kept.append(hidden)
         return hidden[:, -1:] if self._last_only else hidden
 
 
@@ -84,12 +111,21 @@ def _num_parameters(module: nn.Module) -> int:
     return tree_reduce(lambda total, array: total + array.size, module.parameters(), 0)
 
 
-def _replace_call(module: nn.Module, after: Callable[[Any], Any]) -> None:
-    """Gives this one instance a class whose `__call__` passes its result through `after`."""
+def _replace_call(
+    module: nn.Module,
+    after: Callable[[Any], Any],
+    instead: Callable[[], Any] = lambda: None,
+) -> None:
+    """Gives this one instance a class whose `__call__` passes its result through `after`.
+
+    Where `instead` gives anything but None, the module does not run and that is its result.
+    """
     original = type(module)
 
     @functools.wraps(original.__call__)
     def call(self, *args, **kwargs):
+        if (given := instead()) is not None:
+            return given
         return after(original.__call__(self, *args, **kwargs))
 
     # patch: the class of one module of the model

@@ -14,7 +14,9 @@ cache.
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -135,13 +137,31 @@ class ModelBinding:
         self, token_ids: mx.array, forward: ForwardPass, all_rows: bool
     ) -> mx.array:  # [B, 1 or L, vocabulary]
         """One lazy forward pass; see `BoundModel.forward`."""
+        with self._head_rows.last_only(not all_rows), self._states(forward) as states:
+            logits = self._run(token_ids, self._caches(forward), states)
+        return logits if all_rows else logits[:, -1:]
+
+    def run_to_head(self, token_ids: mx.array, forward: ForwardPass) -> "RowLogits":
+        """One lazy forward pass; see `BoundModel.forward_to_head`."""
+        head = self._head_rows
+        with self._states(forward) as states:
+            caches = self._caches(forward)
+
+            def run() -> mx.array:
+                return self._run(token_ids, caches, states)
+
+            if not head.spares_head:
+                return RowLogits(run(), lambda logits: logits)
+            return RowLogits(head.input_of_head(run), lambda hidden: head.head(hidden, run))
+
+    @contextmanager
+    def _states(self, forward: ForwardPass) -> Iterator[list[ArraysCache]]:
+        """The recurrent states for a forward pass within the block, kept at its end."""
         recurrent = forward.kv_cache.states
         states = [state_cache(recurrent.old(state)) for state in range(len(self.states))]
-        with self._head_rows.last_only(not all_rows):
-            logits = self._run(token_ids, self._caches(forward), states)
+        yield states
         for state, cache in enumerate(states):
             recurrent.keep(state, list(cache.cache))
-        return logits if all_rows else logits[:, -1:]
 
     def _caches(self, forward: ForwardPass) -> list[CachePositions]:
         """An object for each attention cache of the model."""
@@ -157,6 +177,20 @@ class ModelBinding:
 
     def _run(self, token_ids: mx.array, caches: Sequence[Any], states: Sequence[Any]) -> mx.array:
         return self.model(token_ids, cache=arrange(self._arrangement, caches, states))
+
+
+@dataclass(frozen=True)
+class RowLogits:
+    """Logits of all rows of one chunk, to be computed in pieces."""
+
+    hidden: mx.array
+    """[1, L, hidden], what the head is given: to be evaluated first, with the pages. [1, L,
+    vocabulary] of a model whose head cannot be told apart."""
+    head: Callable[[mx.array], mx.array]
+
+    def of(self, begin: int, end: int) -> mx.array:  # [end - begin, vocabulary]
+        """Logits of the rows from `begin` to `end`, lazily."""
+        return self.head(self.hidden[:, begin:end])[0]
 
 
 class BoundModel:
@@ -178,10 +212,20 @@ class BoundModel:
 
         `metadata` has one entry for each KV group of the pages.
         """
+        return self.binding.run_over_pages(token_ids, self._begin(metadata), all_rows)
+
+    def _begin(self, metadata: Sequence[GroupMetadata]) -> ForwardPass:
         groups = tuple(metadata)
         self.kv_cache.begin_forward(groups)
-        forward = ForwardPass(self.kv_cache, groups, self._masks_rows, self._observer)
-        return self.binding.run_over_pages(token_ids, forward, all_rows)
+        return ForwardPass(self.kv_cache, groups, self._masks_rows, self._observer)
+
+    def forward_to_head(
+        self,
+        token_ids: mx.array,  # [1, L]
+        metadata: Sequence[GroupMetadata],
+    ) -> RowLogits:
+        """One lazy forward pass of a chunk whose rows all get logits, a few at a time."""
+        return self.binding.run_to_head(token_ids, self._begin(metadata))
 
     def evaluate(
         self, token_ids: mx.array, metadata: Sequence[GroupMetadata], all_rows: bool = False

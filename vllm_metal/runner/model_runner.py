@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import torch
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
@@ -29,7 +30,7 @@ from vllm.v1.outputs import (
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_metal.kv_cache.spec import BlockTableSize
-from vllm_metal.model.model_binding import BoundModel
+from vllm_metal.model.model_binding import BoundModel, RowLogits
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import Dispatch
@@ -55,7 +56,7 @@ class _Step:
     """[B, vocabulary], rows as in `decode_rows`."""
     prompt_logprobs: dict[str, LogprobsTensors | None] = field(default_factory=dict)
     prompts_with_nans: list[str] = field(default_factory=list)
-    """Requests whose prompt has logits that are not numbers, where those are asked for."""
+    """Requests whose prompt logprobs are asked for and cannot be computed."""
 
 
 class ModelRunner:
@@ -156,18 +157,16 @@ class ModelRunner:
 
     def _prefill(self, step: _Step, req_id: str, row: int, num_scheduled: int) -> None:
         """One prompt chunk; evaluated at once, since each write of pages wants its own turn."""
-        scored = self._wants_prompt_logprobs(req_id)
         token_ids, metadata = forward_inputs.prefill_inputs(
             self.batch.rows, row, num_scheduled, self.kv_cache.groups
         )
-        logits = self.model.forward(token_ids, metadata, all_rows=scored)[0]
-        if scored:
-            finite = mx.all(are_finite(logits))
-            self.kv_cache.evaluate(logits, finite)
-            if finite.item():
-                self._score_prompt(step, req_id, num_scheduled, logits)
-            else:
-                step.prompts_with_nans.append(req_id)
+        if req_id in self.batch.unscored_prompts:
+            chunk = self.model.forward_to_head(token_ids, metadata)
+            self.kv_cache.evaluate(chunk.hidden)
+            logits = chunk.of(num_scheduled - 1, num_scheduled)
+            self._score_prompt(step, req_id, num_scheduled, chunk)
+        else:
+            logits = self.model.forward(token_ids, metadata)[0]
         if self.batch.is_complete(req_id, num_scheduled):
             step.logits[row] = logits[-1:]
             self.kv_cache.evaluate(step.logits[row])
@@ -210,6 +209,7 @@ class ModelRunner:
             sampled.append(rows.req_ids[row])
         if not parts:
             output.sampled_token_ids = [[] for _ in output.req_ids]
+            self._report_nans(output, step.prompts_with_nans)
             return output
         logits = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         tokens, finite = greedy(logits), are_finite(logits)
@@ -223,7 +223,9 @@ class ModelRunner:
             tokens, finite = tokens[chosen], finite[chosen]
         self._finish_pending()
         wait = self._dispatch(tokens, finite, self.kv_cache.arrays)
-        self._pending = PendingTokens(tokens, finite, wait, positions, output, self._report_nans)
+        self._pending = PendingTokens(
+            tokens, finite, wait, positions, output, step.prompts_with_nans, self._report_nans
+        )
         if self._returns_pending:
             return self._pending
         pending = self._pending
@@ -272,16 +274,24 @@ class ModelRunner:
     def _samples(self, step: _Step, req_id: str) -> bool:
         return self.batch.is_complete(req_id, step.scheduled.num_scheduled_tokens[req_id])
 
-    def _wants_prompt_logprobs(self, req_id: str) -> bool:
-        return req_id in self.batch.unscored_prompts
+    def _score_prompt(self, step: _Step, req_id: str, num_scheduled: int, chunk: RowLogits) -> None:
+        """Scores a prompt chunk, whose last row must be finite, too, for its scores to count."""
+        finite: list[bool] = []
 
-    def _score_prompt(self, step: _Step, req_id: str, num_scheduled: int, logits: mx.array) -> None:
+        def piece(begin: int, end: int) -> torch.Tensor:
+            logits = chunk.of(begin, end)
+            finite.append(bool(mx.all(are_finite(logits)).item()))
+            return to_torch(logits)
+
+        piece(num_scheduled - 1, num_scheduled)
         scores = self._sampler.score_prompt(
             self.batch.requests[req_id],
             num_scheduled,
             self.batch.rows.vocab_size,
-            lambda num_rows: to_torch(logits[:num_rows]),
+            piece,
         )
-        if scores is not None:
+        if not all(finite):
+            step.prompts_with_nans.append(req_id)
+        elif scores is not None:
             step.prompt_logprobs[req_id] = scores
             self.batch.unscored_prompts.discard(req_id)

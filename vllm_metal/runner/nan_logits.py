@@ -1,8 +1,8 @@
-"""Requests whose logits are not numbers: found in every step, and named to the scheduler.
+"""Requests whose logits are not finite: found in every step, and named to the scheduler.
 
 An argmax over NaN gives token 0, and vLLM's sampler fails for a whole batch where one row is NaN.
-So the rows are looked at before a token is chosen. A request that has such a row gets no token;
-`vllm_metal/scheduler.py` ends it with an error, and the others go on.
+So every row is checked in the evaluation of its step, before a token is chosen. A request that has
+such a row gets no token; `vllm_metal/scheduler.py` ends it with an error, and the others go on.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_metal.options.scheduler_class import ends_requests
 from vllm_metal.runner.sampler import to_torch
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def rows_in_torch(
     rows: "InputBatch",
     evaluate: Callable[..., None],
 ) -> tuple[torch.Tensor, list[str]]:
-    """Logits of all rows of the batch, float32, and the requests whose logits are not numbers.
+    """Logits [rows, vocabulary] of the batch, float32, and the requests whose are not finite.
 
-    Rows without logits have zeros, and so have those that are not numbers.
+    Rows without logits are zeros, and so are those that are not finite.
 
     Args:
         parts: rows of the batch and their logits [R, vocabulary].
@@ -57,18 +58,18 @@ def rows_in_torch(
 
 
 def reporter(vllm_config: "VllmConfig") -> Report:
-    """The way to name requests to the scheduler of this configuration.
+    """The function that names requests to the scheduler of this configuration.
 
-    It raises RuntimeError where that is the user's own, which would wait for tokens for ever.
+    It raises RuntimeError if that is the user's own: such a request would never end.
     """
-    scheduler = str(vllm_config.scheduler_config.scheduler_cls)
-    ends_requests = scheduler.startswith("vllm_metal.scheduler.")
+    ends_them = ends_requests(vllm_config)
 
     def report(output: ModelRunnerOutput, req_ids: Sequence[str]) -> None:
-        if req_ids and not ends_requests:
+        if req_ids and not ends_them:
             raise RuntimeError(
-                f"the logits of {', '.join(req_ids)} are not finite, and the scheduler {scheduler} "
-                "(--scheduler-cls) cannot end a request with an error"
+                f"the logits of {', '.join(req_ids)} are not finite, and the scheduler "
+                f"{vllm_config.scheduler_config.scheduler_cls} (--scheduler-cls) cannot end a "
+                "request with an error"
             )
         if req_ids:
             output.num_nans_in_logits = dict.fromkeys(req_ids, 1)

@@ -1,5 +1,6 @@
 """The result of a step that MLX is still computing."""
 
+from collections.abc import Sequence
 from threading import Lock
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ class PendingTokens(AsyncModelRunnerOutput):
         wait_until_computed: Wait,
         positions: dict[str, int],
         output: ModelRunnerOutput,
+        prompts_with_nans: Sequence[str],
         report_nans: Report,
     ):
         self.tokens = tokens
@@ -32,7 +34,7 @@ class PendingTokens(AsyncModelRunnerOutput):
         self._report_nans = report_nans
         self._lock = Lock()
         self._token_ids: list[int] | None = None
-        self._with_nans: list[str] = []
+        self._with_nans = list(prompts_with_nans)
 
     def wait(self) -> list[int]:
         """Waits until the step is computed; its tokens, in the order of `positions`.
@@ -44,13 +46,13 @@ class PendingTokens(AsyncModelRunnerOutput):
                 self._wait_until_computed()
                 self._token_ids = np.array(self.tokens).tolist()
                 finite = zip(self.positions, np.array(self._finite), strict=True)
-                self._with_nans = [req_id for req_id, is_finite in finite if not is_finite]
+                self._with_nans += [req_id for req_id, is_finite in finite if not is_finite]
             return self._token_ids
 
     def get_output(self) -> ModelRunnerOutput:
         """Waits for the tokens."""
         token_ids = self.wait()
-        sampled = self.index.keys() - self._with_nans
+        sampled = self.index.keys() - set(self._with_nans)
         self._output.sampled_token_ids = [
             [token_ids[self.index[req_id]]] if req_id in sampled else []
             for req_id in self._output.req_ids

@@ -14,6 +14,8 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.sample.sampler import Sampler
 
+from vllm_metal.kv_cache.workspace import scored_piece_rows
+
 if TYPE_CHECKING:
     from vllm.config.model import LogprobsMode
     from vllm.v1.sample.logits_processor import LogitsProcessor, LogitsProcessors
@@ -100,7 +102,7 @@ class TorchSampler:
         request: "CachedRequestState",
         num_scheduled: int,
         vocab_size: int,
-        chunk_logits: Callable[[int], torch.Tensor],
+        chunk_logits: Callable[[int, int], torch.Tensor],
     ) -> LogprobsTensors | None:
         """Adds one prompt chunk to the request's prompt logprobs; returns them once complete.
 
@@ -108,7 +110,8 @@ class TorchSampler:
             request: a request with `prompt_logprobs` set.
             num_scheduled: tokens of the chunk.
             vocab_size: what `prompt_logprobs=-1` stands for.
-            chunk_logits: gives float32 logits of the chunk's first n tokens.
+            chunk_logits: gives float32 logits of the chunk's tokens from one to another; asked for
+                few at a time.
         """
         assert request.sampling_params is not None and request.prompt_token_ids is not None
         wanted = request.sampling_params.prompt_logprobs
@@ -122,16 +125,18 @@ class TorchSampler:
         remaining = request.num_prompt_tokens - 1 - start
         complete = num_scheduled > remaining
         num_rows = min(num_scheduled, remaining)
-        if num_rows > 0:
-            targets = torch.tensor(request.prompt_token_ids[start + 1 : start + 1 + num_rows])
-            logits = chunk_logits(num_rows)
+        piece = scored_piece_rows(vocab_size)
+        for begin in range(0, num_rows, piece):
+            end = min(begin + piece, num_rows)
+            targets = torch.tensor(request.prompt_token_ids[start + 1 + begin : start + 1 + end])
+            logits = chunk_logits(begin, end)
             if self._logprobs_mode in ("raw_logprobs", "processed_logprobs"):
                 logits = self._sampler.compute_logprobs(logits)
             part = self._sampler.gather_logprobs(logits, num_logprobs, targets)
-            chunk = slice(start, start + num_rows)
-            scores.logprob_token_ids[chunk] = part.logprob_token_ids
-            scores.logprobs[chunk] = part.logprobs
-            scores.selected_token_ranks[chunk] = part.selected_token_ranks
+            rows = slice(start + begin, start + end)
+            scores.logprob_token_ids[rows] = part.logprob_token_ids
+            scores.logprobs[rows] = part.logprobs
+            scores.selected_token_ranks[rows] = part.selected_token_ranks
         if not complete:
             return None
         request.in_progress_prompt_logprobs_cpu = None
