@@ -14,6 +14,7 @@ from vllm_metal.errors import UserError
 PROMPT = "The capital of France is Paris, and in 1889 it got a tower of 300 m.\n"
 
 
+@pytest.mark.nightly
 def test_logits_match_transformers_reading_the_gguf(demo_model):
     """mlx-lm on our folder against transformers on weights and config that it reads itself."""
     import mlx.core as mx

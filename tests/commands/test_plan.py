@@ -97,6 +97,7 @@ def test_layers_of_one_kind_need_neither_torch_nor_vllm(folder):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.nightly
 def test_layers_of_several_kinds_are_grouped_by_vllm(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_of("gemma3_text")))
     done = in_a_process_of_its_own(tmp_path, "--memory", "16GiB")

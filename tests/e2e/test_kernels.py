@@ -66,7 +66,9 @@ def use_kernels(monkeypatch) -> Callable[[type[HostTarget]], list[str]]:
         ),
         pytest.param("reading_model", "q8_0", "q8_0", 0.02, LazyTarget, marks=needs_lazy_target),
         ("reading_model", "q8_0", "q3_0", 0.05, HostTarget),
-        ("long_heads_model", "q8_0", "q8_0", 0.02, HostTarget),
+        pytest.param(
+            *("long_heads_model", "q8_0", "q8_0", 0.02, HostTarget), marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_the_kernels_answer_as_the_reference_path(

@@ -68,24 +68,21 @@ CASES = [
     if not (compressed and kind.no_turboquant)
 ]
 
-COMPRESSED = (
-    *(
-        "llama",
-        "qwen3-heads of 128",
-        "gemma3_text",
-        "gpt_oss",
-        "jamba",
-        "gemma4_shared",
-        "minicpm3",
-    ),
-)
+COMPRESSED = ("llama", "qwen3-heads of 128", "gemma3_text", "jamba")
 """Kinds with compressed pages whose tests are not left to the night: plain, with levels, windows,
-windows with sinks, recurrent states, layers of two sizes of which some share, and keys and values
-of unequal sizes."""
+and recurrent states."""
 
-SCARCE = ["llama", "gemma3_text", "jamba", "gemma4_26b_a4b", "minicpm3", "deepseek_v32"]
+DENSE = (
+    *("llama", "gemma3_text", "gpt_oss", "qwen3_next", "jamba", "gemma2", "gemma4_shared"),
+    *("minicpm3", "deepseek_v32"),
+)
+"""The same with dense pages: plain, windows, windows with sinks, a gated delta net, Mamba, one
+request at a time, layers of two sizes of which some share, keys and values of unequal sizes, and
+two caches in a layer."""
+
+SCARCE = ["llama", "gemma3_text", "jamba"]
 """The same for kinds that run short of blocks: full attention, windows, states in the blocks of
-pages, layers of two sizes, keys and values of unequal sizes, two caches in a layer."""
+pages."""
 
 
 def nightly_unless(by_day: bool) -> list[pytest.MarkDecorator]:
@@ -164,7 +161,7 @@ def greedy(**more) -> SamplingParams:
         pytest.param(
             case,
             id=str(case),
-            marks=nightly_unless(not case.compressed or str(case.kind) in COMPRESSED),
+            marks=nightly_unless(str(case.kind) in (COMPRESSED if case.compressed else DENSE)),
         )
         for case in CASES
     ],

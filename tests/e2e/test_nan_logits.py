@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.conftest import SERVED_MODEL, metric, serve
 from tests.tiny_models import save_checkpoint, save_tokenizer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 LLAMA = "LlamaForCausalLM"
 NAN_CHARACTER = "~"

@@ -46,6 +46,7 @@ def test_unknown_device(demo_model):
     assert_refused(done, "VLLM_METAL_DEVICE='gpu'", "auto, metal, cuda, cpu")
 
 
+@pytest.mark.nightly
 def test_too_little_memory_names_what_would_fit(demo_model):
     done = serve(demo_model, "--kv-cache-memory-bytes", str(32 << 20), "--max-model-len", "2048")
     assert_refused(done, "Too little memory for one request of 2048 tokens", "--max-model-len 704")

@@ -60,7 +60,9 @@ def test_a_prefix_that_another_request_completes_in_the_same_step(
 
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(i, marks=[] if i < 4 else pytest.mark.nightly) for i in range(12)]
+)
 def test_random_traffic(make_config, kind, async_scheduling, seed):
     """Arrivals, shared prefixes, continued answers, chunks, scarce blocks and aborts."""
     rng = random.Random(f"{kind} {seed}")

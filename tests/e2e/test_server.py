@@ -163,6 +163,7 @@ def test_bad_request_is_a_client_error_and_the_server_lives_on(client):
     assert client.models.list().data[0].id == MODEL
 
 
+@pytest.mark.nightly
 def test_bench_serve_completes_without_failures(server, demo_model, tmp_path):
     command = [
         str(Path(sys.executable).with_name("vllm")),

@@ -101,6 +101,7 @@ def test_question_answer_report_and_stop(demo_model):
 
 
 @pytest.mark.engine
+@pytest.mark.nightly
 def test_a_server_that_does_not_start(demo_model):
     run = subprocess.run(
         [sys.executable, SCRIPT, "--", "--no-such-option"],

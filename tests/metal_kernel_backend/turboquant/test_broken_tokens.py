@@ -24,7 +24,15 @@ def test_the_bytes_of_vectors_that_are_not_finite_are_the_codecs(pair, poison):
 
 
 @pytest.mark.parametrize("field", ["keys", "values"])
-@pytest.mark.parametrize("settings", [{}, {"sinks": True}, {"window": 40}, {"softcap": 3.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"window": 40},
+        pytest.param({"sinks": True}, marks=pytest.mark.nightly),
+        pytest.param({"softcap": 3.0}, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_broken_token_in_one_of_many_splits_reaches_the_output(field, settings):
     """Of those rows that see it. Rows and requests beside them stay what they were."""
     case = Case("q8_0", "q3_0", 64, 2, 16, 4, mx.float32, {"num_cores": 16})
