@@ -31,6 +31,7 @@ PURPOSE = {
     "cli": "vllm-metal",
     "metrics": "/metrics",
     "platform": "refusals",
+    "scheduler": "NaN rows",
     "worker": "one device",
     "commands": "subcommands of vllm-metal",
     "evaluation": "what a format pair loses",

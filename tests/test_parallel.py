@@ -11,7 +11,9 @@ from tests import parallel
     ("test", "group"),
     [
         ("tests/a/test_b.py::test_c[d]", "tests/a/test_b.py"),
-        ("tests/e2e/test_sampling.py::test_stop_strings", "demo engines"),
+        ("tests/e2e/test_greedy_tokens.py::test_alone", "demo engines"),
+        ("tests/e2e/test_agents.py::test_responses", "server"),
+        ("tests/e2e/test_server.py::test_json", "server"),
         ("tests/e2e/test_turboquant.py::test_eight_bits_give[4-32]", "demo engines"),
         ("tests/e2e/test_turboquant.py::test_alone[q8_0-q3_0]", "tests/e2e/test_turboquant.py"),
         ("tests/e2e/test_models.py::test_alone[llama-dense]", "llama-dense]"),
@@ -25,7 +27,11 @@ def test_tests_that_share_what_is_expensive_are_a_group(test, group):
 
 def test_the_modules_of_groups_exist():
     root = parallel.Path(__file__).parent.parent
-    for name in (*parallel._WITH_DEMO_ENGINES, parallel._ENGINE_FOR_EACH_KIND):
+    for name in (
+        *parallel._WITH_DEMO_ENGINES,
+        *parallel._WITH_THE_SERVER,
+        parallel._ENGINE_FOR_EACH_KIND,
+    ):
         file, _, test = name.partition("::")
         assert f"def {test}" in (root / file).read_text()
 

@@ -15,7 +15,7 @@ from vllm.tool_parsers import ToolParserManager
 
 from tests.e2e.conftest import SERVED_MODEL as MODEL
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.nightly]
 
 PAGE = Path(__file__).parents[2] / "docs/agents.md"
 QUESTION = {"role": "user", "content": "Which file sets the version?"}

@@ -31,6 +31,7 @@ def assert_refused(done: subprocess.CompletedProcess, *messages: str) -> None:
     assert "Traceback" not in output, output[-5000:]
 
 
+@pytest.mark.nightly
 def test_unknown_key_and_other_reasons_come_at_once(demo_model):
     done = serve(
         demo_model,

@@ -10,6 +10,7 @@ import random
 import pytest
 
 from tests.e2e.kinds import KINDS, Kind
+from tests.near_ties import GreedyAnswer
 from tests.serving import Serving
 from tests.tiny_models import VOCABULARY
 from tests.traffic import LONGEST_ANSWER, LONGEST_PROMPT, Arrival, serve
@@ -39,27 +40,23 @@ class Alone:
 
     def __init__(self, serving: Serving, near_tie: float):
         self._serving, self._near_tie = serving, near_tie
-        self._answers: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
+        self._answers: dict[tuple[int, ...], GreedyAnswer] = {}
 
     def tokens(self, token_ids: list[int], num_tokens: int) -> list[int]:
-        return self._answer(token_ids)[0][:num_tokens]
+        return self._answer(token_ids).tokens[:num_tokens]
 
     def gives(self, arrival: Arrival, tokens: list[int]) -> bool:
         """Whether these tokens are, or begin, the answer to a request, up to a near tie."""
-        for mine, other, lead in zip(tokens, *self._answer(arrival.token_ids), strict=False):
-            if mine != other:
-                return lead < self._near_tie
-        return True
+        return self._answer(arrival.token_ids) == tokens
 
-    def _answer(self, token_ids: list[int]) -> tuple[list[int], list[float]]:
-        """The tokens, and by how much the log-probability of each was ahead of the next best."""
+    def _answer(self, token_ids: list[int]) -> GreedyAnswer:
         key = tuple(token_ids)
         if key not in self._answers:
             first = len(self._serving.outputs)
             [tokens] = self._serving.generate([token_ids], max_tokens=LONGEST_ANSWER, logprobs=2)
             scores = [output.logprobs for output in self._serving.outputs[first:]]
             leads = [s.logprobs[0][1] - s.logprobs[0][2] for s in scores if s is not None]
-            self._answers[key] = tokens, [float(lead) for lead in leads]
+            self._answers[key] = GreedyAnswer(tokens, leads, self._near_tie)
         return self._answers[key]
 
 

@@ -6,6 +6,7 @@ import pytest
 from vllm import LLM, SamplingParams
 
 from tests.e2e import engine as e2e
+from tests.near_ties import GreedyAnswer
 from tests.runner.test_model_runner import NEW_TOKENS, PROMPTS
 from tests.serving import Serving
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
@@ -36,25 +37,7 @@ NEAR_TIE = 0.05
 so a key coordinate at the border of two codes may take either. The logits' deviation is 1."""
 
 
-class Answer:
-    """Greedy tokens of one request, and by how much each was ahead of the next best."""
-
-    def __init__(self, tokens: list[int], leads: list[float]):
-        self.tokens, self.leads = tokens, leads
-
-    def __eq__(self, other: "Answer") -> bool:
-        """Equal up to the first near tie."""
-        for mine, theirs, lead in zip(self.tokens, other.tokens, self.leads, strict=True):
-            if mine != theirs:
-                return lead < NEAR_TIE
-        return True
-
-    def __repr__(self) -> str:
-        pairs = zip(self.tokens, self.leads, strict=True)
-        return " ".join(f"{token}({lead:.2f})" for token, lead in pairs)
-
-
-def answers(serving: Serving, prompts: list[list[int]]) -> list[Answer]:
+def answers(serving: Serving, prompts: list[list[int]]) -> list[GreedyAnswer]:
     """Runs prompts together."""
     first = len(serving.outputs)
     tokens = serving.generate(prompts, max_tokens=NEW_TOKENS, logprobs=2)
@@ -64,7 +47,7 @@ def answers(serving: Serving, prompts: list[list[int]]) -> list[Answer]:
             if output.sampled_token_ids and output.sampled_token_ids[row]:
                 sampled, _, second = output.logprobs.logprobs[row]
                 leads[int(name.rsplit("-", 1)[1])].append(float(sampled - second))
-    return [Answer(*pair) for pair in zip(tokens, leads, strict=True)]
+    return [GreedyAnswer(*pair, NEAR_TIE) for pair in zip(tokens, leads, strict=True)]
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), pairs())
@@ -139,13 +122,14 @@ def test_eight_bits_give_the_tokens_of_dense_pages(
     prompts = e2e.prompts(demo_model, [num_tokens] * num_prompts)
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=2)
 
-    def generate(llm: LLM) -> list[Answer]:
+    def generate(llm: LLM) -> list[GreedyAnswer]:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [answer(o.outputs[0]) for o in llm.generate(inputs, params, use_tqdm=False)]
 
-    def answer(output) -> Answer:
+    def answer(output) -> GreedyAnswer:
         steps = [sorted(p.logprob for p in step.values()) for step in output.logprobs]
-        return Answer(list(output.token_ids), [step[-1] - step[-2] for step in steps])
+        leads = [step[-1] - step[-2] for step in steps]
+        return GreedyAnswer(output.token_ids, leads, NEAR_TIE)
 
     dense = generate(demo_engine)
     compression = settings("q8_0", "q8_0")

@@ -39,7 +39,13 @@ def test_every_pair_of_formats(dtype):
     check(texts)
 
 
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize(
+    "head_size",
+    [
+        pytest.param(size, marks=[] if size in (64, 80, 128, 256) else pytest.mark.nightly)
+        for size in HEAD_SIZES
+    ],
+)
 def test_every_head_size(head_size):
     texts = []
     for block_size, (k_quant, v_quant) in product(

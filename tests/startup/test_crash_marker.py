@@ -53,6 +53,7 @@ print(decode_probe.ask(ModelBinding(tiny_model("llama")), prompts, marker).trace
 """
 
 
+@pytest.mark.nightly
 def test_after_a_start_that_tracing_killed_the_next_one_decodes_untraced(tmp_path):
     """As a division by zero in MLX's C++ kills it; once the mark is deleted, it is tried again."""
     path = os.pathsep.join([os.getcwd(), str(Path.cwd() / "scripts")])

@@ -26,9 +26,13 @@ TURBOQUANT = TurboQuantConfig(parse_pair("q8_0/q3_0"))
 RUN_AHEAD = {"jamba"}
 """Models whose scan has operations for every token. MLX allocates for operations that wait for its
 threads, so how much exists at a time depends on how busy they are, down to a quarter."""
-CASES = [(model, None) for model in MODELS] + [
-    ("compressible", TURBOQUANT),
-    ("gemma3_text", TURBOQUANT),
+BY_DAY = ["llama", "deepseek_v3", "gemma3_text", "jamba"]
+CASES = [
+    pytest.param(model, None, marks=[] if model in BY_DAY else pytest.mark.nightly)
+    for model in MODELS
+] + [
+    pytest.param("compressible", TURBOQUANT),
+    pytest.param("gemma3_text", TURBOQUANT),
 ]
 
 
@@ -86,7 +90,9 @@ def test_a_large_chunk_takes_what_small_ones_tell(model_type, turboquant, contex
         assert planned < 3 * used
 
 
-@pytest.mark.parametrize(("model_type", "turboquant"), [c for c in CASES if c[0] != "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "turboquant"), [c for c in CASES if c.values[0] != "gemma2"]
+)
 def test_a_large_decode_step_takes_what_small_ones_tell(model_type, turboquant):
     small = bound(model_type, workspace_probe.NUM_BLOCKS, turboquant)
     planned = decode_peaks(small, MAX_REQUESTS, MAX_TOKENS).of(MAX_REQUESTS, 600)

@@ -28,7 +28,7 @@ def test_the_bytes_of_vectors_that_are_not_finite_are_the_codecs(pair, poison):
     "settings",
     [
         {},
-        {"window": 40},
+        pytest.param({"window": 40}, marks=pytest.mark.nightly),
         pytest.param({"sinks": True}, marks=pytest.mark.nightly),
         pytest.param({"softcap": 3.0}, marks=pytest.mark.nightly),
     ],

@@ -88,7 +88,14 @@ ALL_CASES = product_cases(os.environ.get("KERNEL_PRODUCT", "")) or [
 product alone (`benchmarks/kernel_product.sh`)."""
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if i % 3 == 0 or i >= len(CASES) else pytest.mark.nightly)
+        for i, case in enumerate(ALL_CASES)
+    ],
+    ids=str,
+)
 def test_store_decode_and_dequantize(case):
     """Bytes are the codec's, attention the oracle's, for lengths around the edges of a block."""
     stored = Stored(case, inputs.lengths(case.block_size))
