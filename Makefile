@@ -14,7 +14,7 @@ WORKERS := 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS)
 export PYTHON
 
-.PHONY: setup demo test test-all test-nightly lint format docs clean
+.PHONY: setup demo test test-all test-nightly style-and-docs lint format docs clean
 
 setup: $(READY)
 
@@ -29,14 +29,17 @@ $(READY_FOR_TESTS): $(INSTALLER)
 demo: $(READY)
 	$(VENV)/bin/python examples/serve_demo.py $(ARGS)
 
-test: lint docs
+test: style-and-docs
 	$(PYTEST) -m "not nightly" $(ARGS)
 
-test-all: lint docs
+test-all: style-and-docs
 	$(PYTEST) $(ARGS)
 
 test-nightly: $(READY_FOR_TESTS)
 	$(PYTEST) -m nightly $(ARGS)
+
+style-and-docs: $(READY_FOR_TESTS)
+	$(MAKE) --jobs=2 --no-print-directory lint docs
 
 lint: $(READY_FOR_TESTS)
 	$(VENV)/bin/ruff check .

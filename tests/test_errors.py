@@ -85,14 +85,8 @@ def fail(error: Exception) -> None:
         raise error
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        UserError("Too little memory"),
-        pytest.param(ValueError("bug"), marks=pytest.mark.nightly),
-    ],
-    ids=repr,
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("error", [UserError("Too little memory"), ValueError("bug")], ids=repr)
 def test_the_end_of_an_engine_process(error, capfd):
     process = multiprocessing.get_context("spawn").Process(target=fail, args=(error,))
     process.start()

@@ -77,10 +77,8 @@ def test_what_fails_is_logged_with_its_reason(monkeypatch, log):
     assert "vllm_metal.machine.blas" in str(record.exc_info[1])
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["vllm_metal.platform", pytest.param("vllm_metal.errors", marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("module", ["vllm_metal.platform", "vllm_metal.errors"])
 def test_the_terminal_shows_what_fails(module):
     program = (
         f"import sys; sys.modules[{module!r}] = None\n"

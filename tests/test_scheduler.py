@@ -64,8 +64,8 @@ def output_tokens(request: Request) -> list[int]:
         {},
         {"temperature": 0.8, "seed": 3},
         {"logprobs": 2},
-        {"prompt_logprobs": 2},
-        {"min_tokens": 3},
+        pytest.param({"prompt_logprobs": 2}, marks=pytest.mark.nightly),
+        pytest.param({"min_tokens": 3}, marks=pytest.mark.nightly),
     ],
     ids=["greedy", "sampled", "logprobs", "prompt logprobs", "processed"],
 )

@@ -40,6 +40,7 @@ def test_logits_match_transformers_reading_the_gguf(demo_model):
     assert (logits.argmax(-1) == expected.argmax(-1)).all()
 
 
+@pytest.mark.nightly
 def test_weights_are_exact(demo_model):
     """Each stored weight is the GGUF's own value, not a rounded one."""
     from gguf import GGUFReader

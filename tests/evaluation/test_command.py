@@ -17,6 +17,7 @@ def run(*arguments):
     return args.run(args)
 
 
+@pytest.mark.nightly
 def test_table_json_and_plot(demo_model, tmp_path, capsys):
     size = ("--windows", "1", "--window-tokens", "48", "--no-needles", "--long-window-tokens", "64")
     output, picture = tmp_path / "figures.json", tmp_path / "plot.png"

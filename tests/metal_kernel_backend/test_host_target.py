@@ -230,7 +230,10 @@ void operator delete[](void* memory) noexcept { std::free(memory); }
 """What the programs take from the C++ library: zig would build that first, for minutes."""
 
 
-@pytest.mark.parametrize("system", ["aarch64-macos", "aarch64-linux-gnu"])
+@pytest.mark.parametrize(
+    "system",
+    ["aarch64-macos", pytest.param("aarch64-linux-gnu", marks=pytest.mark.nightly)],
+)
 @pytest.mark.parametrize("kernel", [STORE, DECODE, MERGE, DEQUANTIZE], ids=lambda x: x.name)
 def test_the_kernels_build_for_other_systems(kernel, system, tmp_path):
     pytest.importorskip("ziglang", reason="the cross compiler comes from ziglang (extra: test)")

@@ -53,7 +53,7 @@ def test_alone_and_in_one_batch(make_config, async_scheduling, expected):
     assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == expected
 
 
-@pytest.mark.parametrize("most_decode_tokens", [1, 70])
+@pytest.mark.parametrize("most_decode_tokens", [pytest.param(1, marks=pytest.mark.nightly), 70])
 def test_decode_in_several_forwards(make_config, async_scheduling, expected, most_decode_tokens):
     """Each request alone, and those together that fit; they change places as they grow."""
     serving = Serving(make_config(async_scheduling=async_scheduling, enable_prefix_caching=False))
@@ -254,7 +254,10 @@ def test_no_step_copies_an_array_of_pages(make_config, async_scheduling, budget)
 
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
-    [("gemma3_text", "Gemma3ForCausalLM"), ("jamba", "JambaForCausalLM")],
+    [
+        ("gemma3_text", "Gemma3ForCausalLM"),
+        pytest.param("jamba", "JambaForCausalLM", marks=pytest.mark.nightly),
+    ],
 )
 def test_no_step_copies_an_array_that_layers_share(
     make_config, tmp_path, async_scheduling, model_type, architecture

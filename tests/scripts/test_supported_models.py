@@ -60,6 +60,7 @@ def test_another_outcome_is_a_difference_and_another_figure_is_none():
     assert [line.partition(":")[0] for line in script.differences(found, committed)] == ["b", "c"]
 
 
+@pytest.mark.nightly
 def test_a_process_that_dies_is_one_architectures_result():
     died = script.run(["no such architecture"], jobs=1)["no such architecture"]
     assert died["dense"] == died["turboquant"]

@@ -67,7 +67,7 @@ def tables(kv_cache: KVCache, rows: int) -> list[np.ndarray]:
     return [table for _ in kv_cache.groups]
 
 
-@pytest.mark.parametrize("context_len", [0, 700])
+@pytest.mark.parametrize("context_len", [pytest.param(0, marks=pytest.mark.nightly), 700])
 @pytest.mark.parametrize(("model_type", "turboquant"), CASES)
 def test_a_large_chunk_takes_what_small_ones_tell(model_type, turboquant, context_len):
     small = bound(model_type, workspace_probe.NUM_BLOCKS, turboquant)
