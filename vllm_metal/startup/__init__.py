@@ -1,1 +1,10 @@
-"""What is measured and checked with the loaded model before the first request."""
+"""What is measured and checked with the loaded model before the first request.
+
+- `decode_probe`: whether requests may be decoded together, and whether a step may be traced; at the
+  end one decode step, which compiles its kernels.
+- `key_samples`: keys of a calibration text, for the constants of TurboQuant's codecs.
+- `workspace_probe`: the memory of small prefill and decode steps, from which the plan follows.
+
+`result_cache` keeps these results on disk, `dependencies` says what each of them depends on, and
+`crash_marker` remembers a start that tracing has killed.
+"""
