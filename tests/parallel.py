@@ -80,7 +80,7 @@ def group_of(nodeid: str) -> str:
         return "demo engines"
     if module in _WITH_THE_SERVER:
         return "server"
-    if module == _ENGINE_FOR_EACH_KIND:
+    if module in _ENGINE_FOR_EACH_KIND:
         return test.partition("[")[2] or module
     return module
 
@@ -90,7 +90,7 @@ _WITH_DEMO_ENGINES = (
     "tests/e2e/test_turboquant.py::test_eight_bits",
 )
 _WITH_THE_SERVER = ("tests/e2e/test_agents.py", "tests/e2e/test_server.py")
-_ENGINE_FOR_EACH_KIND = "tests/e2e/test_models.py"
+_ENGINE_FOR_EACH_KIND = ("tests/e2e/test_models.py", "tests/e2e/test_soak.py")
 
 
 def _link_libraries(source: Path, target: Path) -> None:
