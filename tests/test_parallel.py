@@ -30,7 +30,7 @@ def test_the_modules_of_groups_exist():
     for name in (
         *parallel._WITH_DEMO_ENGINES,
         *parallel._WITH_THE_SERVER,
-        parallel._ENGINE_FOR_EACH_KIND,
+        *parallel._ENGINE_FOR_EACH_KIND,
     ):
         file, _, test = name.partition("::")
         assert f"def {test}" in (root / file).read_text()
