@@ -56,8 +56,8 @@ KINDS = [
     Kind("mixtral", "MixtralForCausalLM"),
     # sliding windows, and with sinks
     Kind("gemma3_text", "Gemma3ForCausalLM", 19, changes=THREE_LAYERS),
-    Kind("olmo3", "Olmo3ForCausalLM", 21),
-    Kind("gpt_oss", "GptOssForCausalLM", 19),
+    Kind("olmo3", "Olmo3ForCausalLM", 16),
+    Kind("gpt_oss", "GptOssForCausalLM", 16),
     # hybrids with a gated delta net and with Mamba; recurrent state only
     Kind("qwen3_next", "Qwen3NextForCausalLM", **NO_PREFIXES),
     Kind("jamba", "JambaForCausalLM", **NO_PREFIXES),
@@ -67,7 +67,7 @@ KINDS = [
     # shared keys and values; afm7 is unknown to vLLM and decodes one request at a time
     Kind("afm7", "AFMForCausalLM"),
     # head sizes by layer, in windows and full attention: with shared layers, and with experts
-    Kind("gemma4_shared", "Gemma4ForCausalLM", 19),
+    Kind("gemma4_shared", "Gemma4ForCausalLM", 8),
     Kind("gemma4_26b_a4b", "Gemma4ForCausalLM", 16),
     # another number of KV heads in every layer
     Kind("openelm", "OpenELMForCausalLM"),
