@@ -14,14 +14,19 @@ _WITHOUT_HEAD_DIM = ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flas
 """MLA: transformers takes the size of a head from the sizes of its parts."""
 
 
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
+"""The sizes of a vision part."""
+
 _VISION: dict[str, dict[str, Any]] = {
     "gemma3": {
         "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
+            **_TOWER,
             "patch_size": 14,
         },
         "mm_tokens_per_image": 4,
@@ -30,22 +35,14 @@ _VISION: dict[str, dict[str, Any]] = {
         "merged_hidden_size": 32,
         "projector_hidden_size": 48,
         "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
+            **_TOWER,
         },
     },
     "mistral3": {
         "tie_word_embeddings": False,
         "vision_config": {
             "model_type": "pixtral",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
+            **_TOWER,
             "patch_size": 14,
             "head_dim": 16,
         },

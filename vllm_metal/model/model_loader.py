@@ -71,8 +71,8 @@ def config_settings(
     hf_overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The settings of `config.json`, with overrides, that `load_model` takes the model from."""
-    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
-    return read_config(_local_folder(*place, _CONFIG_FILES), hf_overrides).written
+    path = _config_folder(model, revision, hf_config_path, hf_config_revision)
+    return read_config(path, hf_overrides).written
 
 
 def load_model(
@@ -105,10 +105,9 @@ def load_model(
             something else than its `config.json` says.
     """
     path = model_folder(model, revision)
+    place = path
     if hf_config_path:
-        place = _local_folder(hf_config_path, hf_config_revision, _CONFIG_FILES)
-    else:
-        place = path
+        place = _config_folder(model, revision, hf_config_path, hf_config_revision)
     config = read_config(place, hf_overrides)
     weight_formats.check(config.for_mlx_lm, path)
     loaded = _load(path, config, trust_remote_code, strict=True)
@@ -161,8 +160,7 @@ def load_structure(
     Raises:
         UserError: there is no config file, or mlx-lm does not know the model.
     """
-    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
-    path = _local_folder(*place, _CONFIG_FILES)
+    path = _config_folder(model, revision, hf_config_path, hf_config_revision)
     return _load(path, read_config(path, hf_overrides), trust_remote_code, strict=False)
 
 
@@ -205,6 +203,14 @@ def _local_folder(model: str, revision: str | None, patterns: list[str]) -> Path
             "from the Hugging Face Hub",
             [_first_line(error)],
         ) from error
+
+
+def _config_folder(
+    model: str, revision: str | None, hf_config_path: str | None, hf_config_revision: str | None
+) -> Path:
+    """The folder of the `config.json` that counts, which may lie elsewhere than the weights."""
+    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
+    return _local_folder(*place, _CONFIG_FILES)
 
 
 def _load(path: Path, config: CheckpointConfig, trust_remote_code: bool, strict: bool) -> nn.Module:
