@@ -77,8 +77,8 @@ def mlx_lm_tokens(model: Path, token_ids: list[list[int]], new_tokens: int) -> l
     ]
 
 
-def greedy(new_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+def greedy(new_tokens: int, **more) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, **more)
 
 
 def generate(

@@ -159,7 +159,7 @@ def mlx_lm_tokens(model: nn.Module, prompt: list[int]) -> list[int]:
 
 
 def greedy(**more) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **more)
+    return e2e.greedy(NEW_TOKENS, **more)
 
 
 @pytest.fixture(

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from tests.e2e import engine as e2e
 from tests.near_ties import GreedyAnswer
@@ -120,7 +120,7 @@ def test_eight_bits_give_the_tokens_of_dense_pages(
 ):
     """On the real model: prompts and answers of as many tokens, equal up to a near tie."""
     prompts = e2e.prompts(demo_model, [num_tokens] * num_prompts)
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=2)
+    params = e2e.greedy(num_tokens, logprobs=2)
 
     def generate(llm: LLM) -> list[GreedyAnswer]:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
