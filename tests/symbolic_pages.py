@@ -104,14 +104,14 @@ class SymbolicPages:
         mx.eval(*outputs)
         self._building = Blocks()
 
-    def dispatch(self, tokens: mx.array, *arrays) -> Callable[[], None]:
-        """A dispatch that is as late as it can be: nothing is computed before it is waited for."""
+    def dispatch(self, *arrays) -> Callable[[], None]:
+        """As late as can be: nothing is computed before it is waited for."""
         step, self._building = self._building, Blocks()
         self._in_flight.append(step)
 
         def wait() -> None:
             self._in_flight = [other for other in self._in_flight if other is not step]
-            mx.eval(tokens, *arrays)
+            mx.eval(*arrays)
 
         return wait
 
@@ -135,10 +135,8 @@ class SymbolicPages:
             return
         for step in self._in_flight:
             if block in step.written or (writes and block in step.read):
-                raise WrongReadError(
-                    f"block {block} is {'written' if writes else 'read'} without waiting for a "
-                    "dispatched step that may still use it"
-                )
+                use = "written" if writes else "read"
+                raise WrongReadError(f"block {block} is {use} while a dispatched step may use it")
 
     def write(self, block: int, place: int, entry: Entry) -> None:
         if block == 0:
