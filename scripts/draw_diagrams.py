@@ -34,6 +34,7 @@ PURPOSE = {
     "scheduler": "NaN rows",
     "worker": "one device",
     "commands": "subcommands of vllm-metal",
+    "benchmark": "speed of a model",
     "evaluation": "what a format pair loses",
     "runner": "one step of the engine",
     "startup": "before the first request",
