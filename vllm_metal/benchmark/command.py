@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_metal.benchmark.one_engine import Task
     from vllm_metal.benchmark.report import plot, table
     from vllm_metal.benchmark.timing import cases
-    from vllm_metal.machine.provenance import provenance
     from vllm_metal.machine.device import select_device
+    from vllm_metal.machine.provenance import provenance
 
     every = cases(args.requests, args.contexts)
     settings = Settings(
