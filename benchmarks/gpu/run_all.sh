@@ -19,7 +19,7 @@ python=${PYTHON:-python3}
 pytest="$python -m pytest -q -p no:cacheprovider"
 # A process that dies takes one test with it, and the next one goes on in another process.
 apart="-n 1 --max-worker-restart 20"
-step() { echo "$python benchmarks/gpu/engine_step.py $MODEL $1 ${2:+--cases $2} --output $out/steps.jsonl"; }
+engine() { echo "$python benchmarks/gpu/$1.py $MODEL --output $out/$1.jsonl"; }
 
 # name, seconds, command
 parts() {
@@ -40,9 +40,8 @@ kinds-tq   570 $pytest $apart tests/e2e/test_models.py -k turboquant
 turboquant 570 $pytest $apart tests/e2e/test_turboquant.py
 others     570 $pytest $apart tests/e2e/test_scheduling.py tests/e2e/test_sampling.py tests/e2e/test_refusals.py
 model      200 $python benchmarks/gpu/random_model.py $MODEL
-mlx-lm     300 $(step mlx-lm)
-dense      570 $(step dense)
-compressed 570 $(step q8_0/q3_0)
+steps      570 $(engine engine_step)
+first      570 $(engine first_token)
 P
 }
 
