@@ -19,7 +19,7 @@
 # OUTPUT_FOLDER/kernels, as macOS does with a Mac's.
 set -uo pipefail
 
-step() { echo "$python benchmarks/gpu/engine_step.py $MODEL $1 ${2:+--cases $2} --output $out/steps.jsonl"; }
+measure() { echo "$python benchmarks/gpu/$1.py $MODEL --output $out/$1.jsonl"; }
 
 # name, seconds, command
 parts() {
@@ -38,9 +38,8 @@ smoke      400 $python examples/serve_demo.py
 engine     580 engine_tests not nightly
 nightly    900 engine_tests nightly
 model      200 $python benchmarks/gpu/random_model.py $MODEL
-mlx-lm     300 $(step mlx-lm)
-dense      570 $(step dense)
-compressed 570 $(step q8_0/q3_0)
+steps      570 $(measure engine_step)
+first      570 $(measure first_token)
 P
 }
 
