@@ -135,7 +135,7 @@ def launched(layout: PageLayout, dtype: mx.Dtype, group: int) -> list[str]:
         token = launcher.store(pages, new, new, slots, constants)
         arguments = pages, queries, table, lengths, constants, 0.1, 40, token
         outputs = launcher.decode(*arguments), launcher.decode(*arguments, sinks, softcap=30.0)
-        return *outputs, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtype)
+        return *outputs, *launcher.read(pages, table[0], constants, 0, 3, token, dtype)
 
     return metal_text(
         step,

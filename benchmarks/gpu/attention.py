@@ -23,9 +23,9 @@ from cupy_target import CupyTarget
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget
+from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW
 
 HEAD_SIZE, KV_HEADS, HEADS, BLOCK_SIZE = 128, 8, 32, 16
 SHAPES = ((1, 32_768), (1, 131_072), (8, 32_768), (32, 8_192))

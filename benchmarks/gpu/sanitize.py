@@ -10,9 +10,9 @@ import cupy as cp
 import numpy as np
 from cupy_target import CupyTarget
 
+from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW
 
 CASES = (
     ("q8_0", "q3_0", 128, 2, 16, 4, 1),
@@ -49,7 +49,7 @@ def run(k_quant, v_quant, head_size, kv_heads, block_size, heads_per_kv_head, nu
         )
         total += _sum(output)
     for heads in (slice(None), slice(kv_heads - 1, kv_heads)):
-        keys, values = launcher.dequantize(
+        keys, values = launcher.read(
             pages, cp.asarray(table[1]), constants, 2, 695, token, np.dtype(np.float16), heads
         )
         total += _sum(keys) + _sum(values)

@@ -32,7 +32,7 @@ def sources(
         output = launcher.decode(
             pages, queries, table, lengths, constants, 0.1, 40, token, **(settings or {})
         )
-        return output, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtypes[2])
+        return output, *launcher.read(pages, table[0], constants, 0, 3, token, dtypes[2])
 
     return metal_text(
         step,

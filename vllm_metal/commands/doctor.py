@@ -21,7 +21,7 @@ from vllm_metal.commands.doctor_report import PACKAGES, Report
 from vllm_metal.commands.kernel_checks import check_dense, check_kernels, fused_backend
 from vllm_metal.errors import UserError
 from vllm_metal.machine.device import Device, select_device
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.gpu_cores import core_count
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target

@@ -15,7 +15,7 @@ from vllm_metal.commands.kernel_trial import (
     KernelTrial,
     Trial,
 )
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.host_target import (
     HostProgram,
     ProgramRecorder,

@@ -13,7 +13,7 @@ import numpy as np
 from vllm_metal.attention.backend import LayerShape, Pages, Rows
 from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.attention.slots import compose_slots, split_slots
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
@@ -135,7 +135,7 @@ class KernelTrial(Trial):
     def dequantize(self, token: mx.array) -> tuple[mx.array, mx.array]:  # [H, length, D] each
         """Keys and values of the last request."""
         table, arguments = self.block_table()[-1], (0, self.length, token, self.dtype)
-        return self.launcher.dequantize(self.pages, table, self.constants, *arguments)
+        return self.launcher.read(self.pages, table, self.constants, *arguments)
 
     def wrong_bytes(self, token: mx.array) -> int:
         """Stored bytes of codes, levels, scales and biases that are not the codec's.

@@ -9,7 +9,7 @@ from tests.pages import empty_pages
 from vllm_metal.attention.backend import Chunk, LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 
 SHAPE = LayerShape(num_kv_heads=2, head_size=8, head_size_v=4)
 BLOCK = 4
