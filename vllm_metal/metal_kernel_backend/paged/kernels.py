@@ -77,17 +77,13 @@ class KernelFamily:
         passed = [name for name in inputs if name != AFTER and name not in members]
         if struct:
             passed.insert(passed.index("parameters"), "constants")
-        lines = [
-            f"  using {alias} = {meant};" for alias, meant in (("Layout", self.layout), *types)
-        ]
+        aliases = ("Layout", self.layout), *types
+        memory = [f"  threadgroup {kind} {array}[{size}];" for kind, array, size in arrays]
+        passed_struct = f"\n  const {type_of_struct} constants = {{{', '.join(members)}}};"
         body = BODY.format(
             types="\n".join(f"  using {alias} = {meant};" for alias, meant in aliases),
-            struct=f"\n  const {type_of_struct} constants = {{{', '.join(members)}}};"
-            if struct
-            else "",
-            arrays="\n".join(
-                f"  threadgroup {kind} {name}[{size}];" for kind, name, size in arrays
-            ),
+            struct=passed_struct if struct else "",
+            arrays="\n".join(memory),
             function=function,
             arguments=", ".join([*passed, *outputs, *(array for _, array, _ in arrays)]),
         )
