@@ -51,7 +51,7 @@ class Stored:
             ]
             self.kv.append([np.array(x.astype(mx.float32)).swapaxes(0, 1) for x in new])
             self.token = self.launcher.store(
-                self.pages, *new, mx.array(slots), LayerConstants(), self.token
+                self.pages, *new, mx.array(slots.astype(np.int32)), LayerConstants(), self.token
             )
 
     def check(self, num_queries: int, group: int, tolerance: float = 1e-5, **settings) -> None:
