@@ -84,6 +84,11 @@ Kind = Sequence[str] | mx.Dtype
 """Formats of keys and values, or the type of dense pages."""
 
 
+def kind_name(kind: Kind) -> str:
+    """`q8_0/q3_0`, `dense float16`."""
+    return f"dense {type_name(kind)}" if isinstance(kind, mx.Dtype) else "/".join(kind)
+
+
 def layout_of(
     kind: Kind, head_size: int = 128, kv_heads: int = 8, block_size: int = 16
 ) -> PageLayout | DenseLayout:
