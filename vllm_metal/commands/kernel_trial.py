@@ -114,6 +114,11 @@ class KernelTrial(Trial):
         )
         self.pages = mx.zeros(layout.pages_shape(self.num_blocks), mx.uint16)
         mx.eval(self.pages)
+        self._plain: list[mx.array] | None = None
+
+    def break_last_key(self) -> None:
+        super().break_last_key()
+        self._plain = None
 
     def store(self) -> mx.array:
         """The token of a store of all keys and values."""
@@ -156,11 +161,15 @@ class KernelTrial(Trial):
         return int((stored.view(np.uint8) != expected.view(np.uint8)).sum())
 
     def plain(self) -> list[mx.array]:
-        """What the codec makes of the keys and values."""
-        with mx.stream(mx.cpu):
-            keys = self.key_codec.dequantize(self.key_codec.quantize(self.keys))
-            values = self.value_codec.dequantize(self.value_codec.quantize(self.values))
-            return [self._by_request(x) for x in (keys, values)]
+        """What the codec makes of the keys and values: computed once, it takes most of the time of
+        a trial."""
+        if self._plain is None:
+            with mx.stream(mx.cpu):
+                keys = self.key_codec.dequantize(self.key_codec.quantize(self.keys))
+                values = self.value_codec.dequantize(self.value_codec.quantize(self.values))
+                self._plain = [self._by_request(x) for x in (keys, values)]
+                mx.eval(self._plain)
+        return self._plain
 
 
 class DenseTrial(Trial):

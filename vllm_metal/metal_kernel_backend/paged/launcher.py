@@ -5,8 +5,8 @@ G = Hq / H, N blocks of a request, D head size.
 
 The order of a write and the reads after it: `store` writes through its input `pages` and returns
 a token, a small array. Every reader takes the token and binds it, so that the GPU runs the reader
-after the writer. A block is written again only after the step that read it has finished; nothing
-else guards that.
+after the writer. That a block is written again only after it was read is up to the caller: in the
+server, `vllm_metal/runner/steps_in_flight.py` says how.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,7 @@ import json
 from datetime import date
 from importlib.metadata import version
 
-from vllm_metal.evaluation.provenance import provenance
+from vllm_metal.machine.provenance import provenance
 
 
 def test_it_names_day_machine_device_and_versions():
