@@ -12,7 +12,7 @@ server, `vllm_metal/runner/steps_in_flight.py` says how.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -49,27 +49,33 @@ class LayerConstants:
 class Layout(Protocol):
     """What a launcher asks a page layout for."""
 
-    num_kv_heads: int
-    key_head_size: int
-    value_head_size: int
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def key_head_size(self) -> int: ...
+
+    @property
+    def value_head_size(self) -> int: ...
 
     @property
     def lane_elements(self) -> int:
         """Elements of a key or value that a lane of the decode kernel holds."""
-        ...
 
     def template(self) -> Template:
         """What the kernels are compiled for."""
-        ...
+
+
+PagesOf = TypeVar("PagesOf", bound=Layout)
 
 
 @dataclass
-class PageLauncher:
+class PageLauncher(Generic[PagesOf]):
     """The kernels of one layout on one target. Layers of equal layout may share it."""
 
     kernels: ClassVar[PageKernels]
 
-    layout: Layout
+    layout: PagesOf
     target: Target
     num_cores: int = 0
     """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""

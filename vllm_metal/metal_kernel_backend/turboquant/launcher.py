@@ -24,11 +24,10 @@ class LayerConstants(paged.LayerConstants):
 
 
 @dataclass
-class Launcher(paged.PageLauncher):
+class Launcher(paged.PageLauncher[PageLayout]):
     """The TurboQuant kernels of one layout on one target."""
 
     kernels = KERNELS
-    layout: PageLayout
 
     def layout_inputs(self) -> dict[str, mx.array]:
         layout = self.layout
