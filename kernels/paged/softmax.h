@@ -1,7 +1,7 @@
 // Softmax over tokens that are seen a few at a time.
 #pragma once
 
-#include "turboquant/base.h"
+#include "paged/base.h"
 
 constant constexpr float LOG2_E = 1.44269504088896341f;
 constant constexpr float LOWEST_SCORE = -1e30f;  // running maximum before the first token

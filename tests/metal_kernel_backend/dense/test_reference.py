@@ -1,4 +1,4 @@
-"""Dense pages: where each element lies. The contract itself is `attention/test_backend.py`."""
+"""Dense pages on operations: where each element lies. Contract: `attention/test_backend.py`."""
 
 import mlx.core as mx
 import numpy as np
@@ -9,26 +9,10 @@ from tests.pages import empty_pages
 from vllm_metal.attention.backend import Chunk, LayerShape, Rows
 from vllm_metal.attention.metadata import DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 
 SHAPE = LayerShape(num_kv_heads=2, head_size=8, head_size_v=4)
 BLOCK = 4
-
-
-@pytest.mark.parametrize(
-    ("dtype", "name", "slot_size"),
-    [
-        (mx.float32, "dense float32", 48),
-        (mx.float16, "dense float16", 24),
-        (mx.bfloat16, "dense bfloat16", 24),
-    ],
-    ids=str,
-)
-def test_name_and_bytes(dtype, name, slot_size):
-    backend = DensePages(SHAPE, BLOCK, dtype)
-    assert backend.name == name
-    assert backend.slot_size == slot_size
-    assert backend.page_size_bytes == BLOCK * 2 * slot_size
 
 
 @pytest.mark.parametrize("padding", [0, 4, 64])

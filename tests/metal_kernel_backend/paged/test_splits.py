@@ -4,11 +4,11 @@ import pytest
 
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget, MetalTarget
-from vllm_metal.metal_kernel_backend.turboquant import splits as module
-from vllm_metal.metal_kernel_backend.turboquant.splits import Gpu, plan_decode, splits
+from vllm_metal.metal_kernel_backend.paged import splits as module
+from vllm_metal.metal_kernel_backend.paged.splits import Gpu, plan_decode, splits
 
-STEPS = (32, 64)
-"""Of Apple GPUs and of the others."""
+STEPS = (16, 32, 64)
+"""Of Apple GPUs and of the others, for dense and compressed pages."""
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129, 5000, 131_072])
@@ -38,14 +38,15 @@ def test_short_requests_are_not_split(step):
     assert splits(step, 8, 396, step) == (step, 1)
 
 
-def gpu_of(target, cores: int, monkeypatch) -> Gpu:
+def gpu_of(target, cores: int, monkeypatch, lane_elements: int = 16) -> Gpu:
     monkeypatch.setattr(module, "core_count", lambda _: cores)
-    return Gpu.of(target)
+    return Gpu.of(target, lane_elements)
 
 
+@pytest.mark.parametrize("lane_elements", [8, 16])
 @pytest.mark.parametrize("query_rows", range(1, 65))
-def test_on_apple_gpus_a_simdgroup_serves_at_most_four_rows(query_rows, monkeypatch):
-    gpu = gpu_of(MetalTarget(), 16, monkeypatch)
+def test_on_apple_gpus_a_simdgroup_serves_at_most_four_rows(query_rows, lane_elements, monkeypatch):
+    gpu = gpu_of(MetalTarget(), 16, monkeypatch, lane_elements)
     plan = plan_decode(gpu, query_rows, 8, 4096)
     assert plan.rows <= 4 and plan.rows * plan.tiles >= query_rows
 
@@ -54,6 +55,21 @@ def test_where_registers_allow_it_eight_heads_share_their_keys(monkeypatch):
     gpu = gpu_of(CudaTarget(), 132, monkeypatch)
     assert plan_decode(gpu, 8, 8, 4096).rows == 8
     assert (gpu.resident_threadgroups(4), gpu.resident_threadgroups(5)) == (3, 2)
+
+
+def test_half_the_elements_of_a_lane_leave_room_for_one_more_threadgroup(monkeypatch):
+    gpu = gpu_of(CudaTarget(), 132, monkeypatch, lane_elements=8)
+    assert plan_decode(gpu, 8, 8, 4096).rows == 8
+    assert (gpu.resident_threadgroups(4), gpu.resident_threadgroups(5)) == (4, 3)
+
+
+@pytest.mark.parametrize(("target", "lane_elements", "step"), [
+    (MetalTarget, 16, 32), (MetalTarget, 8, 16), (CudaTarget, 16, 64), (CudaTarget, 8, 32),
+])  # fmt: skip
+def test_a_split_is_a_multiple_of_what_a_threadgroup_reads_at_a_time(
+    target, lane_elements, step, monkeypatch
+):
+    assert gpu_of(target(), 10, monkeypatch, lane_elements).split_step == step
 
 
 CHIPS = {
@@ -105,4 +121,4 @@ def test_the_part_of_an_apple_gpu_that_one_request_fills(chip, tokens, filled, m
 
 
 def test_the_cpu_is_one_core():
-    assert Gpu.of(HostTarget()).cores == 1
+    assert Gpu.of(HostTarget(), 16).cores == 1

@@ -1,7 +1,7 @@
 """The numbers of a launch, as a struct that Python and Metal have by the same names.
 
 A launch passes them in a small array of 32-bit words. Both the array and the struct's declaration
-in `kernels/turboquant/constants.h` are made from the fields written here.
+in `kernels/paged/constants.h` are made from the fields written here.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW
+from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW
 
 NUMPY_TYPES = {"int": np.int32, "float": np.float32}
 """By the type's name in Metal."""
@@ -73,7 +73,8 @@ DECODE = Parameters(
 )
 """Of decode and of merge."""
 
-DEQUANTIZE = Parameters(
-    "DequantizeParameters",
+READ = Parameters(
+    "ReadParameters",
     (("int", "first_token"), ("int", "num_tokens"), ("int", "first_head")),
 )
+"""Of the kernel that reads a run of a request's tokens."""

@@ -1,9 +1,7 @@
-"""Dense pages: keys and values as they are, in float16, bfloat16 or float32.
+"""Dense pages on MLX operations: what serves where there is no kernel target.
 
-A page is the keys `[H, block_size, Dk]` of a block and then its values `[H, block_size, Dv]`.
-Head-major blocks make one head's block a contiguous run, so a request's context is gathered by
-whole runs straight into the layout attention wants. Runs and vectors are addressed in units that
-divide keys, values and pages alike.
+A request's context is gathered by whole runs straight into the layout that attention wants (see
+`layout`). Runs and vectors are addressed in units that divide keys, values and pages alike.
 """
 
 from dataclasses import dataclass
@@ -11,14 +9,7 @@ from math import gcd
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import (
-    AttentionBackend,
-    Chunk,
-    ChunkMemory,
-    LayerShape,
-    Pages,
-    Rows,
-)
+from vllm_metal.attention.backend import Chunk, ChunkMemory, LayerShape, Pages, Rows
 from vllm_metal.attention.broken_tokens import confined
 from vllm_metal.attention.metadata import AttentionMetadata
 from vllm_metal.attention.slots import split_slots
@@ -27,14 +18,10 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_memory,
     valid_tokens,
 )
+from vllm_metal.metal_kernel_backend.dense.backend import DenseAttention
 
 
-def dense_slot_size(shape: LayerShape, dtype: mx.Dtype) -> int:
-    """Bytes of one KV head of one token in dense pages, keys and values together."""
-    return (shape.head_size + shape.head_size_v) * dtype.size
-
-
-class DensePages(AttentionBackend):
+class DensePages(DenseAttention):
     """Unquantised paged attention on MLX operations.
 
     Args:
@@ -53,9 +40,7 @@ class DensePages(AttentionBackend):
         page_bytes: int = 0,
         shared: bool = False,
     ):
-        super().__init__(shape, block_size)
-        self._page_bytes = page_bytes
-        self.dtype = self.page_dtype = dtype
+        super().__init__(shape, block_size, dtype, page_bytes)
         self._shared = shared
         self._geometry = _Geometry(
             shape.num_kv_heads,
@@ -63,15 +48,6 @@ class DensePages(AttentionBackend):
             block_size,
             self.page_size_bytes // dtype.size,
         )
-        self.name = f"dense {str(dtype).removeprefix('mlx.core.')}"
-
-    @property
-    def slot_size(self) -> int:
-        return dense_slot_size(self.shape, self.dtype)
-
-    @property
-    def page_size_bytes(self) -> int:
-        return self._page_bytes or self.block_size * self.shape.num_kv_heads * self.slot_size
 
     def store(
         self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata

@@ -1,7 +1,7 @@
 // Operations whose rounding matters. A target may have its own, and then defines the macro.
 #pragma once
 
-#include "turboquant/base.h"
+#include "paged/base.h"
 
 #ifndef ROUNDED_PRODUCT
 // A product that no later addition may be fused with.

@@ -4,13 +4,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from vllm_metal.metal_kernel_backend.gpu_cores import core_count
-from vllm_metal.metal_kernel_backend.kernel_library import Target
+from vllm_metal.metal_kernel_backend.kernel_library import SIMD_SIZE, Target
 
 DECODE_SIMDGROUPS = 4
 """Simdgroups of a threadgroup."""
-
-RUNS_AT_ONCE = 4
-"""Runs of neighbouring tokens that a simdgroup reads at a time at head size 128."""
 
 MAX_SPLITS = 128
 
@@ -21,34 +18,41 @@ class Gpu:
 
     cores: int
     max_rows: int
-    """Query rows that a simdgroup serves at most, 1 to 8. Each takes 16 registers of 32 bits for
-    its output."""
+    """Query rows that a simdgroup serves at most, 1 to 8. Each takes `lane_elements` registers of
+    32 bits for its output."""
     run_tokens: int
     """Neighbouring tokens that a lane reads at a time, 2 or 4: 4 hides more latency, 2 needs fewer
     registers."""
     threadgroups_per_core: int
     """Threadgroups that a core holds at a time with up to 4 rows."""
+    threadgroups_of_many_rows: int
+    """The same with 5 to 8 rows."""
+    lane_elements: int
+    """Elements of a key or value that a lane holds, and sums that it keeps of each row."""
 
     @classmethod
-    def of(cls, target: Target) -> "Gpu":
+    def of(cls, target: Target, lane_elements: int) -> "Gpu":
         """The GPU that `target` runs on.
 
         Apple GPUs have 96 to 128 registers a thread: 4 rows fit or nearly fit, 8 do not. A core
-        holds 24 simdgroups whatever they need (docs/kernels.md, "Registers"). On NVIDIA 3
-        threadgroups leave 168 registers a thread, and 2 leave 255, which is room for 8 rows.
+        holds 24 simdgroups whatever they need (docs/kernels.md, "Registers"). On NVIDIA 2, 3 and 4
+        threadgroups leave 255, 168 and 128 registers a thread: with 16 elements a lane 4 rows need
+        168, with 8 elements 4 rows need 128 and 8 rows 168.
         """
+        cores = core_count(target)
         if target.name == "metal":
-            return cls(core_count(target), max_rows=4, run_tokens=2, threadgroups_per_core=6)
-        return cls(core_count(target), max_rows=8, run_tokens=4, threadgroups_per_core=3)
+            return cls(cores, 4, 2, 6, 6, lane_elements)
+        return cls(cores, 8, 4, *((3, 2) if lane_elements > 8 else (4, 3)), lane_elements)
 
     @property
     def split_step(self) -> int:
         """Tokens that a threadgroup reads at a time at head size 128; a split is a multiple."""
-        return DECODE_SIMDGROUPS * RUNS_AT_ONCE * self.run_tokens
+        runs_at_once = SIMD_SIZE * self.lane_elements // 128
+        return DECODE_SIMDGROUPS * runs_at_once * self.run_tokens
 
     def resident_threadgroups(self, rows: int) -> int:
         """Threadgroups that a core holds at a time, for `rows` query rows of a simdgroup."""
-        return self.threadgroups_per_core if rows <= 4 else 2
+        return self.threadgroups_per_core if rows <= 4 else self.threadgroups_of_many_rows
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 // Which tokens the rows of a request see, and how they are split among threadgroups.
 #pragma once
 
-#include "turboquant/base.h"
+#include "paged/base.h"
 
 struct Splits {
   int seq_len;       // tokens of the request, its Q query tokens included

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW, lengthened
+from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW, lengthened
 
 
 @pytest.mark.parametrize("length", range(1, 12))

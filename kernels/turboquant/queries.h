@@ -1,34 +1,20 @@
-// The query rows of a threadgroup, made ready for all of its tokens.
+// Query rows for compressed keys: rotated, scaled and rounded to half.
 #pragma once
 
+#include "paged/queries.h"
 #include "turboquant/layout.h"
 #include "turboquant/rotation.h"
-
-// R rows in threadgroup memory: rotated, scaled and rounded to half.
-struct QueryRows {
-  threadgroup half* elements;  // [R, 4, LANES, 4]
-  threadgroup float* scale;    // what the halves cannot hold, times the softmax scale
-  threadgroup float* sum;      // of the row: what a key's bias is multiplied by
-  threadgroup float* shift;    // its product with the centre that stored keys lack
-};
-
-// Which KV head, and which of the tiles of R rows.
-struct QueryTile {
-  int kv_head;
-  int tile;
-};
 
 template <typename Layout, int G, int Q, int R, int LANES, int SIMDGROUPS, bool SOFTCAP>
 struct QueryLoader {
   static constant constexpr int DK = Layout::key_head_size;
   using Row = Vector<DK>;
 
-  // Loads the rows of this simdgroup. Each of the LANES lanes that hold a key reads its chunk of
-  // the row in quarters, which lie side by side with those of its neighbours.
+  // Loads the rows of this simdgroup.
   template <typename T>
   static METAL_FUNC void load(
       const device T* queries, const device float* query_factors, const device float* centre,
-      QueryTile which, float scale, QueryRows rows, int simdgroup, int lane) {
+      QueryTile which, float scale, QueryRows<half> rows, int simdgroup, int lane) {
     for (int r = simdgroup; r < R; r += SIMDGROUPS) {
       Row q;
       float shift = read(q, queries, query_factors, centre, which, r, lane);
@@ -62,17 +48,15 @@ struct QueryLoader {
   static METAL_FUNC float read(
       thread Row& q, const device T* queries, const device float* query_factors,
       const device float* centre, QueryTile which, int r, int lane) {
-    int row = which.tile * R + r;
-    bool real = row < G * Q;
-    int head = which.kv_head * G + row % G;
-    const device T* query = queries + (row / G * (Layout::num_kv_heads * G) + head) * DK;
+    const QueryPlace<Layout, G, Q, R> place(which, r);
+    const device T* query = queries + place.begin;
     float shift = 0.0f;
     UNROLL
     for (int block = 0; block < Row::M; block++) {
       UNROLL
       for (int i = 0; i < Row::W; i++) {
         int index = Row::index(lane, block, i);
-        float element = real && Row::holds(lane) ? float(query[index]) : 0.0f;
+        float element = place.real && Row::holds(lane) ? float(query[index]) : 0.0f;
         if (SOFTCAP && Row::holds(lane)) {
           shift += element * centre[which.kv_head * DK + index];
         }

@@ -5,7 +5,16 @@
 // fewer elements than lanes, neighbours share an element.
 #pragma once
 
-#include "turboquant/base.h"
+#include "paged/base.h"
+
+
+// The row of a score among [row][token], or the last of R rows: R may be no power of 2. Without
+// `min`, whose result the compiler does not know: an index that it knows keeps an array in
+// registers.
+template <int TOKENS, int R>
+METAL_FUNC constexpr int row_of(int score) {
+  return score / TOKENS < R ? score / TOKENS : R - 1;
+}
 
 template <int N, int LANES>
 METAL_FUNC void fold(thread float (&v)[N], int lane, int stride) {

@@ -1,73 +1,72 @@
 // Attention of query rows over one split of a request's tokens, straight from its pages.
 #pragma once
 
-#include "turboquant/codebook.h"
-#include "turboquant/decode/queries.h"
-#include "turboquant/lanes.h"
-#include "turboquant/softmax.h"
-#include "turboquant/splits.h"
-#include "turboquant/unpacking.h"
+#include "paged/lanes.h"
+#include "paged/queries.h"
+#include "paged/softmax.h"
+#include "paged/splits.h"
 
-// Half `i` of one or two words.
-template <int WORDS>
-METAL_FUNC float pick(const thread uint (&words)[WORDS], int i) {
-  uint word = WORDS > 1 && i >= 2 ? words[WORDS - 1] : words[0];
-  return float(as_type<half2>(i % 2 ? word >> 16 : word).x);
-}
-
-// Chunks of a run of neighbouring tokens, STRIDE bytes apart.
-template <int STRIDE, int BITS, int PAIRS>
-METAL_FUNC void load_run(thread Chunk<BITS> (&run)[PAIRS], const device uchar* codes) {
-  UNROLL
-  for (int p = 0; p < PAIRS; p++) {
-    run[p].load(codes + 2 * p * STRIDE, codes + (2 * p + 1) * STRIDE);
-  }
-}
-
+// What a page holds is known to a reader of pages alone (turboquant/reader.h, dense/reader.h), which
+// is a type with these members:
+//
+//   Layout, LANE_ELEMENTS  where things are; how many elements of a vector a lane holds
+//   PREPARED               threadgroup uint4 that a lane's part of a query row takes
+//   MAY_LEAK               whether a value that no query sees may be no number
+//   Query, Constants       what a query element becomes; the buffers of constants, which the
+//                          constructor takes
+//   load_queries           the rows of a threadgroup, made ready
+//   Keys, Values, Scales   this lane's part of a run of tokens as it lies in memory: loading does
+//                          not wait, using does
+//   multiply               the products of a run's keys with every row, part by part of the lanes
+//   Pair                   the values of two neighbouring tokens, ready to be taken
+//   key_unit, value_unit   factors that products and values lack
+//
 // Attention of R rows of one KV head over one split. A lane holds chunk l % LANES of TOKENS
 // neighbouring tokens, which are a run; each simdgroup reads RUNS of them at a time.
-//   partials [B, splits, Q * Hq, Dv]  weighted sums of rotated values, relative to 2^max
+//   partials [B, splits, Q * Hq, Dv]  weighted sums of values as they are stored, relative to 2^max
 //   states   [B, splits, Q * Hq, 2]   max and sum
-template <typename Layout, int G, int Q, int R, int TOKENS, int SIMDGROUPS, bool SOFTCAP>
+template <typename Reader, int G, int Q, int R, int TOKENS, int SIMDGROUPS, bool SOFTCAP>
 struct Decode {
+  using Layout = typename Reader::Layout;
   static constant constexpr int DK = Layout::key_head_size;
   static constant constexpr int DV = Layout::value_head_size;
-  static constant constexpr int CHUNKS = Layout::longer / CHUNK;
-  static constant constexpr int LANES =
+  static constant constexpr int CHUNK = Reader::LANE_ELEMENTS;
+  static constant constexpr int KEY_CHUNKS = (DK + CHUNK - 1) / CHUNK;
+  static constant constexpr int VALUE_CHUNKS = (DV + CHUNK - 1) / CHUNK;
+  static constant constexpr int CHUNKS = KEY_CHUNKS > VALUE_CHUNKS ? KEY_CHUNKS : VALUE_CHUNKS;
+  // Lanes of a run. At least so many that the runs share the sums of a lane evenly, for any R.
+  static constant constexpr int LEAST_LANES = SIMD_SIZE / CHUNK;
+  static constant constexpr int VECTOR_LANES =
       CHUNKS > 16 ? 32 : CHUNKS > 8 ? 16 : CHUNKS > 4 ? 8 : CHUNKS > 2 ? 4 : CHUNKS;
+  static constant constexpr int LANES = VECTOR_LANES > LEAST_LANES ? VECTOR_LANES : LEAST_LANES;
   static constant constexpr int RUNS = SIMD_SIZE / LANES;
   static constant constexpr int STEP = RUNS * TOKENS;  // tokens of a simdgroup at a time
   static constant constexpr int PAIRS = TOKENS / 2;
   static constant constexpr int ROWS = R > 4 ? 8 : R > 2 ? 4 : R;  // R rounded up to a power of 2
   static constant constexpr int SCORES = TOKENS * ROWS;             // [row][token] of a run
-  // Lanes that are added up as halves.
-  static constant constexpr int NEIGHBOURS = SCORES > 2 && LANES > 1 ? 2 : 1;
+  static constant constexpr int ADDED = Reader::added(SCORES, LANES);  // lanes, by the reader
+  static constant constexpr int LEFT = SCORES / ADDED;                // scores of a lane from there
   static constant constexpr int OWN = SCORES > LANES ? SCORES / LANES : 1;
   // Pairs of tokens among the own scores, whose scales the lane needs.
   static constant constexpr int OWN_PAIRS = OWN < TOKENS ? 1 : PAIRS;
   static constant constexpr int OWN_ROWS = OWN > TOKENS ? OWN / TOKENS : 1;
   static constant constexpr int SHARING = LANES > SCORES ? LANES / SCORES : 1;  // lanes of a score
   static constant constexpr int ROW_LANES = OWN < TOKENS ? SHARING * TOKENS / OWN : SHARING;
-  static constant constexpr int QUERY_MEMORY = R * LANES * 2;  // threadgroup uint4
+  static constant constexpr int QUERY_MEMORY = R * LANES * Reader::PREPARED;  // threadgroup uint4
   static constant constexpr int RUN_WEIGHTS = (SCORES + 7) / 4 * 4;  // runs in different banks
   static constant constexpr int WEIGHTS = SIMDGROUPS * RUNS * RUN_WEIGHTS;
   static constant constexpr int SUMS = R * DV > WEIGHTS ? R * DV : WEIGHTS;
   static constant constexpr int SCRATCH = SUMS + 3 * R + 2 * SIMDGROUPS * R;  // ... and float
 
-  // The row of a score, or the last row: R may be no power of 2. Without `min`, whose result the
-  // compiler does not know: an index that it knows keeps an array in registers.
-  static METAL_FUNC constexpr int row_of(int score) {
-    return score / TOKENS < R ? score / TOKENS : R - 1;
-  }
+  static_assert(CHUNKS <= SIMD_SIZE && CHUNK % 4 == 0, "chunks");
 
   template <typename T>
   static METAL_FUNC void run(
-      const device ushort* pages, const device T* queries, const device float* query_factors,
-      const device float* centre, const device int* block_table, const device int* seq_lens,
-      const device float* key_coefficients, const device float* value_coefficients,
-      const constant int* parameters, device float* partials, device float* states,
-      threadgroup uint4* query_memory, threadgroup float* scratch, uint3 position, int simdgroup,
-      int lane) {
+      const device typename Layout::Element* pages, const device T* queries,
+      const device int* block_table, const device int* seq_lens,
+      const thread typename Reader::Constants& constants, const constant int* parameters,
+      device float* partials, device float* states, threadgroup uint4* query_memory,
+      threadgroup float* scratch, uint3 position, int simdgroup, int lane) {
     constexpr int TILES = (G * Q + R - 1) / R;
     int kv_head = int(position.x) / TILES, tile = int(position.x) % TILES;
     int split = position.y, request = position.z;
@@ -81,7 +80,8 @@ struct Decode {
     int window = decode.window;
     float softcap = decode.softcap;
 
-    threadgroup half* query_rows = (threadgroup half*)query_memory;
+    threadgroup typename Reader::Query* query_rows =
+        (threadgroup typename Reader::Query*)query_memory;
     threadgroup float* sums = scratch;  // [R, Dv], after the last token
     threadgroup float* row_scale = scratch + SUMS;
     threadgroup float* row_sum = row_scale + R;
@@ -89,19 +89,18 @@ struct Decode {
     threadgroup float* simdgroup_max = row_shift + R;  // [SIMDGROUPS, R]
     threadgroup float* simdgroup_sum = simdgroup_max + SIMDGROUPS * R;
 
-    // Rotate the queries, once for all tokens.
-    const Codebook<Layout::key_bits, Layout::key_terms> key_codebook(key_coefficients);
-    const Codebook<Layout::value_bits, Layout::value_terms> value_codebook(value_coefficients);
+    // Make the queries ready, once for all tokens.
+    const Reader reader(constants);
     float scale = SOFTCAP ? decode.scale / softcap : decode.scale * LOG2_E;
-    QueryLoader<Layout, G, Q, R, LANES, SIMDGROUPS, SOFTCAP>::load(
-        queries + ulong(request) * (Q * G * Layout::num_kv_heads * DK), query_factors, centre,
+    reader.template load_queries<G, Q, R, LANES, SIMDGROUPS, SOFTCAP>(
+        queries + ulong(request) * (Q * G * Layout::num_kv_heads * DK), constants,
         {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift}, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // The scores of a run of tokens are spread over its lanes: this lane owns OWN of them, of one
     // row or of OWN_ROWS whole rows.
     int chunk = lane % LANES, run = lane / LANES;
-    int key_chunk = min(chunk, DK / CHUNK - 1), value_chunk = min(chunk, DV / CHUNK - 1);
+    int key_chunk = min(chunk, KEY_CHUNKS - 1), value_chunk = min(chunk, VALUE_CHUNKS - 1);
     int own_first = chunk * SCORES / LANES;
     int own_row = own_first / TOKENS, own_token = own_first % TOKENS;
     int own_pair = own_token & ~1, own_place = own_token & 1;
@@ -111,7 +110,7 @@ struct Decode {
     UNROLL
     for (int i = 0; i < OWN_ROWS; i++) {
       int r = min(own_row + i, R - 1);
-      own_scale[i] = row_scale[r] * key_codebook.unit;
+      own_scale[i] = row_scale[r] * reader.key_unit();
       own_sum[i] = row_sum[r];
       own_shift[i] = row_shift[r];
       int query = (tile * R + r) / G;
@@ -128,111 +127,39 @@ struct Decode {
     // The keys of a run are read while the values of the run before are added up.
     threadgroup float* run_weights =  // [PAIRS, ROWS, 2]
         scratch + (simdgroup * RUNS + run) * RUN_WEIGHTS;
-    const threadgroup half* query_chunk = query_rows + chunk * 4;
+    const threadgroup typename Reader::Query* query_chunk = query_rows + chunk * 4;
     int table_row = request * decode.max_blocks;
     int last_run = (split_end - 1) & ~(TOKENS - 1);
+    int first_seen = window > 0 ? max(splits.seq_len - Q + 1 - window, 0) : 0;
     int first = split_first + simdgroup * STEP;
     uint safe = min(first + run * TOKENS, last_run);
-    const device uchar* page = Layout::head_page(
+    typename Layout::HeadPage page = Layout::head_page(
         pages, block_table[table_row + int(safe / Layout::block_size)], kv_head);
-    Chunk<Layout::key_bits> key_codes[PAIRS];
-    load_run<Layout::next_key>(
-        key_codes, Layout::key_codes(page, safe % Layout::block_size, key_chunk));
+    typename Reader::template Keys<PAIRS> keys;
+    keys.load(page, safe % Layout::block_size, key_chunk);
     for (; first < split_end; first += SIMDGROUPS * STEP) {
       // Read the values and scales of the run; look up the page of the next.
       int token = first + run * TOKENS;
       uint slot = safe % Layout::block_size;
-      Chunk<Layout::value_bits> value_codes[PAIRS];
-      load_run<Layout::next_value>(value_codes, Layout::value_codes(page, slot, value_chunk));
-      uint key_levels[PAIRS];
-      if (Layout::key_has_levels) {
-        load_words(Layout::key_levels(page, slot, key_chunk), key_levels);
-      }
-      uint key_scales[OWN_PAIRS], key_biases[OWN_PAIRS], value_scales[OWN_PAIRS];
-      UNROLL
-      for (int p = 0; p < OWN_PAIRS; p++) {
-        uint pair = slot + own_pair + 2 * p;
-        key_scales[p] = load_pair(Layout::key_scale(page, pair));
-        key_biases[p] = Layout::key_has_bias ? load_pair(Layout::key_bias(page, pair)) : 0u;
-        value_scales[p] = load_pair(Layout::value_scale(page, pair));
-      }
+      typename Reader::template Values<PAIRS> values;
+      values.load(page, slot, value_chunk);
+      typename Reader::template Scales<PAIRS, OWN_PAIRS> scales;
+      scales.load(page, slot, key_chunk, own_pair);
       safe = min(token + SIMDGROUPS * STEP, last_run);
       int next_block = block_table[table_row + int(safe / Layout::block_size)];
 
-      // Multiply this chunk of the keys with that of every row.
-      half2 dots[R][PAIRS];
-      UNROLL
-      for (int r = 0; r < R; r++) {
-        UNROLL
-        for (int p = 0; p < PAIRS; p++) {
-          dots[r][p] = half2(half(0.0f), half(0.0f));
-        }
-      }
-      uint key_pairs[PAIRS][Layout::key_bits];
-      UNROLL
-      for (int p = 0; p < PAIRS; p++) {
-        key_codes[p].pairs(key_pairs[p]);
-      }
-      UNROLL
-      for (int part = 0; part < 4; part++) {
-        half2 keys[PAIRS][4];
-        UNROLL
-        for (int p = 0; p < PAIRS; p++) {
-          UNROLL
-          for (int i = 0; i < 4; i++) {
-            keys[p][i] =
-                key_codebook.at(grid_point<Layout::key_bits>(key_pairs[p], part * 4 + i));
-          }
-        }
-        UNROLL
-        for (int r = 0; r < R; r++) {
-          uint2 words = *(const threadgroup uint2*)(query_chunk + (r * 4 + part) * LANES * 4);
-          half2 first = as_type<half2>(words.x), second = as_type<half2>(words.y);
-          UNROLL
-          for (int p = 0; p < PAIRS; p++) {
-            dots[r][p] = fma(half2(first.x, first.x), keys[p][0], dots[r][p]);
-            dots[r][p] = fma(half2(first.y, first.y), keys[p][1], dots[r][p]);
-            dots[r][p] = fma(half2(second.x, second.x), keys[p][2], dots[r][p]);
-            dots[r][p] = fma(half2(second.y, second.y), keys[p][3], dots[r][p]);
-          }
-        }
-      }
-
-      if (Layout::key_has_levels) {
-        UNROLL
-        for (int p = 0; p < PAIRS; p++) {
-          half2 weights = level_weights(key_levels[p], key_chunk);
-          UNROLL
-          for (int r = 0; r < R; r++) {
-            dots[r][p] = dots[r][p] * weights;
-          }
-        }
-      }
-
-      // Add up the chunks, two neighbours while they are halves; each lane keeps its own scores,
-      // in powers of two.
-      constexpr int LEFT = SCORES / NEIGHBOURS;
+      // Multiply this chunk of the keys with that of every row. Add up the chunks; each lane keeps
+      // its own scores, in powers of two.
       float scores[LEFT];
-      UNROLL
-      for (int i = 0; i < LEFT; i += 2) {
-        half2 dot = dots[row_of(i)][i % TOKENS / 2];
-        if (NEIGHBOURS == 2) {
-          int other = i + LEFT;
-          dot = fold_halves(dot, dots[row_of(other)][other % TOKENS / 2], lane, LANES / 2);
-        }
-        scores[i] = float(dot.x);
-        scores[i + 1] = float(dot.y);
-      }
-      fold<LEFT, LANES / NEIGHBOURS>(scores, lane, 1);
+      reader.template multiply<R, TOKENS, LANES, ADDED>(
+          keys, scales, query_chunk, key_chunk, lane, scores);
+      fold<LEFT, LANES / ADDED>(scores, lane, 1);
       bool visible[OWN];
       bool grows = false;
       UNROLL
       for (int i = 0; i < OWN; i++) {
         int row = i / TOKENS, which = own_token + i % TOKENS, place = own_place + i % TOKENS;
-        scores[i] *= own_scale[row] * pick(key_scales, place);
-        if (Layout::key_has_bias) {
-          scores[i] += own_sum[row] * pick(key_biases, place);
-        }
+        scores[i] = scales.score(scores[i], own_scale[row], own_sum[row], place);
         if (SOFTCAP) {
           scores[i] = softcap * LOG2_E * precise::tanh(scores[i] + own_shift[row]);
         }
@@ -267,14 +194,13 @@ struct Decode {
       // Read the next keys. Not before the branch above: the compiler would hold them beside
       // those of this run, and wait for them to arrive where it copies them over.
       page = Layout::head_page(pages, next_block, kv_head);
-      load_run<Layout::next_key>(
-          key_codes, Layout::key_codes(page, safe % Layout::block_size, key_chunk));
+      keys.load(page, safe % Layout::block_size, key_chunk);
 
       // Give every lane of the run all weights, value scales included.
       UNROLL
       for (int i = 0; i < OWN; i++) {
         float weight = own[i / TOKENS].update(scores[i]);
-        float value_scale = pick(value_scales, own_place + i % TOKENS);
+        float value_scale = scales.value(own_place + i % TOKENS);
         if (chunk % SHARING == 0) {
           int which = own_token + i % TOKENS, row = own_row + i / TOKENS;
           run_weights[(which / 2 * ROWS + row) * 2 + which % 2] =
@@ -283,11 +209,18 @@ struct Decode {
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
 
-      // Add this chunk of the values to every row.
+      // Add this chunk of the values to every row. A weight of zero hides every number, but no NaN.
+      if (Reader::MAY_LEAK && (first < first_seen || first + STEP > split_end)) {
+        UNROLL
+        for (int i = 0; i < TOKENS; i++) {
+          if (token + i < first_seen || token + i >= split_end) {
+            values.clear(i);
+          }
+        }
+      }
       UNROLL
       for (int p = 0; p < PAIRS; p++) {
-        uint value_pairs[Layout::value_bits];
-        value_codes[p].pairs(value_pairs);
+        const typename Reader::Pair pair(values, p);
         float weights[2 * R];
         UNROLL
         for (int i = 0; i < 2 * R; i++) {
@@ -295,8 +228,8 @@ struct Decode {
         }
         UNROLL
         for (int i = 0; i < CHUNK; i++) {
-          half2 values = value_codebook.at(grid_point<Layout::value_bits>(value_pairs, i));
-          float a = float(values.x), b = float(values.y);
+          float a, b;
+          reader.value(pair, i, a, b);
           UNROLL
           for (int r = 0; r < R; r++) {
             out[r * CHUNK + i] = fma(weights[2 * r], a, out[r * CHUNK + i]);
@@ -343,11 +276,14 @@ struct Decode {
     constexpr int HELD = R * CHUNK > RUNS ? R * CHUNK / RUNS : 1;
     int held_first = run * (R * CHUNK) / RUNS;
     for (int turn = 0; turn < SIMDGROUPS; turn++) {
-      if (turn == simdgroup && chunk * CHUNK < DV) {
+      if (turn == simdgroup && chunk < VALUE_CHUNKS) {
         UNROLL
         for (int i = 0; i < HELD; i++) {
-          int r = (held_first + i) / CHUNK;
-          int index = r * DV + chunk * CHUNK + (held_first + i) % CHUNK;
+          int r = (held_first + i) / CHUNK, element = chunk * CHUNK + (held_first + i) % CHUNK;
+          if (DV % CHUNK != 0 && element >= DV) {
+            continue;
+          }
+          int index = r * DV + element;
           float largest = simdgroup_max[r];
           for (int other = 1; other < SIMDGROUPS; other++) {
             largest = max(largest, simdgroup_max[other * R + r]);
@@ -367,7 +303,7 @@ struct Decode {
       if (row < G * Q) {
         int out_row = row / G * (G * Layout::num_kv_heads) + kv_head * G + row % G;
         partials[(split_index * (G * Q * Layout::num_kv_heads) + out_row) * DV + i % DV] =
-            sums[i] * value_codebook.unit;
+            sums[i] * reader.value_unit();
       }
     }
     int row = tile * R + thread_index;

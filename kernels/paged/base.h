@@ -3,7 +3,7 @@
 
 #include <metal_stdlib>
 
-#include "turboquant/constants.h"
+#include "paged/constants.h"
 
 using namespace metal;
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from vllm_metal.metal_kernel_backend.turboquant.parameters import Parameters
+from vllm_metal.metal_kernel_backend.paged.parameters import Parameters
 
 PAIR = Parameters("Pair", (("int", "count"), ("float", "scale")))
 
