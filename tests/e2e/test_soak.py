@@ -3,10 +3,17 @@
 Requests share prefixes, come in the middle of others' steps, are cut into chunks, preempted for
 want of blocks, aborted, and lose the prefix cache. Their answers are compared with those of a
 server that does nothing else. `test_scheduling.py` has the same traffic over symbolic pages.
+
+`benchmarks/results/soak.txt` is what the whole soak writes, each kind with both ways of scheduling:
+
+    SOAK_RESULT=benchmarks/results/soak.txt pytest -m nightly tests/e2e/test_soak.py
 """
 
 import os
 import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,13 +21,16 @@ from tests.e2e.kinds import KINDS, Kind
 from tests.near_ties import GreedyAnswer
 from tests.serving import Serving
 from tests.tiny_models import VOCABULARY
-from tests.traffic import LONGEST_ANSWER, LONGEST_PROMPT, Arrival, serve
+from tests.traffic import LONGEST_ANSWER, LONGEST_PROMPT, Arrival, Outcome, serve
+from vllm_metal.evaluation.provenance import provenance
 
 pytestmark = pytest.mark.nightly
 
 MAX_MODEL_LEN = LONGEST_PROMPT + LONGEST_ANSWER
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", "28"))
-"""Of each case; all cases together have more than 1,000."""
+RESULT = os.environ.get("SOAK_RESULT")
+"""The file for the summary, if each kind is to have both ways of scheduling."""
+REQUESTS = 32 if RESULT else 28
+"""Of each case: more than 2,000 that are not aborted in the whole soak, and 1,000 by night."""
 CLIENTS = 16
 TURBOQUANT = {"turboquant": True, "k_quant": "q8_0", "v_quant": "q8_0", "reproducible": True}
 NEAR_TIE = {False: 1e-4, True: 0.05}
@@ -29,14 +39,17 @@ this ahead of the second best. The product of one row is rounded otherwise than 
 may then tip a code over. What follows such a token is not compared."""
 
 CASES = [
-    (kind, compressed, (i + compressed) % 2 == 0)
+    (kind, compressed, async_scheduling)
     for i, kind in enumerate(KINDS)
     for compressed in (False, True)
+    for async_scheduling in (False, True)
     if kind.scarce_blocks and not (compressed and kind.no_turboquant)
+    if RESULT or async_scheduling == ((i + compressed) % 2 == 0)
 ]
-"""Each kind with and without asynchronous scheduling, once dense and once compressed. Models with
-nothing but recurrent states are left out: they share and lack no blocks, and `tests/serving.py` has
-no scheduler for them (`test_models.py` has an engine)."""
+"""Each kind dense and compressed. By night one of the two has asynchronous scheduling, and both
+have both ways in the whole soak. Models with nothing but recurrent states are left out: they share
+and lack no blocks, and `tests/serving.py` has no scheduler for them (`test_models.py` has an
+engine)."""
 
 
 class Alone:
@@ -64,6 +77,54 @@ class Alone:
         return self._answers[key]
 
 
+class Tally:
+    """What all cases came to."""
+
+    def __init__(self):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        )
+        self._provenance = provenance("vllm", "mlx", "mlx-lm") | {"commit": commit.stdout.strip()}
+        self._lines: list[str] = []
+        self._outcomes: list[tuple[bool, Outcome, int]] = []
+
+    def count(self, case: str, compressed: bool, outcome: Outcome, wrong: int) -> None:
+        """Takes the requests of a finished case, and how many of their answers are wrong."""
+        self._lines.append(f"{case}: {outcome}, {wrong} wrong")
+        self._outcomes.append((compressed, outcome, wrong))
+        print(f"soak: {self._lines[-1]}")
+
+    def __str__(self) -> str:
+        sums = [self._sum(compressed) for compressed in (False, True)]
+        finished = f"{len(self._outcomes)} of {len(CASES)} cases ran to their end."
+        return "\n".join(
+            [f"{key}: {value}" for key, value in self._provenance.items()]
+            + [*sums, finished, "", *self._lines]
+        )
+
+    def _sum(self, compressed: bool) -> str:
+        found = [(outcome, wrong) for c, outcome, wrong in self._outcomes if c == compressed]
+        requests = sum(len(outcome.requests) for outcome, _ in found)
+        aborted = sum(outcome.aborts for outcome, _ in found)
+        return (
+            f"{'compressed' if compressed else 'dense'}: {requests - aborted} whole answers, "
+            f"{aborted} of aborted requests as far as they came, "
+            f"{sum(outcome.preemptions for outcome, _ in found)} preemptions, "
+            f"{sum(outcome.resets for outcome, _ in found)} resets of the prefix cache; "
+            f"{sum(wrong for _, wrong in found)} wrong"
+        )
+
+
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Tally]:
+    """Counts the cases of this process; `SOAK_RESULT` is written when they are through."""
+    counted = Tally()
+    yield counted
+    if RESULT:
+        assert "PYTEST_XDIST_WORKER" not in os.environ, "SOAK_RESULT is for one process"
+        Path(RESULT).write_text(f"{counted}\n")
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Gives the folder of a kind's model."""
@@ -79,7 +140,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "compressed", "async_scheduling"), CASES, ids=str)
 def test_every_answer_is_that_of_the_request_alone(
-    make_config, checkpoints, kind, compressed, async_scheduling
+    make_config, checkpoints, tally, kind, compressed, async_scheduling
 ):
     common = {
         "model": str(checkpoints(kind)),
@@ -104,5 +165,7 @@ def test_every_answer_is_that_of_the_request_alone(
     )
     outcome = serve(busy, rng, REQUESTS, VOCABULARY, alone.tokens)
     wrong = outcome.wrong(alone.gives)
-    print(f"soak: {kind} {compressed} {async_scheduling}: {outcome}, {len(wrong)} wrong")
+    case = f"{kind}, {'compressed' if compressed else 'dense'}"
+    case += f", {'async' if async_scheduling else 'sync'}"
+    tally.count(case, compressed, outcome, len(wrong))
     assert wrong == []
