@@ -9,7 +9,7 @@ from tests import reference
 from vllm_metal.metal_kernel_backend.dense.kernels import DenseLauncher
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants
 
 BLOCK, HEADS = 16, 2
 LENGTHS = (9, 70, 131)
