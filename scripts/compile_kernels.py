@@ -31,7 +31,7 @@ from tests.kernels.metal_text import PrintingTarget, joined, metal_text  # noqa:
 from vllm_metal.metal_kernel_backend.dense.kernels import DenseLauncher  # noqa: E402
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout  # noqa: E402
 from vllm_metal.metal_kernel_backend.kernel_library import KERNELS  # noqa: E402
-from vllm_metal.metal_kernel_backend.paged import launcher as paged  # noqa: E402
+from vllm_metal.metal_kernel_backend.paged import kernels as paged  # noqa: E402
 from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.launcher import (  # noqa: E402

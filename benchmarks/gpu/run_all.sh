@@ -50,6 +50,7 @@ kernel_tests() {
   local matrix=test_store_decode_and_dequantize cases
   export KERNEL_TARGET=cuda
   echo "others: $($tests "not $matrix" | tail -n 1)" &
+  echo "dense: $($pytest --noconftest tests/metal_kernel_backend/paged/test_launcher.py | tail -n 1)" &
   for cases in {10..23}; do
     echo "KERNEL_CASES=$cases: $(KERNEL_CASES=$cases $tests "$matrix" | tail -n 1)" &
   done

@@ -19,7 +19,8 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     causal_memory,
 )
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants, PageLauncher
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants
+from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher
 from vllm_metal.metal_kernel_backend.paged.small_arrays import lengthened
 
 TILE_BYTES = 128 << 20

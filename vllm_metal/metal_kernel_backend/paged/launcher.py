@@ -25,7 +25,7 @@ from vllm_metal.metal_kernel_backend.kernel_library import (
 )
 from vllm_metal.metal_kernel_backend.paged import parameters
 from vllm_metal.metal_kernel_backend.paged.constants_header import BLOCK_SIZE_STEP, TOKEN_WORDS
-from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, PageKernels
+from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, LayerConstants, PageKernels
 from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW, lengthened
 from vllm_metal.metal_kernel_backend.paged.splits import DECODE_SIMDGROUPS, Gpu, plan_decode
 
@@ -35,15 +35,6 @@ MAX_QUERY_TOKENS = 8
 
 MAX_HELD = 2048
 """Elements of output that a simdgroup holds at most: rows times head size."""
-
-
-@dataclass(frozen=True)
-class LayerConstants:
-    """What the kernels are told of one layer, beside its layout: nothing, unless a subclass has
-    fields. Those are arrays, by the names that they have as inputs."""
-
-    def inputs(self) -> dict[str, mx.array]:
-        return vars(self)
 
 
 class Layout(Protocol):
