@@ -4,9 +4,11 @@ A layer's pages are the array and the token of its last store, which orders the 
 every reader (see `launcher`). Decode reads the compressed pages. Prefill dequantises its context
 once, for as many KV heads at a time as a bounded tile holds, and hands it to MLX's attention: a
 tile is shared by all rows of the chunk and all query heads of its KV heads, and a row needs the
-whole context of a head but of one head only, so nothing is merged.
+whole context of a head but of one head only, so nothing is merged. Two tiles exist at a time, of
+one layer or of two: see `tiles_in_flight`.
 """
 
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
@@ -16,6 +18,7 @@ from vllm_metal.attention.backend import Chunk, ChunkMemory, LayerShape, Pages, 
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.metal_kernel_backend.causal_attention import causal_attention, causal_memory
 from vllm_metal.metal_kernel_backend.kernel_library import Target
+from vllm_metal.metal_kernel_backend.tiles_in_flight import MOST_TILES, TilesInFlight
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
@@ -23,9 +26,9 @@ from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerC
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.small_arrays import lengthened
 
-TILE_BYTES = 128 << 20
-"""Bound on the keys and values that a chunk has in plain form at a time. One KV head is the least:
-in 16 bits with head size 128 it reaches the bound at 262,144 tokens."""
+TILE_BYTES = 64 << 20
+"""Bound on the keys and values of a tile in plain form. One KV head is the least: in 16 bits with
+head size 128 it reaches the bound at 131,072 tokens."""
 
 
 @cache
@@ -99,7 +102,7 @@ class TurboQuantFused(TurboQuantAttention):
                 None if chunk.sinks is None else chunk.sinks[rows],
                 self.shape.sliding_window,
             )[0]
-            mx.eval(tile)  # left to later, MLX would hold all tiles at a time
+            chunk.metadata.once(_tiles_in_flight).add(tile)
             tiles.append(tile)
         return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
 
@@ -125,7 +128,8 @@ class TurboQuantFused(TurboQuantAttention):
     def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
         first_tile = self._head_tiles(seq_len, itemsize=2)[0]
         held = Fraction(first_tile.stop, self.shape.num_kv_heads)
-        return causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window, held)
+        tile = causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window, held)
+        return replace(tile, held=MOST_TILES * held)
 
     def _head_tiles(self, count: int, itemsize: int) -> list[slice]:
         """KV heads whose `count` plain tokens are held at a time."""
@@ -160,6 +164,10 @@ class TurboQuantFused(TurboQuantAttention):
             keys[:, count - metadata.query_len :] = chunk.keys[heads]
             values[:, count - metadata.query_len :] = chunk.values[heads]
         return keys[None], values[None]
+
+
+def _tiles_in_flight(_: PrefillMetadata) -> TilesInFlight:
+    return TilesInFlight()
 
 
 def _slot_mapping(metadata: AttentionMetadata) -> mx.array:
