@@ -35,7 +35,7 @@ from mlx_lm.models.cache import BatchKVCache  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
-from vllm_metal.evaluation.provenance import provenance  # noqa: E402
+from vllm_metal.machine.provenance import provenance  # noqa: E402
 from vllm_metal.runner.model_runner import ModelRunner  # noqa: E402
 from vllm_metal.runner.steps_in_flight import StepsInFlight  # noqa: E402
 

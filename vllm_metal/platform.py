@@ -21,11 +21,14 @@ from vllm_metal.errors import UserError
 from vllm_metal.machine import cache_folder, device, torch_accelerator
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
-from vllm_metal.options import check, scheduler_class
+from vllm_metal.options import check, scheduler_class, structured_outputs
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.inputs import EngineInput
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.metal.platform")
@@ -115,6 +118,19 @@ class MetalPlatform(Platform):
         known.setdefault(device.DEVICE_VARIABLE, device.requested_device)
         known.setdefault(cache_folder.STARTUP_CACHE_VARIABLE, cache_folder.startup_cache)
         super().validate_environ(hard_fail)
+
+    @classmethod
+    def validate_request(
+        cls, processed_inputs: "EngineInput", params: "SamplingParams | PoolingParams"
+    ) -> None:
+        """Refuses structured outputs that vLLM accepts and that are a mistake.
+
+        Raises:
+            VLLMValidationError: the reason, which vLLM's server gives with HTTP 400.
+        """
+        constraint = getattr(params, "structured_outputs", None)
+        if constraint is not None:
+            structured_outputs.check(constraint)
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:

@@ -13,13 +13,13 @@
 # the engine need vLLM, MLX (CUDA), mlx-lm, PyTorch and pytest with pytest-xdist, and smoke and greedy the
 # demo model (`vllm-metal fetch-demo-model`); MODEL names a folder for a random model of 5.9 GB (default:
 # OUTPUT_FOLDER/model). The current folder is this repository.
+#
+# MLX CUDA compiles the kernels of `mx.fast.cuda_kernel` again in each process. Where g++ is there, the
+# parts of the engine and the doctor run with kept_kernels.cpp in front of NVRTC, which keeps them in
+# OUTPUT_FOLDER/kernels, as macOS does with a Mac's.
 set -uo pipefail
 
-python=${PYTHON:-python3}
-pytest="$python -m pytest -q -p no:cacheprovider"
-# A process that dies takes one test with it, and the next one goes on in another process.
-apart="-n 1 --max-worker-restart 20"
-engine() { echo "$python benchmarks/gpu/$1.py $MODEL --output $out/$1.jsonl"; }
+measure() { echo "$python benchmarks/gpu/$1.py $MODEL --output $out/$1.jsonl"; }
 
 # name, seconds, command
 parts() {
@@ -27,21 +27,19 @@ parts() {
 speed      300 $python benchmarks/gpu/attention.py --output $out/attention.json
 prefill    120 $python benchmarks/gpu/prefill.py --output $out/prefill.json
 memory     180 $python benchmarks/gpu/peak_memory.py
-memcheck   180 compute-sanitizer --tool memcheck $python benchmarks/gpu/sanitize.py
-racecheck  180 compute-sanitizer --tool racecheck $python benchmarks/gpu/sanitize.py
+memcheck   180 compute-sanitizer --tool memcheck $plain_python benchmarks/gpu/sanitize.py
+racecheck  180 compute-sanitizer --tool racecheck $plain_python benchmarks/gpu/sanitize.py
 kernels    570 kernel_tests
-doctor     300 doctor
+pairs      200 doctor_pairs
+doctor     120 doctor
 crashes    570 $python benchmarks/gpu/crashing_operations.py
 contract   300 $pytest tests/attention/test_backend.py
 smoke      400 $python examples/serve_demo.py
-greedy     400 $pytest $apart tests/e2e/test_greedy_tokens.py
-kinds      570 $pytest $apart tests/e2e/test_models.py -k dense
-kinds-tq   570 $pytest $apart tests/e2e/test_models.py -k turboquant
-turboquant 570 $pytest $apart tests/e2e/test_turboquant.py
-others     570 $pytest $apart tests/e2e/test_scheduling.py tests/e2e/test_sampling.py tests/e2e/test_refusals.py
+engine     580 engine_tests not nightly
+nightly    900 engine_tests nightly
 model      200 $python benchmarks/gpu/random_model.py $MODEL
-steps      570 $(engine engine_step)
-first      570 $(engine first_token)
+steps      570 $(measure engine_step)
+first      570 $(measure first_token)
 P
 }
 
@@ -58,15 +56,32 @@ kernel_tests() {
   wait
 }
 
-# Twice: the first run compiles the kernels, the second one finds them compiled.
-doctor() {
-  local code=0
-  for run in 1 2; do
-    SECONDS=0
-    $python -m vllm_metal.cli doctor || code=$?
-    echo "run $run: exit code $code, $SECONDS s"
+# Every pair in a process of its own, all at a time: right or wrong counts, times do not.
+doctor_pairs() {
+  local pair code=0 pids=()
+  local pairs
+  pairs=$($python -c 'from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS
+print(*SHOWN_PAIRS)')
+  for pair in $pairs; do
+    OMP_NUM_THREADS=1 $python -m vllm_metal.cli doctor --formats "$pair" > "$out/doctor_${pair/\//-}.txt" &
+    pids+=($!)
   done
-  $python -m vllm_metal.cli doctor --json > "$out/doctor.json" || code=$?
+  for pair in "${pids[@]}"; do wait "$pair" || code=1; done
+  grep -h "^[a-z0-9_]*/[a-z0-9_]* .*wrong\|  OK$\|FAILED" "$out"/doctor_*.txt
+  return $code
+}
+
+# The tests of the engine with this mark. A process that dies takes one test with it, and the next one
+# goes on in another process.
+engine_tests() {
+  OMP_NUM_THREADS=1 $pytest -n 12 --max-worker-restart 20 -v --tb=short -m "$*" tests/e2e
+}
+
+# With the kernels that `doctor_pairs` has compiled.
+doctor() {
+  local code=0 started=$SECONDS
+  $python -m vllm_metal.cli doctor || code=$?
+  echo "exit code $code, $((SECONDS - started)) s"
   return $code
 }
 
@@ -88,6 +103,7 @@ run_part() {
 
 if [ "${1:-}" = --list ]; then
   out=OUTPUT_FOLDER MODEL=${MODEL:-OUTPUT_FOLDER/model}
+  plain_python=${PYTHON:-python3} python=$plain_python pytest="$python -m pytest"
   parts
   exit
 fi
@@ -95,6 +111,14 @@ out=${1:?usage: run_all.sh OUTPUT_FOLDER [PART ...], or --list}
 shift
 mkdir -p "$out"
 MODEL=${MODEL:-$out/model}
+python=${PYTHON:-python3}
+plain_python=$python
+if g++ -std=c++17 -O2 -shared -fPIC -o "$out/kept_kernels.so" benchmarks/gpu/kept_kernels.cpp -ldl; then
+  export KEPT_KERNELS=$(realpath "$out")/kernels
+  mkdir -p "$KEPT_KERNELS"
+  python="env LD_PRELOAD=$(realpath "$out")/kept_kernels.so $python"
+fi
+pytest="$python -m pytest -q -p no:cacheprovider"
 # MLX multiplies float32 matrices with fewer bits unless it is told not to: tests compare in float32.
 export PYTHONUNBUFFERED=1 MLX_ENABLE_TF32=${MLX_ENABLE_TF32:-0}
 export PYTHONPATH="$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"

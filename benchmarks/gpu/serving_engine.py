@@ -1,8 +1,9 @@
 """vLLM's engine in this process and mlx-lm beside it, for the benchmarks of steps and first tokens.
 
-Import this module before MLX and vLLM: it sets their environment. On CUDA, MLX keeps what it
-compiles as files. They lie in `$MLX_PTX_CACHE_DIR`, by default a temporary folder that a second run
-finds again.
+Import this module before MLX and vLLM: it sets their environment. On CUDA, MLX keeps the kernels
+that it compiles for its own operations as files in `$MLX_PTX_CACHE_DIR`, by default a temporary
+folder that a second run finds again. Those of this project are kept, and counted, only where
+`kept_kernels.cpp` keeps them in `$KEPT_KERNELS`.
 
 A benchmark needs no calibrated keys and no probes of the model, whose results do not change its
 speed: the keys get neutral constants, and the model counts as one that is decoded together and
@@ -26,8 +27,9 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-COMPILED = Path(tempfile.gettempdir()) / "compiled-by-mlx"
-COMPILED = Path(os.environ.setdefault("MLX_PTX_CACHE_DIR", str(COMPILED)))
+COMPILED = Path(
+    os.environ.setdefault("MLX_PTX_CACHE_DIR", f"{tempfile.gettempdir()}/compiled-by-mlx")
+)
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
@@ -59,8 +61,10 @@ class Report:
 
 
 def compiled() -> set[str]:
-    """Names of the modules that MLX CUDA has compiled; none on other backends."""
-    return {path.stem for path in COMPILED.rglob("*.ptx")}
+    """Names of what was compiled on CUDA, in this process or before it; none on other backends."""
+    kept = os.environ.get("KEPT_KERNELS")
+    ours = {path.name for path in Path(kept).iterdir()} if kept else set()
+    return ours | {path.stem for path in COMPILED.rglob("*.ptx")}
 
 
 def prompts(requests: int, length: int, vocabulary: int, seed: int = 0) -> list[list[int]]:

@@ -13,7 +13,7 @@ from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache import group_metadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, Region, StateGroup
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 
 BLOCK = 16
 SHAPE = LayerShape(num_kv_heads=2, head_size=64, head_size_v=32)

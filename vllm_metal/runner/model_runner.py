@@ -80,7 +80,7 @@ class ModelRunner:
         block_tables: Sequence[BlockTableSize],
         dispatch: Dispatch,
     ):
-        self.model = model
+        self.bound_model = model  # not `model`: there vLLM expects a torch module
         self.kv_cache = model.kv_cache
         self.decode = decode
         self.batch = RequestBatch(vllm_config, block_tables)
@@ -162,12 +162,12 @@ class ModelRunner:
             self.batch.rows, row, num_scheduled, self.kv_cache.groups
         )
         if req_id in self.batch.unscored_prompts:
-            chunk = self.model.forward_to_head(token_ids, metadata)
+            chunk = self.bound_model.forward_to_head(token_ids, metadata)
             self.kv_cache.evaluate(chunk.hidden)
             logits = chunk.of(num_scheduled - 1, num_scheduled)
             self._score_prompt(step, req_id, num_scheduled, chunk)
         else:
-            logits = self.model.forward(token_ids, metadata)[0]
+            logits = self.bound_model.forward(token_ids, metadata)[0]
         if self.batch.is_complete(req_id, num_scheduled):
             step.logits[row] = logits[-1:]
             self.kv_cache.evaluate(step.logits[row])
