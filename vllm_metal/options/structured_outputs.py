@@ -22,6 +22,9 @@ _RULE = re.compile(r"^\s*([\w-]+)\s*::=", re.MULTILINE)
 _VALUES = ("const", "default", "enum", "examples")
 """Keys of a schema that hold values, which may look like schemas."""
 
+_SCHEMAS = ("json_schema", "schema")
+"""Keys of a structural tag that hold the schema of what is between two tags."""
+
 
 def check(constraint: "StructuredOutputsParams") -> None:
     """Refuses a grammar with two rules of one name, and a schema that refers to itself alone.
@@ -34,6 +37,10 @@ def check(constraint: "StructuredOutputsParams") -> None:
     if constraint.json is not None:
         schema = constraint.json
         _check_references(json.loads(schema) if isinstance(schema, str) else schema)
+    if constraint.structural_tag:  # what vLLM makes of the parameters of tools
+        for part in _parts(json.loads(constraint.structural_tag)):
+            for key in _SCHEMAS:
+                _check_references(part.get(key))
 
 
 def _check_rules(grammar: str) -> None:
@@ -97,6 +104,6 @@ def _parts(schema: Any) -> Iterator[dict]:
     if isinstance(schema, dict):
         yield schema
         schema = [member for key, member in schema.items() if key not in _VALUES]
-    for member in schema:
+    for member in schema if isinstance(schema, list) else ():
         if isinstance(member, dict | list):
             yield from _parts(member)
