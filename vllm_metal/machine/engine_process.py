@@ -70,7 +70,8 @@ def ask(question: Callable[[], _Result]) -> _Result:
 
 def _answer(question: Callable[[], _Result], sender: Connection) -> None:
     try:
-        answer = question(), None
+        answer = question()
     except Exception as error:
-        answer = None, error
-    sender.send(answer)
+        sender.send((None, error))
+    else:
+        sender.send((answer, None))
