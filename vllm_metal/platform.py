@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import platform as host
 import random
+from dataclasses import asdict
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -270,14 +271,14 @@ def _disable_prefix_caching(vllm_config: "VllmConfig") -> None:
 def _structure(model: "ModelConfig") -> "nn.Module":
     """The model without its weights."""
     load_fast_blas()  # before MLX is first imported
-    from vllm_metal.model.model_loader import load_arguments
+    from vllm_metal.model.model_loader import ModelSource
 
-    return _structure_of(model.model, json.dumps(load_arguments(model)))
+    return _structure_of(json.dumps(asdict(ModelSource.of(model))))
 
 
 @cache
-def _structure_of(model: str, load_arguments: str) -> "nn.Module":
-    """Built once for the same arguments: vLLM checks a configuration several times."""
-    from vllm_metal.model.model_loader import load_structure
+def _structure_of(source: str) -> "nn.Module":
+    """Built once for the same source, as JSON: vLLM checks a configuration several times."""
+    from vllm_metal.model.model_loader import ModelSource, load_structure
 
-    return load_structure(model, **json.loads(load_arguments))
+    return load_structure(ModelSource(**json.loads(source)))
