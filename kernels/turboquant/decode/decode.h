@@ -93,7 +93,7 @@ struct Decode {
     const Codebook<Layout::key_bits, Layout::key_terms> key_codebook(key_coefficients);
     const Codebook<Layout::value_bits, Layout::value_terms> value_codebook(value_coefficients);
     float scale = SOFTCAP ? decode.scale / softcap : decode.scale * LOG2_E;
-    QueryLoader<Layout, G, Q, R, LANES, SIMDGROUPS, SOFTCAP>::load(
+    QueryLoader<Layout, G, Q, R, LANES, SIMDGROUPS, SOFTCAP, InQuarters>::load(
         queries + ulong(request) * (Q * G * Layout::num_kv_heads * DK), query_factors, centre,
         {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift}, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -4,9 +4,22 @@
 #include "turboquant/layout.h"
 #include "turboquant/rotation.h"
 
+// Where element `index` of a row lies. Each of LANES lanes reads its chunk in quarters, which lie
+// side by side with those of its neighbours; or elements are in their order.
+template <int LANES>
+struct InQuarters {
+  static METAL_FUNC int place(int index) {
+    return index % CHUNK / 4 * LANES * 4 + index / CHUNK * 4 + index % 4;
+  }
+};
+template <int LANES>
+struct InOrder {
+  static METAL_FUNC int place(int index) { return index; }
+};
+
 // R rows in threadgroup memory: rotated, scaled and rounded to half.
 struct QueryRows {
-  threadgroup half* elements;  // [R, 4, LANES, 4]
+  threadgroup half* elements;  // [R, LANES * 16]
   threadgroup float* scale;    // what the halves cannot hold, times the softmax scale
   threadgroup float* sum;      // of the row: what a key's bias is multiplied by
   threadgroup float* shift;    // its product with the centre that stored keys lack
@@ -18,13 +31,14 @@ struct QueryTile {
   int tile;
 };
 
-template <typename Layout, int G, int Q, int R, int LANES, int SIMDGROUPS, bool SOFTCAP>
+template <
+    typename Layout, int G, int Q, int R, int LANES, int SIMDGROUPS, bool SOFTCAP,
+    template <int> class Order>
 struct QueryLoader {
   static constant constexpr int DK = Layout::key_head_size;
   using Row = Vector<DK>;
 
-  // Loads the rows of this simdgroup. Each of the LANES lanes that hold a key reads its chunk of
-  // the row in quarters, which lie side by side with those of its neighbours.
+  // Loads the rows of this simdgroup, for LANES lanes that hold a key.
   template <typename T>
   static METAL_FUNC void load(
       const device T* queries, const device float* query_factors, const device float* centre,
@@ -95,8 +109,7 @@ struct QueryLoader {
       UNROLL
       for (int i = 0; i < Row::W; i++) {
         if (Row::holds(lane)) {
-          int index = Row::index(lane, block, i), quarter = index % CHUNK / 4;
-          elements[quarter * LANES * 4 + index / CHUNK * 4 + index % 4] =
+          elements[Order<LANES>::place(Row::index(lane, block, i))] =
               half(q.x[block][i] * inverse);
         }
       }

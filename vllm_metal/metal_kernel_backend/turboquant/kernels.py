@@ -91,6 +91,18 @@ DECODE = _kernel(
     ),
 )
 
+MATRICES = "MatrixDecode<Layout, G, Q, R, TOKENS, SIMDGROUPS, SOFTCAP>"
+
+MATRIX_DECODE = _kernel(
+    "matrix_decode",
+    "decode/matrix.h",
+    f"{MATRICES}::run",
+    DECODE.input_names,
+    DECODE.output_names,
+    (("uint4", "memory", f"{MATRICES}::MEMORY"),),
+)
+"""Decode by products of matrices."""
+
 MERGE = _kernel(
     "merge",
     "merge.h",

@@ -23,6 +23,7 @@ from vllm_metal.metal_kernel_backend.turboquant.kernels import (
     AFTER,
     DECODE,
     DEQUANTIZE,
+    MATRIX_DECODE,
     MERGE,
     STORE,
     codebook,
@@ -63,6 +64,8 @@ class Launcher:
     """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""
     max_rows: int = 0
     run_tokens: int = 0
+    matrix_rows: int = 0
+    tile_tokens: int = 0
     _built: dict[tuple[str, int], Run] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,8 @@ class Launcher:
             cores=self.num_cores or gpu.cores,
             max_rows=max(1, min(self.max_rows or gpu.max_rows, MAX_HELD // largest)),
             run_tokens=self.run_tokens or gpu.run_tokens,
+            matrix_rows=self.matrix_rows or gpu.matrix_rows,
+            tile_tokens=self.tile_tokens or (gpu.tile_tokens if largest <= 128 else 8),
         )
         self._template = layout.template()
         self.key_codebook = codebook(layout.key_format, layout.key_head_size)
@@ -167,7 +172,7 @@ class Launcher:
         split_rows = batch, plan.num_splits, num_queries * heads
         value_size = self.layout.value_head_size
         partials, states = self._launch(
-            DECODE,
+            MATRIX_DECODE if plan.matrix else DECODE,
             {
                 **shared,
                 "pages": pages,
@@ -181,7 +186,7 @@ class Launcher:
             {
                 **template,
                 "R": plan.rows,
-                "TOKENS": self.gpu.run_tokens,
+                "TOKENS": self.gpu.tile_tokens if plan.matrix else self.gpu.run_tokens,
                 "SOFTCAP": int(softcap > 0),
             },
             DECODE_SIMDGROUPS,
@@ -190,7 +195,7 @@ class Launcher:
                 "partials": ((*split_rows, value_size), mx.float32),
                 "states": ((max(2 * prod(split_rows), CONSTANT_BELOW),), mx.float32),
             },
-            self.gpu.resident_threadgroups(plan.rows),
+            self.gpu.resident_threadgroups(plan.rows, plan.matrix),
         )
         return self._launch(
             MERGE,

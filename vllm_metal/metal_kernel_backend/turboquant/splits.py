@@ -28,6 +28,10 @@ class Gpu:
     registers."""
     threadgroups_per_core: int
     """Threadgroups that a core holds at a time with up to 4 rows."""
+    matrix_rows: int
+    """Query rows of a KV head from which on the matrix form of decode is used."""
+    tile_tokens: int
+    """Tokens that a simdgroup of the matrix form reads at a time, 8 or 16."""
 
     @classmethod
     def of(cls, target: Target) -> "Gpu":
@@ -38,16 +42,18 @@ class Gpu:
         threadgroups leave 168 registers a thread, and 2 leave 255, which is room for 8 rows.
         """
         if target.name == "metal":
-            return cls(core_count(target), max_rows=4, run_tokens=2, threadgroups_per_core=6)
-        return cls(core_count(target), max_rows=8, run_tokens=4, threadgroups_per_core=3)
+            return cls(core_count(target), max_rows=4, run_tokens=2, threadgroups_per_core=6, matrix_rows=5, tile_tokens=8)
+        return cls(core_count(target), max_rows=8, run_tokens=4, threadgroups_per_core=3, matrix_rows=1, tile_tokens=16)
 
     @property
     def split_step(self) -> int:
         """Tokens that a threadgroup reads at a time at head size 128; a split is a multiple."""
         return DECODE_SIMDGROUPS * RUNS_AT_ONCE * self.run_tokens
 
-    def resident_threadgroups(self, rows: int) -> int:
+    def resident_threadgroups(self, rows: int, matrix: bool) -> int:
         """Threadgroups that a core holds at a time, for `rows` query rows of a simdgroup."""
+        if matrix and self.tile_tokens == 16:
+            return 4
         return self.threadgroups_per_core if rows <= 4 else 2
 
 
@@ -61,6 +67,7 @@ class DecodePlan:
     """Times `rows`, at least all query rows of a KV head."""
     split_tokens: int
     num_splits: int
+    matrix: bool
 
 
 def plan_decode(gpu: Gpu, query_rows: int, kv_heads: int, tokens: int) -> DecodePlan:
@@ -72,10 +79,13 @@ def plan_decode(gpu: Gpu, query_rows: int, kv_heads: int, tokens: int) -> Decode
         kv_heads: of all requests together.
         tokens: that the rows of the longest request see.
     """
-    tiles = -(-query_rows // gpu.max_rows)
+    matrix = query_rows >= gpu.matrix_rows
+    tiles = -(-query_rows // (8 if matrix else gpu.max_rows))
     rows = -(-query_rows // tiles)
-    resident = gpu.cores * gpu.resident_threadgroups(rows)
-    return DecodePlan(rows, tiles, *splits(tokens, kv_heads * tiles, resident, gpu.split_step))
+    resident = gpu.cores * gpu.resident_threadgroups(rows, matrix)
+    step = DECODE_SIMDGROUPS * gpu.tile_tokens if matrix else gpu.split_step
+    cut = splits(tokens, kv_heads * tiles, resident, step)
+    return DecodePlan(rows, tiles, *cut, matrix)
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,425 @@
+// Attention of query rows over one split of a request's tokens, by products of matrices.
+#pragma once
+
+#include "turboquant/decode/matrix_reader.h"
+#include "turboquant/decode/queries.h"
+#include "turboquant/softmax.h"
+#include "turboquant/splits.h"
+
+// Weights are halves, relative to a power of two that keeps them far from both ends of a half's
+// range: when it moves, the largest weight is 2^WEIGHT_START to 2^(WEIGHT_START + 1), and it moves
+// again when one passes 2^15. The scale of a value is part of its weight.
+constant constexpr float WEIGHT_START = 7.0f;
+constant constexpr float LARGEST_WEIGHT = 32768.0f;
+constant constexpr float LARGEST_SUMMAND = 1099511627776.0f;  // 2^40, of a value with a small scale
+constant constexpr float SMALLEST_SCALE = 5.9604644775390625e-08f;  // 2^-24, of those above 0
+
+// Up to 8 rows of one KV head over one split. A simdgroup reads TOKENS neighbouring tokens at a
+// time, which are a tile: 8, or 16.
+//   partials [B, splits, Q * Hq, Dv]  weighted sums of rotated values, relative to 2^max
+//   states   [B, splits, Q * Hq, 2]   max (here: the power that weights are relative to) and sum
+template <typename Layout, int G, int Q, int R, int TOKENS, int SIMDGROUPS, bool SOFTCAP>
+struct MatrixDecode {
+  static constant constexpr int DK = Layout::key_head_size;
+  static constant constexpr int DV = Layout::value_head_size;
+  static constant constexpr int GROUPS = TOKENS / FRAGMENT_TOKENS;
+  using Reader = MatrixReader<Layout, GROUPS>;
+  static constant constexpr int SCORE_ROWS = Fragments::SCORE_ROWS;
+  static constant constexpr int QUERY_WORDS = Reader::QUERY_WORDS;
+  static constant constexpr int VALUE_WORDS = Reader::VALUE_WORDS;
+  static constant constexpr int ROW_SIZE = 4 * Reader::KEYS * CHUNK;  // halves of a query row
+  static constant constexpr bool QUERIES_HELD = QUERY_WORDS <= Fragments::QUERY_REGISTERS + 4;
+  // Threadgroup words: query rows; query fragments unless lanes hold them; later on, sums.
+  static constant constexpr int ROW_WORDS = R * ROW_SIZE / 2;
+  static constant constexpr int FRAGMENT_WORDS = QUERIES_HELD ? 0 : QUERY_WORDS * SIMD_SIZE;
+  static constant constexpr int SUM_STRIDE = VALUE_WORDS * 8 + 4;  // rows in different banks
+  static constant constexpr int SUMS = FRAGMENT_ROWS * SUM_STRIDE;
+  static constant constexpr int SHARED =
+      ROW_WORDS + FRAGMENT_WORDS > SUMS ? ROW_WORDS + FRAGMENT_WORDS : SUMS;
+  static constant constexpr int MEMORY =
+      (SHARED + 3 * R + 2 * SIMDGROUPS * FRAGMENT_ROWS + 3) / 4;  // uint4
+
+  static_assert(R <= FRAGMENT_ROWS && TOKENS % FRAGMENT_TOKENS == 0, "rows and tokens");
+
+  // The query fragments of a lane: its own, or in threadgroup memory.
+  struct HeldQueries {
+    half2 words[QUERY_WORDS];
+    METAL_FUNC half2 at(int i) const thread { return words[i]; }
+  };
+  struct SharedQueries {
+    const threadgroup uint* words;  // of this lane
+    METAL_FUNC half2 at(int i) const thread { return as_type<half2>(words[i * SIMD_SIZE]); }
+  };
+
+  // Half `i` of query word `word`, from rows in threadgroup memory.
+  static METAL_FUNC half query_half(const threadgroup half* rows, int word, int i, int lane) {
+    int row = Fragments::query_row(lane, i);
+    int column = Fragments::query_column(lane), part = Fragments::query_part(lane, i);
+    if (row >= R) {
+      return half(0.0f);
+    }
+    if (word < Reader::KEY_WORDS) {
+      return rows[row * ROW_SIZE + Reader::key_element(column, word, part)];
+    }
+    int chunk = Reader::level_chunk(column, word - Reader::KEY_WORDS, part);
+    return chunk < Reader::KEY_CHUNKS
+        ? half(sum<CHUNK>(rows + row * ROW_SIZE + chunk * CHUNK) * Reader::HALF_STEP)
+        : half(0.0f);
+  }
+
+  template <int COUNT>
+  static METAL_FUNC float sum(const threadgroup half* elements) {
+    float total = 0.0f;
+    UNROLL
+    for (int i = 0; i < COUNT; i++) {
+      total += float(elements[i]);
+    }
+    return total;
+  }
+
+  // Half a step of every key's element, times the row of score i, for keys without levels.
+  static METAL_FUNC float half_steps(const threadgroup half* rows, int i, int lane) {
+    constexpr int SHARE = ROW_SIZE / Fragments::ROW_LANES;
+    int r = min(Fragments::score_row(lane, i), R - 1);
+    float share = sum<SHARE>(rows + r * ROW_SIZE + Fragments::row_lane(lane) * SHARE);
+    return Fragments::row_sum(share) * Reader::HALF_STEP;
+  }
+
+  static METAL_FUNC half2 query_word(const threadgroup half* rows, int word, int lane) {
+    return half2(query_half(rows, word, 0, lane), query_half(rows, word, 1, lane));
+  }
+
+  static METAL_FUNC void query_fragments(
+      thread SharedQueries& queries, const threadgroup half* rows, threadgroup uint* fragments,
+      int simdgroup, int lane) {
+    for (int word = simdgroup; word < QUERY_WORDS; word += SIMDGROUPS) {
+      fragments[word * SIMD_SIZE + lane] = as_type<uint>(query_word(rows, word, lane));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    queries.words = fragments + lane;
+  }
+  static METAL_FUNC void query_fragments(
+      thread HeldQueries& queries, const threadgroup half* rows, threadgroup uint*, int,
+      int lane) {
+    UNROLL
+    for (int word = 0; word < QUERY_WORDS; word++) {
+      queries.words[word] = query_word(rows, word, lane);
+    }
+  }
+
+  // The scales or biases of the tokens of this lane's two scores of group n.
+  static METAL_FUNC uint load_scales(const device uchar* scales) {
+    return Fragments::SCORE_TOKENS == 2 ? load_pair(scales) : *(const device ushort*)scales;
+  }
+  // That of score i.
+  static METAL_FUNC float scale_of(uint scales, int i) {
+    half2 pair = as_type<half2>(scales);
+    return float(Fragments::SCORE_TOKENS == 2 && i == 1 ? pair.y : pair.x);
+  }
+
+  template <bool FIRST, typename A, typename B>
+  struct Choice {
+    using Type = A;
+  };
+  template <typename A, typename B>
+  struct Choice<false, A, B> {
+    using Type = B;
+  };
+
+  template <typename T>
+  static METAL_FUNC void run(
+      const device ushort* pages, const device T* queries, const device float* query_factors,
+      const device float* centre, const device int* block_table, const device int* seq_lens,
+      const device float* key_coefficients, const device float* value_coefficients,
+      const constant int* parameters, device float* partials, device float* states,
+      threadgroup uint4* memory, uint3 position, int simdgroup, int lane) {
+    using QueryWords =
+        typename Choice<QUERIES_HELD, HeldQueries, SharedQueries>::Type;
+    constexpr int TILES = (G * Q + R - 1) / R;
+    int kv_head = int(position.x) / TILES, tile = int(position.x) % TILES;
+    int split = position.y, request = position.z;
+    const constant DecodeParameters& decode = parameters_in<DecodeParameters>(parameters);
+    const Splits splits(decode, seq_lens[request], Q);
+    int split_first = splits.first + split * splits.split_tokens;
+    if (split_first >= splits.seq_len) {
+      return;
+    }
+    int split_end = min(split_first + splits.split_tokens, splits.seq_len);
+    int window = decode.window;
+    float softcap = decode.softcap;
+
+    threadgroup half* query_rows = (threadgroup half*)memory;
+    threadgroup float* sums = (threadgroup float*)memory;  // after the last token
+    threadgroup float* row_scale = sums + SHARED;
+    threadgroup float* row_sum = row_scale + R;
+    threadgroup float* row_shift = row_sum + R;
+    threadgroup float* simdgroup_max = row_shift + R;  // [SIMDGROUPS, 8]
+    threadgroup float* simdgroup_sum = simdgroup_max + SIMDGROUPS * FRAGMENT_ROWS;
+
+    // Rotate the queries, once for all tokens, and make fragments of them.
+    const Codebook<Layout::key_bits, Layout::key_terms> key_codebook(key_coefficients);
+    const Codebook<Layout::value_bits, Layout::value_terms> value_codebook(value_coefficients);
+    float scale = SOFTCAP ? decode.scale / softcap : decode.scale * LOG2_E;
+    QueryLoader<Layout, G, Q, R, ROW_SIZE / CHUNK, SIMDGROUPS, SOFTCAP, InOrder>::load(
+        queries + ulong(request) * (Q * G * Layout::num_kv_heads * DK), query_factors, centre,
+        {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift}, simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    QueryWords query_words;
+    query_fragments(
+        query_words, query_rows, (threadgroup uint*)memory + ROW_WORDS, simdgroup, lane);
+
+    // The rows of this lane's scores, and the tokens that they see.
+    float own_scale[SCORE_ROWS], own_sum[SCORE_ROWS], own_shift[SCORE_ROWS], start[SCORE_ROWS];
+    int own_begin[SCORE_ROWS], own_end[SCORE_ROWS];
+    SoftmaxState own[SCORE_ROWS];
+    UNROLL
+    for (int i = 0; i < SCORE_ROWS; i++) {
+      int r = min(Fragments::score_row(lane, i), R - 1);
+      own_scale[i] = row_scale[r] * key_codebook.unit;
+      own_sum[i] = row_sum[r];
+      own_shift[i] = row_shift[r];
+      own_end[i] = splits.seq_len - Q + 1 + (tile * R + r) / G;
+      own_begin[i] = max(window > 0 ? own_end[i] - window : 0, split_first);
+      own_end[i] = min(own_end[i], split_end);
+      start[i] = 0.0f;
+      if (Reader::KEYS_LOW && !Layout::key_has_levels) {
+        start[i] = half_steps(query_rows, i, lane);
+      }
+    }
+    // Tokens that all rows see.
+    int first_end = splits.seq_len - Q + 1 + tile * R / G;
+    int last_end = splits.seq_len - Q + 1 + (tile * R + R - 1) / G;
+    int all_begin = max(window > 0 ? last_end - window : 0, split_first);
+    int all_end = min(first_end, split_end);
+
+    float output[VALUE_WORDS / 2][4];
+    UNROLL
+    for (int i = 0; i < VALUE_WORDS / 2; i++) {
+      UNROLL
+      for (int k = 0; k < 4; k++) {
+        output[i][k] = 0.0f;
+      }
+    }
+
+    // A tile lies in one page, or each of its groups does. Its keys are read while the values of
+    // the tile before are added up, and its page is looked up before that.
+    constexpr int PAGES = Reader::PAGES, ALIGNED = Reader::ONE_PAGE ? TOKENS : FRAGMENT_TOKENS;
+    const device int* table_row = block_table + request * decode.max_blocks;
+    int last = (split_end - 1) & ~(ALIGNED - 1);
+    int first = (split_first & ~(ALIGNED - 1)) + simdgroup * TOKENS;
+    uint safe[PAGES];
+    int block[PAGES];
+    typename Reader::Place place;
+    UNROLL
+    for (int n = 0; n < PAGES; n++) {
+      safe[n] = min(first + n * FRAGMENT_TOKENS, last);
+      block[n] = table_row[safe[n] / Layout::block_size];
+      place.page[n] = Layout::head_page(pages, block[n], kv_head);
+      place.slot[n] = safe[n] % Layout::block_size;
+    }
+    typename Reader::Keys keys;
+    keys.load(place, lane);
+    for (; first < split_end; first += SIMDGROUPS * TOKENS) {
+      // Read the values and scales of the tile; look up the page of the next.
+      typename Reader::Values values;
+      values.load(place, lane);
+      typename Reader::Levels levels[GROUPS];
+      uint key_scales[GROUPS], key_biases[GROUPS], value_scales[GROUPS];
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        const device uchar* page = place.page_of(n);
+        if (Layout::key_has_levels) {
+          levels[n].load(place, n, lane);
+        }
+        uint slot = place.slot_of(n) + Fragments::first_token(lane);
+        key_scales[n] = load_scales(Layout::key_scale(page, slot));
+        key_biases[n] = Layout::key_has_bias ? load_scales(Layout::key_bias(page, slot)) : 0u;
+        value_scales[n] = load_scales(Layout::value_scale(page, slot));
+      }
+      UNROLL
+      for (int n = 0; n < PAGES; n++) {
+        safe[n] = min(first + SIMDGROUPS * TOKENS + n * FRAGMENT_TOKENS, last);
+        block[n] = table_row[safe[n] / Layout::block_size];
+      }
+
+      // Scores, in powers of two.
+      float scores[GROUPS][2], value_scale[GROUPS][2];
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        float dots[Fragments::SCORES];
+        UNROLL
+        for (int i = 0; i < Fragments::SCORES; i++) {
+          dots[i] = i < 2 ? start[i % SCORE_ROWS] : 0.0f;
+        }
+        Reader::add_scores(dots, query_words, keys, levels[n], key_codebook, n, lane);
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+          int row = i % SCORE_ROWS;
+          scores[n][i] = dots[i] * (own_scale[row] * scale_of(key_scales[n], i));
+          if (Layout::key_has_bias) {
+            scores[n][i] += own_sum[row] * scale_of(key_biases[n], i);
+          }
+          if (SOFTCAP) {
+            scores[n][i] = softcap * LOG2_E * precise::tanh(scores[n][i] + own_shift[row]);
+          }
+          value_scale[n][i] = scale_of(value_scales[n], i);
+        }
+      }
+      if (first < all_begin || first + TOKENS > all_end) {
+        UNROLL
+        for (int n = 0; n < GROUPS; n++) {
+          UNROLL
+          for (int i = 0; i < 2; i++) {
+            int row = i % SCORE_ROWS;
+            int token = first + n * FRAGMENT_TOKENS + Fragments::first_token(lane) +
+                (Fragments::SCORE_TOKENS == 2 ? i : 0);
+            bool visible = token >= own_begin[row] && token < own_end[row];
+            scores[n][i] = visible ? scores[n][i] : -INFINITY;
+            value_scale[n][i] = visible ? value_scale[n][i] : 0.0f;
+          }
+        }
+      }
+
+      // Weights. The power that they are relative to moves only when one is too large, or is no
+      // number.
+      float summands[GROUPS][2], products[GROUPS][2];
+      bool grows = false;
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+          summands[n][i] = fast::exp2(scores[n][i] - own[i % SCORE_ROWS].max);
+          products[n][i] = summands[n][i] * value_scale[n][i];
+          grows = grows || !(products[n][i] <= LARGEST_WEIGHT) ||
+              !(summands[n][i] <= LARGEST_SUMMAND);
+        }
+      }
+      if (simd_any(grows)) {
+        float factors[SCORE_ROWS], row_factors[2];
+        UNROLL
+        for (int row = 0; row < SCORE_ROWS; row++) {
+          float largest = -INFINITY;
+          UNROLL
+          for (int n = 0; n < GROUPS; n++) {
+            UNROLL
+            for (int i = 0; i < 2; i++) {
+              if (i % SCORE_ROWS == row) {
+                float weighted = scores[n][i] + power_below(value_scale[n][i]);
+                largest = max(largest, weighted);
+              }
+            }
+          }
+          largest = Fragments::row_max(largest) - WEIGHT_START;
+          factors[row] = own[row].rescale(max(own[row].max, largest));
+        }
+        Fragments::output_rows(factors, row_factors, lane);
+        UNROLL
+        for (int i = 0; i < VALUE_WORDS / 2; i++) {
+          UNROLL
+          for (int k = 0; k < 4; k++) {
+            output[i][k] *= row_factors[k % 2];
+          }
+        }
+        UNROLL
+        for (int n = 0; n < GROUPS; n++) {
+          UNROLL
+          for (int i = 0; i < 2; i++) {
+            summands[n][i] = fast::exp2(scores[n][i] - own[i % SCORE_ROWS].max);
+            products[n][i] = summands[n][i] * value_scale[n][i];
+          }
+        }
+      }
+
+      // Read the next keys. Not before the branch above: the compiler would hold them beside
+      // those of this tile, and wait for them to arrive where it copies them over.
+      UNROLL
+      for (int n = 0; n < PAGES; n++) {
+        place.page[n] = Layout::head_page(pages, block[n], kv_head);
+        place.slot[n] = safe[n] % Layout::block_size;
+      }
+      keys.load(place, lane);
+
+      half2 weights[GROUPS];
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        own[0].sum += summands[n][0];
+        own[SCORE_ROWS - 1].sum += summands[n][1];
+        weights[n] = rounded_halves(products[n][0], products[n][1]);
+      }
+      Reader::add_values(output, values, weights, value_codebook, lane);
+    }
+
+    // Merge the simdgroups, one after the other.
+    UNROLL
+    for (int i = 0; i < SCORE_ROWS; i++) {
+      float sum = Fragments::row_sum(own[i].sum);
+      int r = simdgroup * FRAGMENT_ROWS + Fragments::score_row(lane, i);
+      simdgroup_max[r] = own[i].max;
+      simdgroup_sum[r] = sum;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float factors[2];
+    UNROLL
+    for (int k = 0; k < 2; k++) {
+      int r = 2 * Fragments::column(lane) + k;
+      float largest = simdgroup_max[r];
+      for (int other = 1; other < SIMDGROUPS; other++) {
+        largest = max(largest, simdgroup_max[other * FRAGMENT_ROWS + r]);
+      }
+      factors[k] = fast::exp2(simdgroup_max[simdgroup * FRAGMENT_ROWS + r] - largest);
+    }
+    for (int turn = 0; turn < SIMDGROUPS; turn++) {
+      if (turn == simdgroup) {
+        UNROLL
+        for (int i = 0; i < VALUE_WORDS; i++) {
+          UNROLL
+          for (int k = 0; k < 2; k++) {
+            int index = sum_index(2 * Fragments::column(lane) + k, Fragments::line(lane), i);
+            float sum = output[i / 2][i % 2 * 2 + k] * factors[k];
+            sums[index] = turn == 0 ? sum : sums[index] + sum;
+          }
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+
+    // Write sums and softmax state of the split.
+    ulong split_index = ulong(request) * decode.num_splits + split;
+    int thread_index = simdgroup * SIMD_SIZE + lane;
+    for (int i = thread_index; i < R * DV; i += SIMDGROUPS * SIMD_SIZE) {
+      int r = i / DV, row = tile * R + r, index = i % DV;
+      if (row < G * Q) {
+        int out_row = row / G * (G * Layout::num_kv_heads) + kv_head * G + row % G;
+        partials[(split_index * (G * Q * Layout::num_kv_heads) + out_row) * DV + index] =
+            sums[sum_index(r, Reader::value_line(index), Reader::value_word(index))] *
+            value_codebook.unit;
+      }
+    }
+    int row = tile * R + thread_index;
+    if (thread_index < R && row < G * Q) {
+      SoftmaxState total;
+      for (int i = 0; i < SIMDGROUPS; i++) {
+        total.max = max(total.max, simdgroup_max[i * FRAGMENT_ROWS + thread_index]);
+      }
+      for (int i = 0; i < SIMDGROUPS; i++) {
+        total.sum += simdgroup_sum[i * FRAGMENT_ROWS + thread_index] *
+            fast::exp2(simdgroup_max[i * FRAGMENT_ROWS + thread_index] - total.max);
+      }
+      int out_row = row / G * (G * Layout::num_kv_heads) + kv_head * G + row % G;
+      device float* state = states + (split_index * (G * Q * Layout::num_kv_heads) + out_row) * 2;
+      state[0] = total.max;
+      state[1] = total.sum;
+    }
+  }
+
+ private:
+  // Where an element of the output is in `sums`: neighbouring lanes in different banks.
+  static METAL_FUNC int sum_index(int row, int line, int word) {
+    return row * SUM_STRIDE + word * 8 + line;
+  }
+
+  // The power of two at a value's scale or below it.
+  static METAL_FUNC float power_below(float scale) {
+    return float(int(as_type<uint>(max(scale, SMALLEST_SCALE)) >> 23 & 255u) - 127);
+  }
+};

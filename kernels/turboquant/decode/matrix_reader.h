@@ -1,0 +1,260 @@
+// Compressed keys and values as fragments of matrices.
+#pragma once
+
+#include "turboquant/decode/eight_codes.h"
+#include "turboquant/decode/fragments.h"
+#include "turboquant/layout.h"
+
+METAL_FUNC void load_chunk(const device uchar* codes, thread uint (&words)[1]) {
+  load_words(codes, words);
+}
+METAL_FUNC void load_chunk(const device uchar* codes, thread uint (&words)[2]) {
+  load_words(codes, words);
+}
+METAL_FUNC void load_chunk(const device uchar* codes, thread uint (&words)[3]) {
+  load_words(codes, words);
+}
+METAL_FUNC void load_chunk(const device uchar* codes, thread uint (&words)[4]) {
+  load_words(codes, words);
+}
+template <int BITS>
+METAL_FUNC void load_chunk(const device uchar* codes, thread ushort (&halfwords)[BITS]) {
+  UNROLL
+  for (int j = 0; j < BITS; j++) {
+    halfwords[j] = ((const device ushort*)codes)[j];
+  }
+}
+
+// Codes of a chunk of one key as they lie in memory.
+template <int BITS, bool EVEN = BITS % 2 == 0>
+struct KeyChunk {
+  uint codes[BITS / 2];
+};
+template <int BITS>
+struct KeyChunk<BITS, false> {
+  ushort codes[BITS];
+};
+
+// What a lane reads of GROUPS groups of 8 neighbouring tokens. Of a key of `line(lane)` it reads
+// KEYS neighbouring chunks; of the values of tokens `2 column(lane)` and the next, VALUES
+// neighbouring chunks, or one half of a chunk where 8 lines have 4 chunks.
+template <typename Layout_, int GROUPS>
+struct MatrixReader {
+  using Layout = Layout_;
+  static constant constexpr int DK = Layout::key_head_size;
+  static constant constexpr int DV = Layout::value_head_size;
+  static constant constexpr int KEY_BITS = Layout::key_bits;
+  static constant constexpr int VALUE_BITS = Layout::value_bits;
+  static constant constexpr int KEY_CHUNKS = DK / CHUNK;
+  static constant constexpr int VALUE_CHUNKS = DV / CHUNK;
+  static constant constexpr int KEYS = (KEY_CHUNKS + 3) / 4;
+  static constant constexpr bool HALVED = VALUE_CHUNKS <= 4;
+  static constant constexpr int VALUES = HALVED ? 1 : (VALUE_CHUNKS + 7) / 8;
+  static constant constexpr int KEY_WORDS = 8 * KEYS;  // pairs of elements of a key
+  static constant constexpr int VALUE_WORDS = HALVED ? 8 : 16 * VALUES;  // elements of a value
+  // With levels, a word for two chunks, of which the last may be empty.
+  static constant constexpr int LEVEL_WORDS = Layout::key_has_levels ? (KEYS + 1) / 2 : 0;
+  static constant constexpr int QUERY_WORDS = KEY_WORDS + LEVEL_WORDS;
+  // Keys are multiplied as (2 code - n) / n: half a step too low.
+  static constant constexpr bool KEYS_LOW = Layout::key_has_levels || KEY_BITS == 8;
+  static constant constexpr float HALF_STEP = 1.0f / float(1 << KEY_BITS);
+
+  // Elements of a query fragment: of word `word` and element `part` of its pair, in `column`.
+  // Words from KEY_WORDS on are sums of chunks. Past the last: at least DK, or a chunk's index of
+  // at least KEY_CHUNKS.
+  static METAL_FUNC int key_element(int column, int word, int part) {
+    return (column * KEYS + word / 8) * CHUNK + EightCodes<KEY_BITS>::index(part, word % 8);
+  }
+  static METAL_FUNC int level_chunk(int column, int word, int part) {
+    int chunk = 2 * word + part;
+    return chunk < KEYS ? column * KEYS + chunk : KEY_CHUNKS;
+  }
+
+  // Line and word of the output where element `index` of a value is.
+  static METAL_FUNC int value_line(int index) {
+    int chunk = index / CHUNK;
+    return HALVED ? 2 * chunk + int(EightCodes<VALUE_BITS>::place(index % CHUNK).upper)
+                  : chunk / VALUES;
+  }
+  static METAL_FUNC int value_word(int index) {
+    int chunk = index / CHUNK;
+    return HALVED ? EightCodes<VALUE_BITS>::place(index % CHUNK).j
+                  : chunk % VALUES * CHUNK + index % CHUNK;
+  }
+
+  // Where a lane's groups of tokens lie. A page holds all, or each group has a page.
+  static constant constexpr bool ONE_PAGE = Layout::block_size % (GROUPS * FRAGMENT_TOKENS) == 0;
+  static constant constexpr int PAGES = ONE_PAGE ? 1 : GROUPS;
+  struct Place {
+    const device uchar* page[PAGES];
+    uint slot[PAGES];
+
+    METAL_FUNC const device uchar* page_of(int n) const thread { return page[ONE_PAGE ? 0 : n]; }
+    METAL_FUNC uint slot_of(int n) const thread {
+      return ONE_PAGE ? slot[0] + n * FRAGMENT_TOKENS : slot[n];
+    }
+  };
+
+  // Keys of a lane. Loading does not wait.
+  struct Keys {
+    KeyChunk<KEY_BITS> chunks[GROUPS][KEYS];
+
+    METAL_FUNC void load(const thread Place& place, int lane) thread {
+      int column = Fragments::column(lane);
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        uint slot = place.slot_of(n) + Fragments::line(lane);
+        UNROLL
+        for (int c = 0; c < KEYS; c++) {
+          int chunk = min(column * KEYS + c, KEY_CHUNKS - 1);
+          load_chunk(Layout::key_codes(place.page_of(n), slot, chunk), chunks[n][c].codes);
+        }
+      }
+    }
+  };
+
+  // Levels of a lane's keys: halfwords with those of four chunks.
+  struct Levels {
+    static constant constexpr bool ALIGNED = KEY_CHUNKS % 4 == 0 && (KEYS == 2 || KEYS % 4 == 0);
+    static constant constexpr int LOADS = ALIGNED ? (KEYS + 3) / 4 : KEYS;
+    uint halfwords[LOADS];
+
+    METAL_FUNC void load(const thread Place& place, int n, int lane) thread {
+      int column = Fragments::column(lane);
+      uint slot = place.slot_of(n) + Fragments::line(lane);
+      UNROLL
+      for (int i = 0; i < LOADS; i++) {
+        int chunk = min(column * KEYS + (ALIGNED ? 4 * i : i), KEY_CHUNKS - 1);
+        halfwords[i] =
+            *(const device ushort*)Layout::key_levels(place.page_of(n), slot, chunk);
+      }
+    }
+
+    // The weights of chunks 2 word and 2 word + 1; exact.
+    METAL_FUNC half2 weights(int word, int lane) const thread {
+      int column = Fragments::column(lane);
+      if (ALIGNED) {
+        uint levels = KEYS == 2 ? halfwords[0] >> (column % 2 * 8)
+                                : halfwords[word / 2] >> (word % 2 * 8);
+        return level_weights(levels | levels << 12, 0);
+      }
+      int other = 2 * word + 1 < KEYS ? 2 * word + 1 : KEYS - 1;
+      int first = min(column * KEYS + 2 * word, KEY_CHUNKS - 1);
+      int second = min(column * KEYS + other, KEY_CHUNKS - 1);
+      uint low = halfwords[2 * word < LOADS ? 2 * word : 0] >> (first % 4 * 4);
+      uint high = halfwords[other < LOADS ? other : 0] >> (second % 4 * 4);
+      return level_weights((low & 0xffffu) | high << 16, 0);
+    }
+  };
+
+  // Adds the products of the keys of group n with all rows. `queries` has QUERY_WORDS words.
+  template <typename Queries>
+  static METAL_FUNC void add_scores(
+      thread float (&scores)[Fragments::SCORES], const thread Queries& queries,
+      const thread Keys& keys, const thread Levels& levels,
+      const thread Codebook<KEY_BITS, Layout::key_terms>& codebook, int n, int lane) {
+    half2 weights[LEVEL_WORDS > 0 ? LEVEL_WORDS : 1];
+    UNROLL
+    for (int word = 0; word < LEVEL_WORDS; word++) {
+      weights[word] = levels.weights(word, lane);
+    }
+    UNROLL
+    for (int c = 0; c < KEYS; c++) {
+      EightCodes<KEY_BITS> codes;
+      codes.take_key(keys.chunks[n][c].codes);
+      half2 unit = half2(half(0.0f), half(0.0f)), offset = unit;
+      if (KEYS_LOW) {
+        low_grid(weights[LEVEL_WORDS > 0 ? c / 2 : 0], c % 2, unit, offset);
+      }
+      UNROLL
+      for (int j = 0; j < 8; j += 2) {
+        half2 pairs[2];
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+          pairs[i] = KEYS_LOW ? fma(codes.template placed<POSITION>(j + i), unit, offset)
+                              : codebook.at(codes.point(j + i));
+        }
+        Fragments::add_scores(
+            scores, queries.at(c * 8 + j), queries.at(c * 8 + j + 1), pairs[0], pairs[1]);
+      }
+    }
+    UNROLL
+    for (int word = 0; word < LEVEL_WORDS; word++) {
+      Fragments::add_scores(scores, queries.at(KEY_WORDS + word), weights[word]);
+    }
+  }
+
+  // Codes of a lane's values of tokens 2 column and 2 column + 1 of each group.
+  struct Values {
+    Chunk<VALUE_BITS> chunks[GROUPS][VALUES];
+
+    METAL_FUNC void load(const thread Place& place, int lane) thread {
+      int line = Fragments::line(lane);
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        uint slot = place.slot_of(n) + 2 * Fragments::column(lane);
+        UNROLL
+        for (int c = 0; c < VALUES; c++) {
+          int chunk = min(HALVED ? line / 2 : line * VALUES + c, VALUE_CHUNKS - 1);
+          const device uchar* codes = Layout::value_codes(place.page_of(n), slot, chunk);
+          chunks[n][c].load(codes, codes + Layout::next_value);
+        }
+      }
+    }
+  };
+
+  // Adds the values of all groups, with their weights, to all rows.
+  static METAL_FUNC void add_values(
+      thread float (&output)[VALUE_WORDS / 2][4], const thread Values& values,
+      const thread half2 (&weights)[GROUPS],
+      const thread Codebook<VALUE_BITS, Layout::value_terms>& codebook, int lane) {
+    bool upper = Fragments::line(lane) % 2 == 1;
+    UNROLL
+    for (int c = 0; c < VALUES; c++) {
+      uint pairs[GROUPS][VALUE_BITS];
+      EightCodes<VALUE_BITS> halves[GROUPS];
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        values.chunks[n][c].pairs(pairs[n]);
+        if (HALVED) {
+          halves[n].take_values(pairs[n], upper);
+        }
+      }
+      constexpr int WORDS = HALVED ? 8 : CHUNK;
+      UNROLL
+      for (int i = 0; i < WORDS; i += 2) {
+        half2 a[GROUPS], b[GROUPS];
+        UNROLL
+        for (int n = 0; n < GROUPS; n++) {
+          a[n] = codebook.at(
+              HALVED ? halves[n].point(i % 8) : grid_point<VALUE_BITS>(pairs[n], i));
+          b[n] = codebook.at(
+              HALVED ? halves[n].point((i + 1) % 8) : grid_point<VALUE_BITS>(pairs[n], i + 1));
+        }
+        Fragments::add_values(output[(c * WORDS + i) / 2], a, b, weights);
+      }
+    }
+  }
+
+ private:
+  // Where the fields of keys that are low are placed: 1024 + 2^POSITION n / 2 has so few bits that
+  // its product with any level is exact.
+  static constant constexpr int POSITION = KEY_BITS == 8 ? 0 : KEY_BITS == 5 ? 5 : 4;
+
+  // What makes (2 code - n) / n, times its chunk's weight, of a placed code: both exact.
+  static METAL_FUNC void low_grid(
+      half2 weights, int which, thread half2& unit, thread half2& offset) {
+    constexpr float STEP = 2.0f * HALF_STEP / float(1 << POSITION);
+    constexpr float BEGIN = -1024.0f - float(1 << POSITION) / (2.0f * HALF_STEP);
+    half step = half(STEP), begin = half(BEGIN);
+    if (!Layout::key_has_levels) {
+      half product = half(STEP * BEGIN);
+      unit = half2(step, step);
+      offset = half2(product, product);
+      return;
+    }
+    half weight = which == 1 ? weights.y : weights.x;
+    unit = half2(weight, weight) * half2(step, step);
+    offset = unit * half2(begin, begin);
+  }
+};
