@@ -24,11 +24,10 @@ struct MatrixDecode {
   static constant constexpr int DV = Layout::value_head_size;
   static constant constexpr int GROUPS = TOKENS / FRAGMENT_TOKENS;
   using Reader = MatrixReader<Layout, GROUPS>;
-  static constant constexpr int SCORE_ROWS = Fragments::SCORE_ROWS;
   static constant constexpr int QUERY_WORDS = Reader::QUERY_WORDS;
   static constant constexpr int VALUE_WORDS = Reader::VALUE_WORDS;
   static constant constexpr int ROW_SIZE = 4 * Reader::KEYS * CHUNK;  // halves of a query row
-  static constant constexpr bool QUERIES_HELD = QUERY_WORDS <= Fragments::QUERY_REGISTERS + 4;
+  static constant constexpr bool QUERIES_HELD = QUERY_WORDS <= Fragments::QUERY_REGISTERS;
   // Threadgroup words: query rows; query fragments unless lanes hold them; later on, sums.
   static constant constexpr int ROW_WORDS = R * ROW_SIZE / 2;
   static constant constexpr int FRAGMENT_WORDS = QUERIES_HELD ? 0 : QUERY_WORDS * SIMD_SIZE;
@@ -77,12 +76,10 @@ struct MatrixDecode {
     return total;
   }
 
-  // Half a step of every key's element, times the row of score i, for keys without levels.
-  static METAL_FUNC float half_steps(const threadgroup half* rows, int i, int lane) {
-    constexpr int SHARE = ROW_SIZE / Fragments::ROW_LANES;
-    int r = min(Fragments::score_row(lane, i), R - 1);
-    float share = sum<SHARE>(rows + r * ROW_SIZE + Fragments::row_lane(lane) * SHARE);
-    return Fragments::row_sum(share) * Reader::HALF_STEP;
+  // Half a step of every element of a key without levels, times a row.
+  static METAL_FUNC float half_steps(const threadgroup half* row, int lane) {
+    constexpr int SHARE = ROW_SIZE / FRAGMENT_TOKENS;
+    return Fragments::sum(sum<SHARE>(row + Fragments::line(lane) * SHARE)) * Reader::HALF_STEP;
   }
 
   static METAL_FUNC half2 query_word(const threadgroup half* rows, int word, int lane) {
@@ -107,14 +104,11 @@ struct MatrixDecode {
     }
   }
 
-  // The scales or biases of the tokens of this lane's two scores of group n.
-  static METAL_FUNC uint load_scales(const device uchar* scales) {
-    return Fragments::SCORE_TOKENS == 2 ? load_pair(scales) : *(const device ushort*)scales;
-  }
-  // That of score i.
-  static METAL_FUNC float scale_of(uint scales, int i) {
-    half2 pair = as_type<half2>(scales);
-    return float(Fragments::SCORE_TOKENS == 2 && i == 1 ? pair.y : pair.x);
+  // The rows of a tile see the same tokens, or each its own.
+  static constant constexpr int VIEWS = Q > 1 ? 2 : 1;
+
+  static METAL_FUNC float load_half(const device uchar* address) {
+    return float(*(const device half*)address);
   }
 
   template <bool FIRST, typename A, typename B>
@@ -168,13 +162,13 @@ struct MatrixDecode {
     query_fragments(
         query_words, query_rows, (threadgroup uint*)memory + ROW_WORDS, simdgroup, lane);
 
-    // The rows of this lane's scores, and the tokens that they see.
-    float own_scale[SCORE_ROWS], own_sum[SCORE_ROWS], own_shift[SCORE_ROWS], start[SCORE_ROWS];
-    int own_begin[SCORE_ROWS], own_end[SCORE_ROWS];
-    SoftmaxState own[SCORE_ROWS];
+    // The two rows of this lane's scores, and the tokens that they see.
+    float own_scale[2], own_sum[2], own_shift[2], start[2];
+    int own_begin[2], own_end[2];
+    SoftmaxState own[2];
     UNROLL
-    for (int i = 0; i < SCORE_ROWS; i++) {
-      int r = min(Fragments::score_row(lane, i), R - 1);
+    for (int i = 0; i < 2; i++) {
+      int r = min(2 * Fragments::column(lane) + i, R - 1);
       own_scale[i] = row_scale[r] * key_codebook.unit;
       own_sum[i] = row_sum[r];
       own_shift[i] = row_shift[r];
@@ -183,7 +177,7 @@ struct MatrixDecode {
       own_end[i] = min(own_end[i], split_end);
       start[i] = 0.0f;
       if (Reader::KEYS_LOW && !Layout::key_has_levels) {
-        start[i] = half_steps(query_rows, i, lane);
+        start[i] = half_steps(query_rows + r * ROW_SIZE, lane);
       }
     }
     // Tokens that all rows see.
@@ -192,13 +186,11 @@ struct MatrixDecode {
     int all_begin = max(window > 0 ? last_end - window : 0, split_first);
     int all_end = min(first_end, split_end);
 
-    float output[VALUE_WORDS / 2][4];
+    float output[VALUE_WORDS / 2][2][2];
     UNROLL
-    for (int i = 0; i < VALUE_WORDS / 2; i++) {
-      UNROLL
-      for (int k = 0; k < 4; k++) {
-        output[i][k] = 0.0f;
-      }
+    for (int word = 0; word < VALUE_WORDS; word++) {
+      output[word / 2][word % 2][0] = 0.0f;
+      output[word / 2][word % 2][1] = 0.0f;
     }
 
     // A tile lies in one page, or each of its groups does. Its keys are read while the values of
@@ -224,17 +216,18 @@ struct MatrixDecode {
       typename Reader::Values values;
       values.load(place, lane);
       typename Reader::Levels levels[GROUPS];
-      uint key_scales[GROUPS], key_biases[GROUPS], value_scales[GROUPS];
+      float key_scale[GROUPS], key_bias[GROUPS], value_scale[GROUPS][VIEWS];
       UNROLL
       for (int n = 0; n < GROUPS; n++) {
         const device uchar* page = place.page_of(n);
         if (Layout::key_has_levels) {
           levels[n].load(place, n, lane);
         }
-        uint slot = place.slot_of(n) + Fragments::first_token(lane);
-        key_scales[n] = load_scales(Layout::key_scale(page, slot));
-        key_biases[n] = Layout::key_has_bias ? load_scales(Layout::key_bias(page, slot)) : 0u;
-        value_scales[n] = load_scales(Layout::value_scale(page, slot));
+        uint slot = place.slot_of(n) + Fragments::line(lane);
+        key_scale[n] = load_half(Layout::key_scale(page, slot));
+        key_bias[n] = Layout::key_has_bias ? load_half(Layout::key_bias(page, slot)) : 0.0f;
+        value_scale[n][0] = load_half(Layout::value_scale(page, slot));
+        value_scale[n][VIEWS - 1] = value_scale[n][0];
       }
       UNROLL
       for (int n = 0; n < PAGES; n++) {
@@ -243,39 +236,38 @@ struct MatrixDecode {
       }
 
       // Scores, in powers of two.
-      float scores[GROUPS][2], value_scale[GROUPS][2];
+      float scores[GROUPS][2];
       UNROLL
       for (int n = 0; n < GROUPS; n++) {
-        float dots[Fragments::SCORES];
-        UNROLL
-        for (int i = 0; i < Fragments::SCORES; i++) {
-          dots[i] = i < 2 ? start[i % SCORE_ROWS] : 0.0f;
-        }
-        Reader::add_scores(dots, query_words, keys, levels[n], key_codebook, n, lane);
+        scores[n][0] = start[0];
+        scores[n][1] = start[1];
+      }
+      Reader::add_scores(scores, query_words, keys, levels, key_codebook, lane);
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
         UNROLL
         for (int i = 0; i < 2; i++) {
-          int row = i % SCORE_ROWS;
-          scores[n][i] = dots[i] * (own_scale[row] * scale_of(key_scales[n], i));
+          scores[n][i] *= own_scale[i] * key_scale[n];
           if (Layout::key_has_bias) {
-            scores[n][i] += own_sum[row] * scale_of(key_biases[n], i);
+            scores[n][i] += own_sum[i] * key_bias[n];
           }
           if (SOFTCAP) {
-            scores[n][i] = softcap * LOG2_E * precise::tanh(scores[n][i] + own_shift[row]);
+            scores[n][i] = softcap * LOG2_E * precise::tanh(scores[n][i] + own_shift[i]);
           }
-          value_scale[n][i] = scale_of(value_scales[n], i);
         }
       }
+      // A token that is not seen has no scale either: that may be NaN.
       if (first < all_begin || first + TOKENS > all_end) {
         UNROLL
         for (int n = 0; n < GROUPS; n++) {
+          int token = first + n * FRAGMENT_TOKENS + Fragments::line(lane);
           UNROLL
           for (int i = 0; i < 2; i++) {
-            int row = i % SCORE_ROWS;
-            int token = first + n * FRAGMENT_TOKENS + Fragments::first_token(lane) +
-                (Fragments::SCORE_TOKENS == 2 ? i : 0);
-            bool visible = token >= own_begin[row] && token < own_end[row];
-            scores[n][i] = visible ? scores[n][i] : -INFINITY;
-            value_scale[n][i] = visible ? value_scale[n][i] : 0.0f;
+            bool seen = token >= own_begin[i] && token < own_end[i];
+            scores[n][i] = seen ? scores[n][i] : -INFINITY;
+            if (i < VIEWS) {
+              value_scale[n][i] = seen ? value_scale[n][i] : 0.0f;
+            }
           }
         }
       }
@@ -283,51 +275,24 @@ struct MatrixDecode {
       // Weights. The power that they are relative to moves only when one is too large, or is no
       // number.
       float summands[GROUPS][2], products[GROUPS][2];
-      bool grows = false;
-      UNROLL
-      for (int n = 0; n < GROUPS; n++) {
+      if (simd_any(!weigh(scores, value_scale, own, summands, products))) {
+        float factors[2];
         UNROLL
         for (int i = 0; i < 2; i++) {
-          summands[n][i] = fast::exp2(scores[n][i] - own[i % SCORE_ROWS].max);
-          products[n][i] = summands[n][i] * value_scale[n][i];
-          grows = grows || !(products[n][i] <= LARGEST_WEIGHT) ||
-              !(summands[n][i] <= LARGEST_SUMMAND);
-        }
-      }
-      if (simd_any(grows)) {
-        float factors[SCORE_ROWS], row_factors[2];
-        UNROLL
-        for (int row = 0; row < SCORE_ROWS; row++) {
           float largest = -INFINITY;
           UNROLL
           for (int n = 0; n < GROUPS; n++) {
-            UNROLL
-            for (int i = 0; i < 2; i++) {
-              if (i % SCORE_ROWS == row) {
-                float weighted = scores[n][i] + power_below(value_scale[n][i]);
-                largest = max(largest, weighted);
-              }
-            }
+            largest = max(largest, scores[n][i] + power_below(value_scale[n][i % VIEWS]));
           }
-          largest = Fragments::row_max(largest) - WEIGHT_START;
-          factors[row] = own[row].rescale(max(own[row].max, largest));
-        }
-        Fragments::output_rows(factors, row_factors, lane);
-        UNROLL
-        for (int i = 0; i < VALUE_WORDS / 2; i++) {
-          UNROLL
-          for (int k = 0; k < 4; k++) {
-            output[i][k] *= row_factors[k % 2];
-          }
+          largest = Fragments::largest(largest) - WEIGHT_START;
+          factors[i] = own[i].rescale(max(own[i].max, largest));
         }
         UNROLL
-        for (int n = 0; n < GROUPS; n++) {
-          UNROLL
-          for (int i = 0; i < 2; i++) {
-            summands[n][i] = fast::exp2(scores[n][i] - own[i % SCORE_ROWS].max);
-            products[n][i] = summands[n][i] * value_scale[n][i];
-          }
+        for (int word = 0; word < VALUE_WORDS; word++) {
+          output[word / 2][word % 2][0] *= factors[0];
+          output[word / 2][word % 2][1] *= factors[1];
         }
+        weigh(scores, value_scale, own, summands, products);
       }
 
       // Read the next keys. Not before the branch above: the compiler would hold them beside
@@ -343,25 +308,27 @@ struct MatrixDecode {
       UNROLL
       for (int n = 0; n < GROUPS; n++) {
         own[0].sum += summands[n][0];
-        own[SCORE_ROWS - 1].sum += summands[n][1];
-        weights[n] = rounded_halves(products[n][0], products[n][1]);
+        own[1].sum += summands[n][1];
+        weights[n] = Fragments::placed(rounded_halves(products[n][0], products[n][1]));
       }
       Reader::add_values(output, values, weights, value_codebook, lane);
     }
 
     // Merge the simdgroups, one after the other.
+    int first_row = 2 * Fragments::column(lane);
     UNROLL
-    for (int i = 0; i < SCORE_ROWS; i++) {
-      float sum = Fragments::row_sum(own[i].sum);
-      int r = simdgroup * FRAGMENT_ROWS + Fragments::score_row(lane, i);
-      simdgroup_max[r] = own[i].max;
-      simdgroup_sum[r] = sum;
+    for (int i = 0; i < 2; i++) {
+      float sum = Fragments::sum(own[i].sum);
+      if (Fragments::line(lane) == 0) {
+        simdgroup_max[simdgroup * FRAGMENT_ROWS + first_row + i] = own[i].max;
+        simdgroup_sum[simdgroup * FRAGMENT_ROWS + first_row + i] = sum;
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float factors[2];
     UNROLL
     for (int k = 0; k < 2; k++) {
-      int r = 2 * Fragments::column(lane) + k;
+      int r = first_row + k;
       float largest = simdgroup_max[r];
       for (int other = 1; other < SIMDGROUPS; other++) {
         largest = max(largest, simdgroup_max[other * FRAGMENT_ROWS + r]);
@@ -374,8 +341,8 @@ struct MatrixDecode {
         for (int i = 0; i < VALUE_WORDS; i++) {
           UNROLL
           for (int k = 0; k < 2; k++) {
-            int index = sum_index(2 * Fragments::column(lane) + k, Fragments::line(lane), i);
-            float sum = output[i / 2][i % 2 * 2 + k] * factors[k];
+            int index = sum_index(first_row + k, Fragments::line(lane), i);
+            float sum = output[i / 2][i % 2][k] * factors[k];
             sums[index] = turn == 0 ? sum : sums[index] + sum;
           }
         }
@@ -413,6 +380,25 @@ struct MatrixDecode {
   }
 
  private:
+  // Weights of the scores: to be summed up, and times the scales of the values. Whether both are
+  // in range.
+  static METAL_FUNC bool weigh(
+      const thread float (&scores)[GROUPS][2], const thread float (&value_scale)[GROUPS][VIEWS],
+      const thread SoftmaxState (&own)[2], thread float (&summands)[GROUPS][2],
+      thread float (&products)[GROUPS][2]) {
+    bool fits = true;
+    UNROLL
+    for (int n = 0; n < GROUPS; n++) {
+      UNROLL
+      for (int i = 0; i < 2; i++) {
+        summands[n][i] = fast::exp2(scores[n][i] - own[i].max);
+        products[n][i] = summands[n][i] * value_scale[n][i % VIEWS];
+        fits = fits && products[n][i] <= LARGEST_WEIGHT && summands[n][i] <= LARGEST_SUMMAND;
+      }
+    }
+    return fits;
+  }
+
   // Where an element of the output is in `sums`: neighbouring lanes in different banks.
   static METAL_FUNC int sum_index(int row, int line, int word) {
     return row * SUM_STRIDE + word * 8 + line;

@@ -147,32 +147,34 @@ struct MatrixReader {
     }
   };
 
-  // Adds the products of the keys of group n with all rows. `queries` has QUERY_WORDS words.
+  // Adds the products of all keys with all rows. `queries` has QUERY_WORDS words.
   template <typename Queries>
   static METAL_FUNC void add_scores(
-      thread float (&scores)[Fragments::SCORES], const thread Queries& queries,
-      const thread Keys& keys, const thread Levels& levels,
-      const thread Codebook<KEY_BITS, Layout::key_terms>& codebook, int n, int lane) {
-    half2 weights[LEVEL_WORDS > 0 ? LEVEL_WORDS : 1];
-    UNROLL
-    for (int word = 0; word < LEVEL_WORDS; word++) {
-      weights[word] = levels.weights(word, lane);
-    }
+      thread float (&scores)[GROUPS][2], const thread Queries& queries, const thread Keys& keys,
+      const thread Levels (&levels)[GROUPS],
+      const thread Codebook<KEY_BITS, Layout::key_terms>& codebook, int lane) {
     UNROLL
     for (int c = 0; c < KEYS; c++) {
-      EightCodes<KEY_BITS> codes;
-      codes.take_key(keys.chunks[n][c].codes);
-      half2 unit = half2(half(0.0f), half(0.0f)), offset = unit;
-      if (KEYS_LOW) {
-        low_grid(weights[LEVEL_WORDS > 0 ? c / 2 : 0], c % 2, unit, offset);
+      EightCodes<KEY_BITS> codes[GROUPS];
+      half2 unit[GROUPS], offset[GROUPS];
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        codes[n].take_key(keys.chunks[n][c].codes);
+        if (KEYS_LOW) {
+          low_grid(levels[n], c, unit[n], offset[n], lane);
+        }
       }
       UNROLL
       for (int j = 0; j < 8; j += 2) {
-        half2 pairs[2];
+        half2 pairs[2][GROUPS];
         UNROLL
         for (int i = 0; i < 2; i++) {
-          pairs[i] = KEYS_LOW ? fma(codes.template placed<POSITION>(j + i), unit, offset)
-                              : codebook.at(codes.point(j + i));
+          UNROLL
+          for (int n = 0; n < GROUPS; n++) {
+            pairs[i][n] = KEYS_LOW
+                ? fma(codes[n].template placed<POSITION>(j + i), unit[n], offset[n])
+                : codebook.at(codes[n].point(j + i));
+          }
         }
         Fragments::add_scores(
             scores, queries.at(c * 8 + j), queries.at(c * 8 + j + 1), pairs[0], pairs[1]);
@@ -180,7 +182,12 @@ struct MatrixReader {
     }
     UNROLL
     for (int word = 0; word < LEVEL_WORDS; word++) {
-      Fragments::add_scores(scores, queries.at(KEY_WORDS + word), weights[word]);
+      half2 weights[GROUPS];
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        weights[n] = levels[n].weights(word, lane);
+      }
+      Fragments::add_scores(scores, queries.at(KEY_WORDS + word), weights);
     }
   }
 
@@ -205,7 +212,7 @@ struct MatrixReader {
 
   // Adds the values of all groups, with their weights, to all rows.
   static METAL_FUNC void add_values(
-      thread float (&output)[VALUE_WORDS / 2][4], const thread Values& values,
+      thread float (&output)[VALUE_WORDS / 2][2][2], const thread Values& values,
       const thread half2 (&weights)[GROUPS],
       const thread Codebook<VALUE_BITS, Layout::value_terms>& codebook, int lane) {
     bool upper = Fragments::line(lane) % 2 == 1;
@@ -243,18 +250,18 @@ struct MatrixReader {
 
   // What makes (2 code - n) / n, times its chunk's weight, of a placed code: both exact.
   static METAL_FUNC void low_grid(
-      half2 weights, int which, thread half2& unit, thread half2& offset) {
+      const thread Levels& levels, int chunk, thread half2& unit, thread half2& offset,
+      int lane) {
     constexpr float STEP = 2.0f * HALF_STEP / float(1 << POSITION);
     constexpr float BEGIN = -1024.0f - float(1 << POSITION) / (2.0f * HALF_STEP);
-    half step = half(STEP), begin = half(BEGIN);
-    if (!Layout::key_has_levels) {
-      half product = half(STEP * BEGIN);
-      unit = half2(step, step);
-      offset = half2(product, product);
-      return;
+    half step = half(STEP), begin = half(BEGIN), product = half(STEP * BEGIN);
+    unit = half2(step, step);
+    offset = half2(product, product);
+    if (Layout::key_has_levels) {
+      half2 weights = levels.weights(chunk / 2, lane);
+      half weight = chunk % 2 == 1 ? weights.y : weights.x;
+      unit = half2(weight, weight) * unit;
+      offset = unit * half2(begin, begin);
     }
-    half weight = which == 1 ? weights.y : weights.x;
-    unit = half2(weight, weight) * half2(step, step);
-    offset = unit * half2(begin, begin);
   }
 };

@@ -284,11 +284,6 @@ inline float simd_shuffle_xor(float x, ushort mask) {
   host::Meeting& meeting = host::meet(as_type<uint32_t>(x), turn);
   return as_type<float>(meeting.words[turn][lane ^ mask]);
 }
-inline float simd_shuffle(float x, ushort lane) {
-  unsigned turn;
-  host::Meeting& meeting = host::meet(as_type<uint32_t>(x), turn);
-  return as_type<float>(meeting.words[turn][lane]);
-}
 inline float simd_sum(float x) {
   for (ushort mask = 16; mask > 0; mask /= 2) {
     x += simd_shuffle_xor(x, mask);
@@ -320,8 +315,6 @@ inline void threadgroup_barrier(mem_flags) {
   host::wait(host::machine.barrier_arrived, needed);
 }
 
-#ifdef TENSOR_CORES
-
 namespace host {
 
 // Half i of a word that a lane has given.
@@ -329,17 +322,19 @@ inline float half_of(uint32_t word, int i) {
   return float(as_type<half>(uint16_t(i ? word >> 16 : word)));
 }
 
-// C += A B with the elements of 16 x K, K x 8 and 16 x 8 matrices in the lanes that PTX names.
+// The sum of A and B's products, with the elements of 16 x K, K x 8 and 16 x 8 matrices in the lanes
+// that PTX names.
 template <int K, size_t N>
-inline void multiply(float (&c)[4], const uint32_t (&words)[N]) {
+inline void multiply(float (&c)[2], float (&d)[2], const uint32_t (&words)[N]) {
   int lane = self().index % SIMD;
   const auto& given = exchange(words);
   for (int i = 0; i < 4; i++) {
     int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    float& sum = i < 2 ? c[i] : d[i - 2];
     for (int k = 0; k < K; k++) {
       uint32_t a = given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
       uint32_t b = given[column * 4 + k % 8 / 2][K / 4 + k / 8];
-      c[i] += half_of(a, k % 2) * half_of(b, k % 2);
+      sum += half_of(a, k % 2) * half_of(b, k % 2);
     }
   }
 }
@@ -347,14 +342,23 @@ inline void multiply(float (&c)[4], const uint32_t (&words)[N]) {
 } // namespace host
 
 inline void multiply_16x8x16(
-    float (&c)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-  host::multiply<16>(c, {a0, a1, a2, a3, b0, b1});
+    float (&c)[2], float (&d)[2], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  host::multiply<16>(c, d, {a0, a1, a2, a3, b0, b1});
 }
-inline void multiply_16x8x8(float (&c)[4], uint a0, uint a1, uint b0) {
-  host::multiply<8>(c, {a0, a1, b0});
+inline void multiply_16x8x8(float (&c)[2], float (&d)[2], uint a0, uint a1, uint b0) {
+  host::multiply<8>(c, d, {a0, a1, b0});
 }
-
-#else
+inline uint transpose_8x8(uint halves) {
+  int lane = host::self().index % host::SIMD;
+  const auto& given = host::exchange<1>({halves});
+  uint transposed = 0;
+  for (int i = 0; i < 2; i++) {
+    int line = lane % 4 * 2 + i, column = lane / 4;
+    uint32_t word = given[line * 4 + column / 2][0];
+    transposed |= (column % 2 ? word >> 16 : word & 0xffffu) << (16 * i);
+  }
+  return transposed;
+}
 
 // An 8 x 8 matrix, two neighbouring elements of a line to a lane, as Apple's GPUs have it.
 template <typename T, int COLUMNS, int LINES>
@@ -385,7 +389,5 @@ inline void simdgroup_multiply_accumulate(
     d.elements[i] = sum;
   }
 }
-
-#endif
 
 } // namespace metal
