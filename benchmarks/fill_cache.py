@@ -26,7 +26,7 @@ import mlx.core as mx  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
-from vllm_metal.evaluation.provenance import provenance  # noqa: E402
+from vllm_metal.machine.provenance import provenance  # noqa: E402
 
 KINDS = {
     "dense float32": {},

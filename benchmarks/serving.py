@@ -35,8 +35,9 @@ from mlx_lm.models.cache import BatchKVCache  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
-from vllm_metal.evaluation.provenance import provenance  # noqa: E402
-from vllm_metal.runner import model_runner  # noqa: E402
+from vllm_metal.machine.provenance import provenance  # noqa: E402
+from vllm_metal.runner.model_runner import ModelRunner  # noqa: E402
+from vllm_metal.runner.steps_in_flight import StepsInFlight  # noqa: E402
 
 PROMPT_LEN = 128
 NEW_TOKENS = 48
@@ -120,12 +121,12 @@ class StepOverhead:
         self._waited = 0.0
 
     def install(self) -> None:
-        runner, finish = model_runner.ModelRunner, model_runner.ModelRunner._finish_pending
+        runner, finish = ModelRunner, StepsInFlight.finish
         execute, sample = runner.execute_model, runner.sample_tokens
 
-        def timed_finish(this):
+        def timed_finish(this, but=0):
             start = time.perf_counter()
-            finish(this)
+            finish(this, but)
             self._waited += time.perf_counter() - start
 
         def timed_execute(this, scheduled):
@@ -138,7 +139,7 @@ class StepOverhead:
             self.seconds.append(time.perf_counter() - self._start - self._waited)
             return output
 
-        runner._finish_pending = timed_finish
+        StepsInFlight.finish = timed_finish
         runner.execute_model = timed_execute
         runner.sample_tokens = timed_sample
 

@@ -25,8 +25,8 @@ import mlx_lm  # noqa: E402
 
 from vllm_metal.attention.metadata import DecodeMetadata  # noqa: E402
 from vllm_metal.commands.demo_model import fetch_demo_model  # noqa: E402
-from vllm_metal.evaluation.provenance import provenance  # noqa: E402
 from vllm_metal.kv_cache.cache import KVCache  # noqa: E402
+from vllm_metal.machine.provenance import provenance  # noqa: E402
 from vllm_metal.metal_kernel_backend.selection import (  # noqa: E402
     make_backends,
     neutral_constants,

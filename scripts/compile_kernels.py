@@ -3,10 +3,10 @@
     python scripts/compile_kernels.py OUT_FOLDER [--standard metal3.2]
 
 Needs a Mac with Xcode, or another `xcrun` on the path. Each file of `kernels/` is compiled as it
-stands, and each kernel of every format pair of the documentation as MLX would compile it: after
-MLX's own `utils.h`, with template arguments. OUT_FOLDER gets the texts, what they compiled to, a
-library that links them all, and `results.json`; what the compiler says is printed. The exit code is
-1 if anything does not compile.
+stands, and each kernel of every format pair of the documentation and of dense pages as MLX would
+compile it: after MLX's own `utils.h`, with template arguments. OUT_FOLDER gets the texts, what they
+compiled to, a library that links them all, and `results.json`; what the compiler says is printed.
+The exit code is 1 if anything does not compile.
 """
 
 import argparse
@@ -28,7 +28,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.kernels.metal_text import PrintingTarget, joined, metal_text  # noqa: E402
+from vllm_metal.metal_kernel_backend.dense.kernels import DenseLauncher  # noqa: E402
+from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout  # noqa: E402
 from vllm_metal.metal_kernel_backend.kernel_library import KERNELS  # noqa: E402
+from vllm_metal.metal_kernel_backend.paged import launcher as paged  # noqa: E402
+from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.launcher import (  # noqa: E402
     Launcher,
@@ -68,18 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     programs = {f"file {path.relative_to(KERNELS)}": path for path in kernel_files()}
-    for pair in SHOWN_PAIRS:
-        for i, text in enumerate(texts(pair)):
-            path = args.out / f"{str(pair).replace('/', '-')}_{i}.metal"
+    for kind in (*DTYPES, *SHOWN_PAIRS):
+        name = kind_name(kind)
+        for i, text in enumerate(texts(kind)):
+            path = args.out / f"{name.replace('/', '-').replace(' ', '-')}_{i}.metal"
             path.write_text(UTILS + text)
-            programs[f"{pair} {i}"] = path
+            programs[f"{name} {i}"] = path
     with ThreadPoolExecutor(args.jobs) as compilers:
         results = list(
             compilers.map(
                 lambda name: compile_text(name, programs[name], args.out, args.standard), programs
             )
         )
-    objects = [_object(path, args.out) for name, path in programs.items() if "/" in name]
+    objects = [
+        _object(path, args.out) for name, path in programs.items() if not name.startswith("file ")
+    ]
     if all(result.ok for result in results):
         results.append(link(objects, args.out / "kernels.metallib"))
     report = {
@@ -104,21 +111,40 @@ def kernel_files() -> list[Path]:
     return sorted(path for path in KERNELS.rglob("*") if path.suffix in (".h", ".metal"))
 
 
-def texts(pair: FormatPair) -> list[str]:
-    """One program for each kind of kernel, with all its instantiations for this pair."""
+Kind = FormatPair | mx.Dtype
+"""Formats of keys and values, or the type of dense pages."""
+
+
+def kind_name(kind: Kind) -> str:
+    """`q8_0/q3_0`, `dense float16`."""
+    if isinstance(kind, mx.Dtype):
+        return f"dense {str(kind).removeprefix('mlx.core.')}"
+    return str(kind)
+
+
+def texts(kind: Kind) -> list[str]:
+    """One program for each kind of kernel, with all its instantiations for these pages."""
     found: list[str] = []
     for head_size in HEAD_SIZES:
-        layout = PageLayout(*pair, head_size, head_size, KV_HEADS, BLOCK_SIZE)
-        for dtype in DTYPES:
+        for dtype in (kind,) if isinstance(kind, mx.Dtype) else DTYPES:
             for group in GROUPS:
-                found += launched(layout, dtype, group)
+                found += launched(kind, head_size, dtype, group)
     return joined(found)
 
 
-def launched(layout: PageLayout, dtype: mx.Dtype, group: int) -> list[str]:
-    """The texts of a store, a decode, one with sinks and a soft-cap, and a dequantisation."""
-    launcher = Launcher(layout, PrintingTarget(), num_cores=8)
-    heads, size = layout.num_kv_heads, layout.key_head_size
+def launched(kind: Kind, head_size: int, dtype: mx.Dtype, group: int) -> list[str]:
+    """The texts of a store, a decode, one with sinks and a soft-cap, and a read of tokens."""
+    heads, size = KV_HEADS, head_size
+    launcher: PageLauncher
+    if isinstance(kind, mx.Dtype):
+        page = BLOCK_SIZE * heads * 2 * size * kind.size
+        dense = DenseLayout(kind, size, size, heads, BLOCK_SIZE, page)
+        pages_shape, page_dtype = dense.pages_shape(4), kind
+        launcher = DenseLauncher(dense, PrintingTarget(), num_cores=8)
+    else:
+        layout = PageLayout(*kind, size, size, heads, BLOCK_SIZE)
+        pages_shape, page_dtype = layout.pages_shape(4), mx.uint16
+        launcher = Launcher(layout, PrintingTarget(), num_cores=8)
 
     def step(
         pages: mx.array,
@@ -131,15 +157,17 @@ def launched(layout: PageLayout, dtype: mx.Dtype, group: int) -> list[str]:
         value_factors: mx.array,
         sinks: mx.array,
     ) -> tuple[mx.array, ...]:
-        constants = LayerConstants(factors, factors, factors, value_factors)
+        constants = paged.LayerConstants()
+        if not isinstance(kind, mx.Dtype):
+            constants = LayerConstants(factors, factors, factors, value_factors)
         token = launcher.store(pages, new, new, slots, constants)
         arguments = pages, queries, table, lengths, constants, 0.1, 40, token
         outputs = launcher.decode(*arguments), launcher.decode(*arguments, sinks, softcap=30.0)
-        return *outputs, *launcher.dequantize(pages, table[0], constants, 0, 3, token, dtype)
+        return *outputs, *launcher.read(pages, table[0], constants, 0, 3, token, dtype)
 
     return metal_text(
         step,
-        mx.zeros(layout.pages_shape(4), mx.uint16),
+        mx.zeros(pages_shape, page_dtype),
         mx.zeros((8, heads, size), dtype),
         mx.zeros((8,), mx.int32),
         mx.zeros((8, 1, heads * group, size), dtype),

@@ -175,7 +175,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def heading() -> str:
     """When, where and with what the table was made."""
-    from vllm_metal.evaluation.provenance import provenance
+    from vllm_metal.machine.provenance import provenance
 
     about = provenance("mlx", "mlx-lm", "vllm", "pytest")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())

@@ -5,10 +5,15 @@ it. The model's stand-in reads what attention would read: it checks that these a
 one request without a gap, and answers with a token that depends on the digest of the whole
 context. So a read of what was never written, or of what another request wrote, raises at once, and
 the right answer to any prompt is known without running anything: `expected_tokens`.
+
+Pages without recurrent states count as written by kernels, so that a step is dispatched while the
+one before runs. A dispatched step may read and write its blocks at any time until it is waited for.
+Whatever touches them meanwhile has to depend on its tokens, or raises.
 """
 
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -71,6 +76,14 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> 
     return tokens
 
 
+@dataclass
+class Blocks:
+    """The blocks that a step has read and written."""
+
+    read: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+
+
 class SymbolicPages:
     """Takes the place of `KVCache`."""
 
@@ -78,26 +91,64 @@ class SymbolicPages:
         self.groups = tuple(groups)
         self.num_blocks = num_blocks
         self.shares_arrays = any(isinstance(group, StateGroup) for group in groups)
+        self.stores_through = not self.shares_arrays
         self.arrays: list[mx.array] = []
+        self._building = Blocks()
+        """Of what is built and neither evaluated nor dispatched."""
+        self._in_flight: list[Blocks] = []
+        self._follows_tokens = False
         self._blocks: dict[int, dict[int, Entry]] = {}
         """Block -> place in the block -> entry; a recurrent state is at place 0."""
 
     def evaluate(self, *outputs: mx.array) -> None:
         mx.eval(*outputs)
+        self._building = Blocks()
+
+    def dispatch(self, *arrays) -> Callable[[], None]:
+        """As late as can be: nothing is computed before it is waited for."""
+        step, self._building = self._building, Blocks()
+        self._in_flight.append(step)
+
+        def wait() -> None:
+            self._in_flight = [other for other in self._in_flight if other is not step]
+            mx.eval(*arrays)
+
+        return wait
+
+    def begin_forward(self, token_ids: mx.array) -> None:
+        """Finds out whether a forward pass runs after the steps in flight, by its graph."""
+        graph = io.StringIO()
+        mx.export_to_dot(graph, token_ids)
+        self._follows_tokens = "ArgReduce" in graph.getvalue()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        self._follows_tokens = False
         for source, destination in copies:
+            self._check_order(source, writes=False)
+            self._check_order(destination, writes=True)
             self._blocks[destination] = dict(self._blocks.get(source, {}))
+
+    def _check_order(self, block: int, writes: bool) -> None:
+        """Notes that a block is read or written, which must not happen during a step in flight."""
+        (self._building.written if writes else self._building.read).add(block)
+        if self._follows_tokens:
+            return
+        for step in self._in_flight:
+            if block in step.written or (writes and block in step.read):
+                use = "written" if writes else "read"
+                raise WrongReadError(f"block {block} is {use} while a dispatched step may use it")
 
     def write(self, block: int, place: int, entry: Entry) -> None:
         if block == 0:
             raise WrongReadError("a write to the null block")
+        self._check_order(block, writes=True)
         entries = self._blocks.setdefault(block, {})
         if any(other.group != entry.group for other in entries.values()):
             entries.clear()  # the block has changed hands
         entries[place] = entry
 
     def read(self, block: int, place: int, group: int, position: int) -> Entry:
+        self._check_order(block, writes=False)
         entry = self._blocks.get(block, {}).get(place)
         if entry is None or (entry.group, entry.position) != (group, position):
             raise WrongReadError(
@@ -121,6 +172,7 @@ class SymbolicModel:
         all_rows: bool = False,
     ) -> mx.array:  # [B, 1 or L, vocabulary]
         self.num_forwards += 1
+        self._pages.begin_forward(token_ids)
         tokens = np.array(token_ids)
         digests = np.zeros(tokens.shape, np.int64)
         for row in range(len(tokens)):
@@ -217,12 +269,6 @@ class SymbolicModel:
         return entry.position
 
 
-def _evaluate_at_once(*arrays) -> Callable[[], None]:
-    """The model's stand-in reads its token ids, which no other thread may be computing then."""
-    mx.eval(*arrays)
-    return lambda: None
-
-
 class SymbolicServing(Serving):
     """vLLM's scheduler and our runner over symbolic pages.
 
@@ -245,7 +291,7 @@ class SymbolicServing(Serving):
             self.model,
             DecodeForward(self.model.forward, batched=True, most_tokens=1 << 30),
             block_table_sizes(config, planned),
-            _evaluate_at_once,
+            self.pages.dispatch,
         )
         self._start_scheduler(config, planned)
 

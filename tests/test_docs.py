@@ -73,6 +73,7 @@ def test_the_decode_step_is_told_through_its_files_in_order():
     assert list(dict.fromkeys(files)) == [
         "worker.py",
         "runner/model_runner.py",
+        "runner/steps_in_flight.py",
         "runner/request_batch.py",
         "runner/decode_forward.py",
         "runner/forward_inputs.py",

@@ -18,7 +18,7 @@ LADDER = [
     ["config", "model"],
     ["model_pages"],
     ["runner", "startup"],
-    ["commands", "evaluation"],
+    ["benchmark", "commands", "evaluation"],
     ["cli", "metrics", "platform", "scheduler", "worker"],
     ["__init__"],
 ]
@@ -40,7 +40,7 @@ WITHOUT_VLLM = [
 
 ONLY = [
     # (what is imported, the modules or packages that may)
-    ("mlx_lm", ["model"]),
+    ("mlx_lm", ["benchmark", "model"]),
     ("vllm.platforms", ["platform"]),
     ("vllm.v1.core.sched", ["runner", "scheduler", "worker"]),
     ("vllm.v1.kv_cache_interface", ["kv_cache.spec", "model_pages", "worker"]),

@@ -134,7 +134,7 @@ def test_nan_prompt_logprobs_end_a_request_whose_last_logits_are_finite(
     serving = RecordingServing(
         make_config(async_scheduling=async_scheduling, enable_prefix_caching=False)
     )
-    forward = serving.runner.model.forward_to_head
+    forward = serving.runner.bound_model.forward_to_head
 
     def first_row_is_nan(token_ids, metadata):
         chunk = forward(token_ids, metadata)
@@ -142,7 +142,7 @@ def test_nan_prompt_logprobs_end_a_request_whose_last_logits_are_finite(
         failing = (rows == 0) & (token_ids[0, 0] == NAN_TOKEN)
         return replace(chunk, hidden=mx.where(failing, mx.nan, chunk.hidden))
 
-    monkeypatch.setattr(serving.runner.model, "forward_to_head", first_row_is_nan)
+    monkeypatch.setattr(serving.runner.bound_model, "forward_to_head", first_row_is_nan)
     failing = serving.add("failing", [NAN_TOKEN, *prompt(8)], prompt_logprobs=1)
     healthy = serving.add("healthy", prompt(8), prompt_logprobs=1)
     serving.run()

@@ -1,11 +1,13 @@
 """The worker in the order in which vLLM calls it: memory asked for, promised and kept."""
 
 import re
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import ChunkedKVCache
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from tests.serving import Serving, loaded_worker
 from tests.tiny_models import LAYERS, save_checkpoint
@@ -146,11 +148,17 @@ def test_rows_are_decoded_together_where_the_model_allows(make_config):
     assert Serving(make_config()).runner.decode.batched
 
 
+def test_vllm_finds_no_torch_module_to_clean_up_when_its_engine_ends(make_config):
+    worker = SimpleNamespace(model_runner=Serving(make_config()).runner)
+    engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+    assert LLMEngine._get_driver_model_for_cleanup(engine) is None
+
+
 def test_decode_is_traced_unless_eager_execution_is_asked_for(make_config, monkeypatch):
     assert isinstance(Serving(make_config()).runner.decode.run, DecodeGraphs)
     said = messages_of(monkeypatch, "info")
     runner = Serving(make_config(enforce_eager=True)).runner
-    assert runner.decode.batched and runner.decode.run == runner.model.forward
+    assert runner.decode.batched and runner.decode.run == runner.bound_model.forward
     assert any("is not traced: --enforce-eager" in line for line in said)
 
 
@@ -186,7 +194,7 @@ def test_a_step_that_is_not_traced_says_why(make_config, monkeypatch):
     monkeypatch.setattr(worker_module.decode_probe, "ask", lambda *_: answers)
     said = messages_of(monkeypatch, "info")
     runner = Serving(make_config()).runner
-    assert runner.decode.batched and runner.decode.run == runner.model.forward
+    assert runner.decode.batched and runner.decode.run == runner.bound_model.forward
     assert any("is not traced: it looks at its numbers. Its Python code" in line for line in said)
 
 

@@ -54,6 +54,11 @@ COMMANDS = (
         "measure the loss of each format pair on a model and a text",
         "vllm_metal.evaluation.command:configure",
     ),
+    Command(
+        "bench",
+        "measure decode steps and first tokens of a model, beside mlx-lm",
+        "vllm_metal.benchmark.command:configure",
+    ),
 )
 
 

@@ -37,6 +37,7 @@ from vllm_metal.model_pages import ModelPages
 from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import make_dispatch
 from vllm_metal.runner.model_runner import ModelRunner
+from vllm_metal.runner.steps_in_flight import MAX_STEPS
 from vllm_metal.startup import decode_probe, dependencies, workspace_probe
 from vllm_metal.startup.crash_marker import CrashMarker
 from vllm_metal.startup.key_samples import collect_key_samples
@@ -131,7 +132,8 @@ class MetalWorker(WorkerBase):
         mx.set_cache_limit(self.plan.workspace)
         mx.set_memory_limit(mx.get_active_memory() + self.plan.workspace)
         self._block_tables = block_table_sizes(self.vllm_config, kv_cache_config)
-        self._dispatch = make_dispatch()  # graphs from here on belong to the stream that it sets
+        # Graphs from here on belong to the stream that this sets.
+        self._dispatch = make_dispatch(self.kv_cache.stores_through)
         logger.info(
             planner.report(
                 self.plan,
@@ -286,6 +288,7 @@ class MetalWorker(WorkerBase):
                 settings.max_num_seqs,
                 max(1, gathered_tokens(groups, length)),
                 scoring_bytes(query_len, vocab_size, hidden_size),
+                MAX_STEPS if model.kv_cache.stores_through else 1,
             )
 
         return steps

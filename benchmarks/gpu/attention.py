@@ -1,4 +1,4 @@
-"""Times store and decode on an NVIDIA GPU against PyTorch's fp16 attention and a copy.
+"""Times store and decode, dense and compressed, on an NVIDIA GPU against PyTorch's fp16 attention.
 
     python benchmarks/gpu/attention.py [--output results.json]
 
@@ -14,73 +14,29 @@ import platform
 import statistics
 import subprocess
 import time
+from dataclasses import replace
 
 import cupy as cp
 import mlx.core as mx
 import numpy as np
 import torch
+from cuda_program import Kind, kind_name, launcher_of, layout_of
 from cupy_target import CupyTarget
+from graph_times import REPEATS, graph_us, torch_us
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget
-from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
+from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants as DenseConstants
+from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW
+from vllm_metal.metal_kernel_backend.turboquant.launcher import LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW
 
 HEAD_SIZE, KV_HEADS, HEADS, BLOCK_SIZE = 128, 8, 32, 16
-SHAPES = ((1, 32_768), (1, 131_072), (8, 32_768), (32, 8_192))
-PAIRS = (("q8_0", "q3_0"), ("q4_0", "q3_0"), ("q6_0", "q4_0"), ("q5_0", "q4_0"))
-REPEATS, LAUNCHES = 9, 10
-
-
-def graph_us(launch) -> float:
-    """Median device time of one launch, in microseconds; `launch(i)` is given its number."""
-    cp.cuda.Device().synchronize()
-    stream = cp.cuda.Stream(non_blocking=True)
-    with stream:
-        for i in range(LAUNCHES):
-            launch(i)
-        stream.synchronize()
-        stream.begin_capture()
-        for i in range(LAUNCHES):
-            launch(i)
-        graph = stream.end_capture()
-        graph.launch(stream)
-        stream.synchronize()
-        times = []
-        for _ in range(REPEATS):
-            start, end = cp.cuda.Event(), cp.cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-            end.synchronize()
-            times.append(cp.cuda.get_elapsed_time(start, end) * 1e3 / LAUNCHES)
-    return statistics.median(times)
-
-
-def torch_us(launch) -> float:
-    """The same for PyTorch."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(LAUNCHES):
-            launch(i)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(LAUNCHES):
-                launch(i)
-        graph.replay()
-        stream.synchronize()
-        times = []
-        for _ in range(REPEATS):
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            start.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
-    return statistics.median(times)
+SHAPES = ((1, 1_024), (1, 32_768), (1, 131_072), (8, 32_768), (32, 8_192))
+KINDS = (mx.float16, ("q8_0", "q3_0"), ("q4_0", "q3_0"), ("q6_0", "q4_0"), ("q5_0", "q4_0"))
+"""Types of dense pages, and formats of keys and values."""
+THROUGH_MLX = KINDS[:3]
 
 
 def machine() -> dict:
@@ -129,30 +85,50 @@ def dense_us(batch: int, length: int, sets: int) -> dict[str, float]:
     return {"grouped": torch_us(grouped), "rows": torch_us(as_rows)}
 
 
-class Decode:
-    """Pages of random codes, and queries over all of them."""
+def filled(layout: PageLayout | DenseLayout, num_blocks: int) -> cp.ndarray:
+    """Pages of random codes with scales of 0.03, or of normally distributed numbers."""
+    if isinstance(layout, DenseLayout):
+        shape = layout.pages_shape(num_blocks)
+        return cp.random.standard_normal(shape, dtype=cp.float32).astype(cp.float16)
+    shape = num_blocks, KV_HEADS, layout.head_page_bytes
+    pages = cp.random.randint(0, 256, shape, dtype=cp.uint8)
+    for offset in (layout.key_scales_offset, layout.value_scales_offset):
+        scales = cp.full((num_blocks, KV_HEADS, BLOCK_SIZE), 0.03, cp.float16)
+        pages[:, :, offset : offset + 2 * BLOCK_SIZE] = scales.view(cp.uint8)
+    return pages.view(cp.uint16)
 
-    def __init__(self, pair: tuple[str, str], batch: int, length: int, sets: int):
-        layout = PageLayout.of(*pair, HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
-        self.layout, self.batch, self.length, self.sets = layout, batch, length, sets
-        self.cupy = Launcher(layout, CupyTarget())
+
+def neutral_constants(kind: Kind) -> LayerConstants | DenseConstants:
+    """Constants that change nothing; dense pages have none."""
+    if isinstance(kind, mx.Dtype):
+        return DenseConstants()
+    ones = cp.ones((KV_HEADS, HEAD_SIZE), cp.float32)
+    return LayerConstants(0 * ones, ones, ones, cp.ones(HEAD_SIZE, cp.float32))
+
+
+class Decode:
+    """Filled pages, and queries over all of them."""
+
+    def __init__(self, kind: Kind, batch: int, length: int, sets: int):
+        self.layout = layout = layout_of(kind, HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
+        self.batch, self.length, self.sets = batch, length, sets
+        self.cupy = launcher_of(layout, CupyTarget())
         blocks = length // BLOCK_SIZE
         num_blocks = batch * blocks * sets + 1
-        shape = num_blocks, KV_HEADS, layout.head_page_bytes
-        pages = cp.random.randint(0, 256, shape, dtype=cp.uint8)
-        for offset in (layout.key_scales_offset, layout.value_scales_offset):
-            scales = cp.full((num_blocks, KV_HEADS, BLOCK_SIZE), 0.03, cp.float16)
-            pages[:, :, offset : offset + 2 * BLOCK_SIZE] = scales.view(cp.uint8)
-        self.pages = pages.view(cp.uint16)
+        self.pages = filled(layout, num_blocks)
         order = cp.random.permutation(num_blocks - 1).astype(cp.int32) + cp.int32(1)
         self.tables = list(order.reshape(sets, batch, blocks))
         # MLX would lengthen shorter arrays, which it cannot do with those of CuPy
         self.lengths = cp.full((max(batch, CONSTANT_BELOW),), length, cp.int32)
         shape = batch, 1, HEADS, HEAD_SIZE
         self.queries = cp.random.standard_normal(shape).astype(cp.float16)
-        ones = cp.ones((KV_HEADS, HEAD_SIZE), cp.float32)
-        self.constants = LayerConstants(0 * ones, ones, ones, cp.ones(HEAD_SIZE, cp.float32))
+        self.constants = neutral_constants(kind)
         self.token = cp.zeros(8, cp.uint32)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of keys and values, with what belongs to them."""
+        return self.batch * self.length * self.layout.page_size_bytes // BLOCK_SIZE
 
     def launch(self, i: int) -> cp.ndarray:
         return self.cupy.decode(
@@ -172,15 +148,11 @@ class Decode:
         def move(array):
             return mx.array(cp.asnumpy(array))
 
-        launcher = Launcher(self.layout, CudaTarget())
+        launcher = launcher_of(self.layout, CudaTarget())
         pages, queries, lengths = move(self.pages), move(self.queries), move(self.lengths)
         tables = [move(table) for table in self.tables]
-        ours = self.constants
-        constants = LayerConstants(
-            move(ours.centre),
-            move(ours.key_factors),
-            move(ours.query_factors),
-            move(ours.value_factors),
+        constants = replace(
+            self.constants, **{name: move(x) for name, x in self.constants.inputs().items()}
         )
         token = launcher.no_token()
         mx.eval(pages, queries, lengths, tables, token)
@@ -205,18 +177,20 @@ class Decode:
         return statistics.median(times), statistics.median(host), float(error)
 
 
-def store_us(tokens: int) -> tuple[float, float]:
-    """One new token of each of `tokens` requests: ours, and a dense scatter of K and V."""
-    layout = PageLayout.of("q8_0", "q3_0", HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
-    launcher = Launcher(layout, CupyTarget())
-    pages = cp.zeros(layout.pages_shape(4096), cp.uint16)
+def store_us(kind: Kind, tokens: int) -> float:
+    """One new token of each of `tokens` requests."""
+    layout = layout_of(kind, HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
+    launcher = launcher_of(layout, CupyTarget())
+    pages = cp.zeros(layout.pages_shape(4096), filled(layout, 1).dtype)
     new = cp.random.standard_normal((tokens, KV_HEADS, HEAD_SIZE)).astype(cp.float16)
     slots = cp.full((max(tokens, CONSTANT_BELOW),), -1, cp.int32)
     slots[:tokens] = cp.arange(tokens, dtype=cp.int32) * 37
-    ones = cp.ones((KV_HEADS, HEAD_SIZE), cp.float32)
-    constants = LayerConstants(0 * ones, ones, ones, cp.ones(HEAD_SIZE, cp.float32))
-    token = cp.zeros(8, cp.uint32)
-    ours = graph_us(lambda _: launcher.store(pages, new, new, slots, constants, token))
+    constants, token = neutral_constants(kind), cp.zeros(8, cp.uint32)
+    return graph_us(lambda _: launcher.store(pages, new, new, slots, constants, token))
+
+
+def scatter_us(tokens: int) -> float:
+    """PyTorch's scatter of as many keys and values into contiguous fp16 arrays."""
     shape = 4096 * BLOCK_SIZE, KV_HEADS, HEAD_SIZE
     keys = torch.zeros(shape, device="cuda", dtype=torch.float16)
     values = torch.zeros_like(keys)
@@ -227,7 +201,7 @@ def store_us(tokens: int) -> tuple[float, float]:
         keys.index_copy_(0, index, dense_new)
         values.index_copy_(0, index, dense_new)
 
-    return ours, torch_us(dense)
+    return torch_us(dense)
 
 
 def main() -> None:
@@ -243,28 +217,26 @@ def main() -> None:
         torch.cuda.empty_cache()
         best = min(dense.values())
         print(f"{batch} x {length}: fp16 attention {best:.1f} us", flush=True)
-        for pair in PAIRS:
-            case = Decode(pair, batch, length, sets)
+        for kind in KINDS:
+            case = Decode(kind, batch, length, sets)
             device = graph_us(case.launch)
-            wall, host, error = case.through_mlx() if pair in PAIRS[:2] else (None,) * 3
-            size = batch * length * KV_HEADS * case.layout.slot_size
+            wall, host, error = case.through_mlx() if kind in THROUGH_MLX else (None,) * 3
             row = {
                 "batch": batch,
                 "context": length,
-                "k_quant": pair[0],
-                "v_quant": pair[1],
+                "pages": kind_name(kind),
                 "dense_us": dense,
                 "us": device,
                 "ratio": device / best,
                 "through_mlx_us": wall,
                 "host_us": host,
                 "mlx_against_cupy": error,
-                "gigabytes_per_second": size / device / 1e3,
+                "gigabytes_per_second": case.bytes_read / device / 1e3,
             }
             results["decode"].append(row)
             print(
-                f"  {'/'.join(pair)}: {device:6.1f} us, {row['ratio']:.2f} x, "
-                f"{row['gigabytes_per_second']:.0f} GB/s of compressed bytes"
+                f"  {kind_name(kind)}: {device:6.1f} us, {row['ratio']:.2f} x, "
+                f"{row['gigabytes_per_second']:.0f} GB/s of pages"
                 + (
                     f", through MLX {wall:.1f} us (host {host:.1f} us, differs {error:.0e})"
                     if wall
@@ -275,9 +247,13 @@ def main() -> None:
             del case
             cp.get_default_memory_pool().free_all_blocks()
     for tokens in (1, 8, 32):
-        ours, dense = store_us(tokens)
-        results["store"].append({"tokens": tokens, "us": ours, "dense_us": dense})
-        print(f"store of {tokens} tokens: {ours:.1f} us, dense {dense:.1f} us", flush=True)
+        ours, scatter = (
+            {kind_name(kind): store_us(kind, tokens) for kind in KINDS[:2]},
+            scatter_us(tokens),
+        )
+        results["store"].append({"tokens": tokens, "us": ours, "scatter_us": scatter})
+        each = ", ".join(f"{name} {us:.1f} us" for name, us in ours.items())
+        print(f"store of {tokens} tokens: {each}; scatter {scatter:.1f} us", flush=True)
     if arguments.output:
         with open(arguments.output, "w") as file:
             json.dump(results, file, indent=1)

@@ -6,7 +6,7 @@ The text, its compiler (NVRTC) and its bounds are those of `CudaTarget`; only th
 import cupy as cp
 import mlx.core as mx
 import numpy as np
-from cuda_program import Instantiation, cuda_program, numpy_type
+from cuda_program import Instantiation, cuda_program, type_name
 
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Run, Target
 
@@ -24,10 +24,10 @@ class CupyTarget(Target):
         def run(inputs, template, grid, threadgroup, output_shapes, output_dtypes):
             inputs = [self._on_gpu(array) for array in inputs]
             outputs = [
-                cp.empty(shape, numpy_type(dtype))
+                cp.empty(shape, type_name(dtype))
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
-            dtypes = tuple(array.dtype for array in (*inputs, *outputs))
+            dtypes = tuple(type_name(array.dtype) for array in (*inputs, *outputs))
             made_for = Instantiation(kernel, tuple(template), dtypes, resident)
             if made_for not in self._compiled:
                 options = ("-std=c++17", "-I/usr/local/cuda/include")

@@ -221,7 +221,7 @@ def decode_step(rows: int, traced: bool, model_type: str = "deepseek_v3"):
 
     from vllm_metal.kv_cache.cache import KVCache
     from vllm_metal.kv_cache.group_metadata import decode_metadata
-    from vllm_metal.metal_kernel_backend.dense import DensePages
+    from vllm_metal.metal_kernel_backend.dense.reference import DensePages
     from vllm_metal.model.decode_graphs import DecodeGraphs
     from vllm_metal.model.model_binding import ModelBinding
 

@@ -22,17 +22,21 @@ from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
-from cuda_program import Instantiation, cuda_program, decode_instantiation
+from cuda_program import Instantiation, Kind, cuda_program, decode_instantiation, kind_name
 
 BOUNDS = (128, 96)
 """Registers of a thread."""
 
 CASES = [
-    (pair, heads, rows)
-    for pair in (("q8_0", "q3_0"), ("q4_0", "q3_0"), ("q6_0", "q4_0"), ("q5_0", "q4_0"))
+    (kind, heads, rows)
+    for kind in (
+        *(("q8_0", "q3_0"), ("q4_0", "q3_0"), ("q6_0", "q4_0"), ("q5_0", "q4_0")),
+        *(mx.float16, mx.bfloat16, mx.float32),
+    )
     for heads, rows in ((1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (4, 2), (8, 8))
 ]
-"""Formats, query heads of a KV head, and the most query rows of a simdgroup."""
+"""Formats or the type of dense pages, query heads of a KV head, and the most query rows of a
+simdgroup."""
 
 
 def allocated(made_for: Instantiation, registers: int) -> tuple[int, int]:
@@ -63,16 +67,16 @@ def conditions() -> str:
     )
 
 
-def table(cases: Sequence[tuple[tuple[str, str], int, int]]) -> None:
+def table(cases: Sequence[tuple[Kind, int, int]]) -> None:
     """Prints the conditions and a row for each case."""
     print(conditions())
-    print("formats      heads rows   at most 128: used, spilt   at most 96: used, spilt")
-    for pair, heads, most_rows in cases:
-        made_for = decode_instantiation(pair, heads, max_rows=most_rows, run_tokens=2)
+    print("pages          heads rows   at most 128: used, spilt   at most 96: used, spilt")
+    for kind, heads, most_rows in cases:
+        made_for = decode_instantiation(kind, heads, max_rows=most_rows, run_tokens=2)
         rows = dict(made_for.template)["R"]
         found = [allocated(made_for, registers) for registers in BOUNDS]
         columns = "".join(f"{used:16} {spilt:4} bytes" for used, spilt in found)
-        print(f"{'/'.join(pair):12} {heads:5} {rows:4}{columns}", flush=True)
+        print(f"{kind_name(kind):14} {heads:5} {rows:4}{columns}", flush=True)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 // What codes stand for, as formats.py has it.
 #pragma once
 
-#include "turboquant/arithmetic.h"
+#include "paged/arithmetic.h"
+#include "turboquant/constants.h"
 
 // centroid(code) = c1 x + c3 x^3 + c5 x^5, x = code - (n - 1) / 2 = g n / 2 with g a grid point.
 // With the highest coefficient in the unit, which is left to the caller, the rest is

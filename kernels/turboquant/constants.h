@@ -3,7 +3,6 @@
 
 #include <metal_stdlib>
 
-constant constexpr int SIMD_SIZE = 32;
 constant constexpr int CHUNK = 16;
 constant constexpr int GROUP_SIZE = 16;
 constant constexpr int NUM_LEVELS = 16;
@@ -16,8 +15,6 @@ constant constexpr float MAX_SCALE = 65504.0f;
 constant constexpr int NAN_BITS = 32256;
 constant constexpr int CODEBOOK_FACTORS = 4;
 constant constexpr int CODEBOOK_MIDPOINTS = 16;
-constant constexpr int TOKEN_WORDS = 8;
-constant constexpr int BLOCK_SIZE_STEP = 8;
 constant constexpr int MAX_HEAD_SIZE = 512;
 constant constexpr int MIN_POWER = 16;
 constant constexpr int MAX_ODD_FACTOR = 7;
@@ -32,23 +29,3 @@ constant constexpr int MAX_ODD_FACTOR = 7;
   NUM_KV_HEADS, BLOCK_SIZE, KEY_HEAD_SIZE, VALUE_HEAD_SIZE, KEY_BITS, VALUE_BITS, KEY_TERMS, \
   VALUE_TERMS, KEY_HAS_LEVELS, KEY_HAS_BIAS, PAGE_BYTES, HEAD_PAGE_BYTES, VALUE_CODES_OFFSET, \
   KEY_LEVELS_OFFSET, KEY_SCALES_OFFSET, KEY_BIASES_OFFSET, VALUE_SCALES_OFFSET
-
-// Members are explained in parameters.py.
-struct StoreParameters {
-  int num_tokens;
-};
-
-struct DecodeParameters {
-  int split_tokens;
-  int num_splits;
-  int window;
-  int max_blocks;
-  float scale;
-  float softcap;
-};
-
-struct DequantizeParameters {
-  int first_token;
-  int num_tokens;
-  int first_head;
-};

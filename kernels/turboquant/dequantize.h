@@ -111,7 +111,7 @@ METAL_FUNC void dequantize_tokens(
     uint3 position, int simdgroup, int lane) {
   constexpr int DK = Layout::key_head_size;
   constexpr int DV = Layout::value_head_size;
-  const constant DequantizeParameters& run = parameters_in<DequantizeParameters>(parameters);
+  const constant ReadParameters& run = parameters_in<ReadParameters>(parameters);
   int vector = int(position.x) * SIMDGROUPS + simdgroup;
   int offset = vector / 2 * 2, row = position.y, head = run.first_head + row;
   if (offset >= run.num_tokens) {

@@ -2,10 +2,13 @@
 // bytes of a head page, `const device uchar*` or, to write, `device uchar*`.
 #pragma once
 
-#include "turboquant/base.h"
+#include "paged/base.h"
+#include "turboquant/constants.h"
 
 template <PAGE_LAYOUT_PARAMETERS>
 struct PageLayout {
+  using Element = ushort;  // of the array of pages
+  using HeadPage = const device uchar*;
   static constant constexpr int num_kv_heads = NUM_KV_HEADS;
   static constant constexpr int block_size = BLOCK_SIZE;
   static constant constexpr int key_head_size = KEY_HEAD_SIZE;
@@ -22,10 +25,9 @@ struct PageLayout {
   static_assert(BLOCK_SIZE % BLOCK_SIZE_STEP == 0, "block size");
 
   // One KV head's page of a block.
-  static METAL_FUNC const device uchar* head_page(
-      const device ushort* pages, int block, int kv_head) {
+  static METAL_FUNC HeadPage head_page(const device Element* pages, int block, int kv_head) {
     ulong begin = ulong(uint(block)) * PAGE_BYTES + uint(kv_head * HEAD_PAGE_BYTES);
-    return (const device uchar*)pages + begin;
+    return (HeadPage)pages + begin;
   }
 
   // Codes of chunk `chunk` of the key or value in slot `slot` of a head page.

@@ -2,7 +2,8 @@
 // nothing is read back.
 #pragma once
 
-#include "turboquant/base.h"
+#include "paged/base.h"
+#include "turboquant/constants.h"
 
 // Packs D codes of BITS bits, chunk by chunk.
 template <int D, int BITS>

@@ -2,7 +2,8 @@
 // defines them: operation by operation, each rounded on its own.
 #pragma once
 
-#include "turboquant/arithmetic.h"
+#include "paged/arithmetic.h"
+#include "turboquant/constants.h"
 
 // A vector of D = M * 2^k elements, spread over a simdgroup: lane l holds elements l W .. l W + W-1
 // of each of the M blocks of 2^k. Lanes past the end of a short block hold zeros.
@@ -16,7 +17,8 @@ struct Vector {
 
   static_assert(POWER >= MIN_POWER && M <= MAX_ODD_FACTOR && D <= MAX_HEAD_SIZE, "head size");
 
-  static METAL_FUNC bool holds(int lane) { return lane * W < POWER; }
+  // Whether a lane holds elements, of any block.
+  static METAL_FUNC bool holds(int lane, int = 0) { return lane * W < POWER; }
 
   static METAL_FUNC int index(int lane, int block, int i) {
     return block * POWER + lane * W + i;

@@ -4,7 +4,8 @@
 // of token A below halfword j of the same chunk of token B.
 #pragma once
 
-#include "turboquant/arithmetic.h"
+#include "paged/arithmetic.h"
+#include "turboquant/constants.h"
 
 METAL_FUNC void load_words(const device uchar* codes, thread uint (&words)[1]) {
   words[0] = *(const device uint*)codes;

@@ -9,7 +9,8 @@ import mlx.core as mx
 from tests.metal_kernel_backend.lazy_target import COMPILER, LazyTarget
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.machine.device import DEVICE_VARIABLE
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.fused import DenseFused
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
@@ -44,8 +45,12 @@ class Candidate:
         return 2e-6 if self.device == mx.cpu else 1e-3
 
 
-def dense(dtype: mx.Dtype) -> Make:
-    return lambda shape, block_size: DensePages(shape, block_size, dtype)
+def dense(dtype: mx.Dtype, target: Target | None = None) -> Make:
+    def make(shape: LayerShape, block_size: int) -> AttentionBackend:
+        arguments = shape, block_size, dtype
+        return DenseFused(*arguments, target) if target else DensePages(*arguments)
+
+    return make
 
 
 def turboquant(pair: str, target: Target | None = None) -> Make:
@@ -75,17 +80,26 @@ CANDIDATES = [
     Candidate("operations-q8_0-q8_0", turboquant("q8_0/q8_0"), 1e-2),
     Candidate("operations-q8_0-q3_0", turboquant("q8_0/q3_0"), 0.3),
     Candidate("operations-uint4-q4_0", turboquant("uint4/q4_0"), 0.2),
+    Candidate("host-dense-float32", dense(mx.float32, HostTarget()), 2e-6),
+    Candidate("host-dense-float16", dense(mx.float16, HostTarget()), 1e-3),
+    Candidate("host-dense-bfloat16", dense(mx.bfloat16, HostTarget()), 8e-3),
     Candidate("host-q8_0-q8_0", turboquant("q8_0/q8_0", HostTarget()), 1e-2),
     Candidate("host-q8_0-q3_0", turboquant("q8_0/q3_0", HostTarget()), 0.3),
 ]
 
 if COMPILER is not None:  # the same programs, run when MLX evaluates
-    CANDIDATES.append(Candidate("lazy-q8_0-q3_0", turboquant("q8_0/q3_0", LazyTarget()), 0.3))
+    CANDIDATES += [
+        Candidate("lazy-dense-float32", dense(mx.float32, LazyTarget()), 2e-6),
+        Candidate("lazy-dense-bfloat16", dense(mx.bfloat16, LazyTarget()), 8e-3),
+        Candidate("lazy-q8_0-q3_0", turboquant("q8_0/q3_0", LazyTarget()), 0.3),
+    ]
 
 if (TARGET := target_of_this_machine()) is not None:
     CANDIDATES += [
         Candidate("gpu-dense-float16", dense(mx.float16), 2e-3, mx.gpu),
         Candidate("gpu-dense-bfloat16", dense(mx.bfloat16), 8e-3, mx.gpu),
+        Candidate(f"{TARGET.name}-dense-float16", dense(mx.float16, TARGET), 2e-3, mx.gpu),
+        Candidate(f"{TARGET.name}-dense-bfloat16", dense(mx.bfloat16, TARGET), 8e-3, mx.gpu),
         Candidate(f"{TARGET.name}-q8_0-q8_0", turboquant("q8_0/q8_0", TARGET), 1e-2, mx.gpu),
         Candidate(f"{TARGET.name}-q8_0-q3_0", turboquant("q8_0/q3_0", TARGET), 0.3, mx.gpu),
     ]

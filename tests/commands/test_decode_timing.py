@@ -13,7 +13,7 @@ from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.commands import decode_timing
 from vllm_metal.commands.decode_timing import DecodeStep, copy_gigabytes_per_second, time_steps
 from vllm_metal.commands.kernel_checks import fused_backend
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 SHAPE = LayerShape(2, 64, 64)

@@ -44,7 +44,7 @@ def test_the_report_and_its_json_hold_the_same(capsys):
     assert examine("--formats", "q8_0/q3_0", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["kernels"] == "host" and found["steps"] == []
-    assert [check["pages"] for check in found["checks"]] == ["dense", "q8_0/q3_0"]
+    assert [check["pages"] for check in found["checks"]] == ["dense, MLX", "dense", "q8_0/q3_0"]
     for name in ("device", "system", "python", "vllm_metal", "vllm", "mlx", "mlx-lm"):
         assert found[name] in text
     assert "was not measured" in text
@@ -77,13 +77,17 @@ def gpu(monkeypatch):
 
 @needs_lazy_target
 def test_on_a_gpu_steps_of_dense_pages_and_of_every_pair_are_timed(capsys, monkeypatch, gpu):
+    names = []
+
     def steps(backends, memory_limit):
         assert memory_limit > 0
+        names.extend(backend.name for _, backend in backends)
         for name, backend in backends:
             yield StepTime(name, 1, 1024, 2.0, 28 * 1024 * 2 * backend.slot_size)
 
     monkeypatch.setattr(doctor, "time_steps", steps)
     assert examine("--formats", "q8_0/q3_0", "--json") == 0
+    assert names == ["dense float16 (metal kernels)", "turboquant q8_0/q3_0 (metal kernels)"]
     found = json.loads(capsys.readouterr().out)
     assert [step["pages"] for step in found["steps"]] == ["dense", "q8_0/q3_0"]
     assert found["copy_gigabytes_per_second"] == 100.0

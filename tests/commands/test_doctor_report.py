@@ -21,7 +21,8 @@ FACTS = {
     **dict.fromkeys(PACKAGES, "1.2.3"),
 }
 CHECKS = [
-    Check("dense", error=1e-3, allowed=5e-3),
+    Check("dense, MLX", error=1e-3, allowed=5e-3),
+    Check("dense", 1.25, 0, 8e-4, 5e-3),
     Check("q8_0/q3_0", 2.25, 0, 7e-4, 5e-3),
 ]
 STEPS = [
@@ -48,8 +49,9 @@ def test_a_report_from_a_mac_names_what_a_reader_elsewhere_must_know():
 
 def test_checks_are_a_table():
     found = lines()
-    _, dense, pair = found[found.index(CHECK_HEADER) :][:3]
-    assert dense.split() == ["dense", "-", "-", "1.0e-03", "5.0e-03", "OK"]
+    _, operations, dense, pair = found[found.index(CHECK_HEADER) :][:4]
+    assert operations.split() == ["dense,", "MLX", "-", "-", "1.0e-03", "5.0e-03", "OK"]
+    assert dense.split() == ["dense", "1.2", "s", "0", "8.0e-04", "5.0e-03", "OK"]
     assert pair.split() == ["q8_0/q3_0", "2.2", "s", "0", "7.0e-04", "5.0e-03", "OK"]
     assert len(CHECK_HEADER) == len(pair) - len("  OK")
 

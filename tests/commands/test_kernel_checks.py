@@ -9,6 +9,7 @@ from vllm_metal.commands import kernel_checks
 from vllm_metal.commands.kernel_checks import Check, check_dense, check_kernels, check_pair
 from vllm_metal.commands.kernel_trial import DenseTrial, KernelTrial
 from vllm_metal.metal_kernel_backend import host_target
+from vllm_metal.metal_kernel_backend.dense.fused import DenseFused
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
@@ -34,16 +35,48 @@ def test_right_kernels_are_found_right(target):
     assert 0 < found.error < found.allowed
 
 
-def test_dense_pages_are_found_right():
-    found = check_dense(LayerShape(2, 64, 64), 16)
+@pytest.mark.parametrize(
+    "target", [None, HostTarget, pytest.param(LazyTarget, marks=needs_lazy_target)]
+)
+def test_dense_pages_are_found_right(target):
+    found = check_dense(LayerShape(2, 64, 64), 16, target and target())
     assert found.failure == "" and 0 < found.error < found.allowed
+    assert found.wrong_bytes == 0 and found.pages == ("dense" if target else "dense, MLX")
 
 
-def test_dense_pages_with_wrong_results_are_found(monkeypatch):
-    decode = DenseTrial.decode
-    monkeypatch.setattr(DenseTrial, "decode", lambda *each: 1.1 * decode(*each))
+@pytest.mark.parametrize("method", ["decode", "read"])
+def test_dense_pages_with_wrong_results_are_found(monkeypatch, method):
+    right = getattr(DenseTrial, method)
+
+    def off(*each):
+        results = right(*each)
+        return 1.1 * results if method == "decode" else [1.1 * part for part in results]
+
+    monkeypatch.setattr(DenseTrial, method, off)
     found = check_dense(LayerShape(2, 64, 64), 16)
     assert "a relative error of 1.0e-01" in found.failure
+
+
+def test_dense_bytes_that_differ_from_those_of_the_operations_are_found(monkeypatch):
+    store = DenseFused.store
+
+    def off(self, pages, keys, values, metadata):
+        return store(self, pages, keys, values + 2**-9 * (values == values[0, 0, 0]), metadata)
+
+    monkeypatch.setattr(DenseFused, "store", off)
+    found = check_dense(LayerShape(2, 64, 64), 16, HostTarget())
+    assert found.wrong_bytes and "differ from those of MLX operations" in found.failure
+
+
+def test_on_the_cpu_the_programs_of_dense_pages_are_compiled_ahead(monkeypatch):
+    ahead, needed = set(), []
+    compiled = host_target.compiled
+    monkeypatch.setattr(kernel_checks, "compile_ahead", ahead.update)
+    monkeypatch.setattr(
+        host_target, "compiled", lambda program: needed.append(program) or compiled(program)
+    )
+    check_dense(LayerShape(2, 64, 64), 16, HostTarget())
+    assert needed and set(needed) == ahead
 
 
 def test_bytes_that_differ_from_the_codecs_are_found(monkeypatch):

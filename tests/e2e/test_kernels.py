@@ -11,6 +11,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e import engine as e2e
+from tests.e2e.kinds import KINDS
 from tests.metal_kernel_backend.lazy_target import LazyTarget, needs_lazy_target
 from tests.runner.test_model_runner import PROMPTS
 from vllm_metal.metal_kernel_backend import selection
@@ -18,13 +19,17 @@ from vllm_metal.metal_kernel_backend.host_target import HostTarget
 
 PARAMS = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
 
+SHARING_KINDS = ("gpt_oss", "qwen3_next", "gemma4_shared", "deepseek_v32")
+
 Answer = list[tuple[int, float, float]]
 """(token, its log-probability, its lead over the next best) of each step."""
 
 
-def generate(model: Path, k_quant: str, v_quant: str) -> list[Answer]:
-    """Answers to all prompts, run together; long prompts come in chunks."""
+def generate(model: Path, k_quant: str | None, v_quant: str | None) -> list[Answer]:
+    """Answers to all prompts, run together; long prompts come in chunks. None: dense pages."""
     settings = {"turboquant": True, "k_quant": k_quant, "v_quant": v_quant, "allow_lossy": True}
+    if k_quant is None:
+        settings = {}
     limits = {"max_model_len": 128, "max_num_batched_tokens": 32, "kv_cache_memory_bytes": 4 << 20}
     with e2e.engine(model, additional_config=settings, **limits) as llm:
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
@@ -92,3 +97,40 @@ def test_the_kernels_answer_as_the_reference_path(
                 assert lead < tolerance and v_quant != "q8_0"
                 break
             assert abs(logprob - other_logprob) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        pytest.param("reading_model", HostTarget, marks=pytest.mark.nightly),
+        pytest.param("reading_model", LazyTarget, marks=needs_lazy_target),
+        pytest.param("long_heads_model", HostTarget, marks=pytest.mark.nightly),
+    ],
+)
+def test_dense_pages_answer_on_the_kernels_as_on_operations(request, use_kernels, model, target):
+    """The same tokens everywhere: in float32, both sum the same products in another order."""
+    folder = request.getfixturevalue(model)
+    expected = generate(folder, None, None)
+    built = use_kernels(target)
+    answers = generate(folder, None, None)
+    assert {"dense_store", "dense_decode", "dense_merge", "dense_gather"} <= set(built)
+    for answer, reference in zip(answers, expected, strict=True):
+        assert [token for token, *_ in answer] == [token for token, *_ in reference]
+        for (_, logprob, _), (_, other, _) in zip(answer, reference, strict=True):
+            assert abs(logprob - other) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in SHARING_KINDS], ids=str)
+@needs_lazy_target
+def test_dense_layers_that_share_pages_with_others_answer_as_on_operations(
+    tmp_path, use_kernels, kind
+):
+    """Windows with sinks, recurrent states, latents that a model fetches: on the kernels the pages
+    of a layer hold what others left in the same bytes."""
+    folder = kind.save(tmp_path)
+    expected = generate(folder, None, None)
+    built = use_kernels(LazyTarget)
+    answers = generate(folder, None, None)
+    assert "dense_store" in built
+    for answer, reference in zip(answers, expected, strict=True):
+        assert [token for token, *_ in answer] == [token for token, *_ in reference]

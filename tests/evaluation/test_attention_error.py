@@ -5,7 +5,7 @@ import pytest
 
 from tests.tiny_models import tiny_model
 from vllm_metal.evaluation.attention_error import attention_error
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.model.model_binding import ModelBinding
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests.tiny_models import tiny_model
 from vllm_metal.evaluation.block_affine import BlockAffine
 from vllm_metal.evaluation.fidelity import compare
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference

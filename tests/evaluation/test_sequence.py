@@ -8,7 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tests.tiny_models import RECURRENT, WINDOWED, tiny_model
 from vllm_metal.evaluation import sequence as sequence_module
 from vllm_metal.evaluation.sequence import PagedSequence
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair

@@ -12,9 +12,10 @@ from itertools import product
 import mlx.core as mx
 import pytest
 
-from tests.kernels.launched import LAYOUT, sources
+from tests.kernels.launched import LAYOUT, dense_layout, sources
 from tests.kernels.llvm_ir import left_in_memory
 from tests.kernels.metal_text import joined
+from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
@@ -31,6 +32,14 @@ COVERING = [
     ),
     (PageLayout.of("q3_0", "q6_0", 32, 2, 16), {"heads_per_kv_head": 1}),
     (PageLayout.of("q5_0", "q8_0", 512, 1, 8), {"heads_per_kv_head": 5}),
+    (dense_layout(mx.float16), {"heads_per_kv_head": 4, "run_tokens": 2}),
+    (dense_layout(mx.bfloat16), {"heads_per_kv_head": 8, "run_tokens": 4, "num_queries": 3}),
+    (
+        dense_layout(mx.float32, 80, 64),
+        {"heads_per_kv_head": 6, "settings": {"sinks": mx.zeros((12,)), "softcap": 9.0}},
+    ),
+    (dense_layout(mx.bfloat16, 36, 7), {"heads_per_kv_head": 3, "settings": {"window": 9}}),
+    (dense_layout(mx.float16, 512, 320, heads=1), {"heads_per_kv_head": 5}),
 ]
 
 
@@ -67,9 +76,20 @@ def test_every_number_of_query_rows(heads):
     check(texts)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("head_size", [8, 20, 64, 72, 80, 96, 128, 192, 256, 512])
+def test_dense_pages_of_every_head_size(dtype, head_size):
+    texts = []
+    for heads, run_tokens in product((1, 3, 4, 8), (2, 4)):
+        layout = dense_layout(dtype, head_size, head_size)
+        texts += sources(layout, heads, run_tokens=run_tokens)
+    check(texts)
+
+
 @cache
-def decode_program() -> str:
-    [program] = (x for x in joined(sources(LAYOUT, run_tokens=2)) if "struct Decode " in x)
+def decode_program(layout: PageLayout | DenseLayout = LAYOUT) -> str:
+    [program] = (x for x in joined(sources(layout, run_tokens=2)) if "struct Decode " in x)
     return program
 
 
@@ -87,10 +107,32 @@ PLANTED = {
 }
 
 
+PLANTED_IN_DENSE = {
+    "an element whose place the lane decides": (
+        "a = pair.a.at(i);",
+        "a = pair.a.at(i ^ int(pair.b.at(i) > 0.0f));",
+    ),
+    "a token that is cleared at a place unknown": (
+        "values.clear(i);",
+        "values.clear((i + token) & (TOKENS - 1));",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_arrays_in_memory_are_found(name):
-    right, wrong = PLANTED[name]
-    program = decode_program().replace("METAL_FUNC constexpr int row_of", "METAL_FUNC int row_of")
+@pytest.mark.parametrize("layout", [LAYOUT, dense_layout(mx.float16)], ids=["q8_0/q3_0", "dense"])
+def test_planted_arrays_in_memory_are_found(name, layout):
+    found_in(decode_program(layout), *PLANTED[name])
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_DENSE)
+def test_planted_arrays_in_the_memory_of_dense_kernels_are_found(name):
+    found_in(decode_program(dense_layout(mx.bfloat16)), *PLANTED_IN_DENSE[name])
+
+
+def found_in(program: str, right: str, wrong: str) -> None:
+    program = program.replace("METAL_FUNC constexpr int row_of", "METAL_FUNC int row_of")
     assert right in program and left_in_memory(program) == [[]]
     [variables] = left_in_memory(program.replace(right, wrong))
-    assert any("x float]" in kind or "x %struct.half2]" in kind for kind in variables)
+    kinds = "x float]", "x %struct.half2]", "x i32]", "x %struct.Elements]"
+    assert any(kind in variable for variable in variables for kind in kinds)

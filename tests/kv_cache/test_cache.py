@@ -13,7 +13,7 @@ from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache import group_metadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, Region, StateGroup
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 
 BLOCK = 16
 SHAPE = LayerShape(num_kv_heads=2, head_size=64, head_size_v=32)
@@ -179,10 +179,19 @@ def test_shared_bytes_are_written_in_place():
     assert mx.get_peak_memory() - before < cache.nbytes // 50
 
 
-def test_layers_of_one_region_that_store_through_it_need_no_evaluation():
-    class StoresThrough(DensePages):
-        stores_through = True
+class StoresThrough(DensePages):
+    stores_through = True
 
+
+def test_kernels_write_all_pages_or_they_do_not():
+    """A layer on MLX operations, or a recurrent state, is enough that MLX writes some."""
+    through, dense = (kind(SHAPE, BLOCK, mx.float32) for kind in (StoresThrough, DensePages))
+    assert KVCache([through, through], 3).stores_through
+    assert not KVCache([through, dense], 3).stores_through
+    assert not KVCache([through], 3, [STATE]).stores_through
+
+
+def test_layers_of_one_region_that_store_through_it_need_no_evaluation():
     backends = [StoresThrough(shape, BLOCK, mx.float32) for shape in (SHAPE, WINDOW)]
     groups = (AttentionGroup(BLOCK, (0,)), AttentionGroup(BLOCK, (1,), sliding_window=8))
     region = Region(backends[0].page_size_bytes, layers=(0, 1))

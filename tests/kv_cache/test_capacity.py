@@ -14,7 +14,7 @@ from vllm_metal.kv_cache.capacity import (
     has_one_group,
 )
 from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 
 SHAPE = LayerShape(num_kv_heads=2, head_size=64, head_size_v=32)
 

@@ -5,7 +5,7 @@ import mlx.core as mx
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, Region, StateGroup
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 
 FULL = DensePages(LayerShape(1, 8, 8), 16, mx.float16)
 WINDOW = DensePages(LayerShape(1, 8, 8, sliding_window=5), 16, mx.float16)

@@ -27,7 +27,7 @@ from vllm_metal.kv_cache.spec import (
     kv_cache_specs,
     layer_name,
 )
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,

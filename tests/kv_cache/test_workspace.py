@@ -111,6 +111,14 @@ def test_one_request_is_gathered_whatever_it_takes():
     assert long.workspace(page_bytes=0, num_tokens=0) == 100 + 2 * 50_000
 
 
+def test_two_decode_steps_at_a_time_take_twice_the_memory():
+    two = steps(decodes_at_once=2)
+    assert two.workspace((1 << 20) * DECODE_SHARE, num_tokens=3200) == 2 * (8 * 100 + 2 * 3600)
+    long = steps(max_tokens=50_000, decodes_at_once=2)
+    assert long.workspace(page_bytes=0, num_tokens=0) == 2 * (100 + 2 * 50_000)
+    assert two.decode_bytes(two.decode_tokens(9000)) <= 9000
+
+
 @pytest.mark.parametrize("workspace", [2900, 3300, 9000, 16_799, 16_800])
 def test_decode_is_cut_to_fit(workspace):
     plan = steps()

@@ -24,7 +24,10 @@ from vllm_metal.metal_kernel_backend.kernel_library import (
     without_device,
 )
 
-CONSTANTS = "#pragma once\nconstant constexpr int SIMD_SIZE = 32;\n"
+CONSTANTS = (
+    ("paged/constants.h", "#pragma once\nconstant constexpr int SIMD_SIZE = 32;\n"),
+    ("turboquant/constants.h", "#pragma once\n"),
+)
 
 KERNEL = Kernel(
     "scale", "turboquant/rotation.h", CONSTANTS, ("x", "factor"), ("y",), "  y[0] = x[0];\n"
@@ -55,7 +58,10 @@ def test_what_two_headers_include_is_expanded_once_and_before_both(monkeypatch):
         "c.h": '#include "x/constants.h"\nint c;\n',
     }
     monkeypatch.setattr(kernel_library, "header_source", files.__getitem__)
-    assert expanded("a.h", "#pragma once\nint d;\n") == "int d;\nint c;\nint b;\nint a;\n"
+    assert (
+        expanded("a.h", {"x/constants.h": "#pragma once\nint d;\n"})
+        == "int d;\nint c;\nint b;\nint a;\n"
+    )
 
 
 def test_inputs_are_ordered_by_name():
@@ -141,7 +147,7 @@ def test_a_wheel_and_one_made_of_the_sdist_hold_every_kernel_file(tmp_path):
     from hatchling.builders.wheel import WheelBuilder
 
     files = {str(file.relative_to(KERNELS)) for file in KERNELS.rglob("*") if file.is_file()}
-    assert "turboquant.metal" in files and "turboquant/decode/decode.h" in files
+    assert "turboquant.metal" in files and "paged/decode.h" in files and "dense/store.h" in files
     [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
     assert packaged_kernels(wheel) == files
     [sdist] = SdistBuilder(str(ROOT)).build(directory=str(tmp_path))

@@ -5,10 +5,14 @@ import pytest
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.errors import UserError
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend import selection
+from vllm_metal.metal_kernel_backend.dense.fused import DenseFused
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
+from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
+from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
 
 SHAPES = [LayerShape(2, 64, 64)] * 6
@@ -18,6 +22,51 @@ def kinds(config, shapes=SHAPES):
     return [
         type(b) for b in make_backends(shapes, 16, mx.float32, config, neutral_constants(shapes))
     ]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(selection, "available_target", HostTarget)
+
+
+def test_where_there_are_kernels_all_layers_are_on_them(kernels):
+    assert kinds(None) == [DenseFused] * 6
+    config = TurboQuantConfig(parse_pair("q8_0/q3_0"), skip_layers=(2,))
+    assert kinds(config) == [TurboQuantFused] * 2 + [DenseFused] + [TurboQuantFused] * 3
+    assert all(
+        backend.stores_through
+        for backend in make_backends(SHAPES, 16, mx.float16, None, neutral_constants(SHAPES))
+    )
+
+
+def backends(shape: LayerShape, block_size: int = 16):
+    shapes = [shape, SHAPES[0]]
+    return make_backends(shapes, block_size, mx.float16, None, neutral_constants(shapes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "reason"),
+    [
+        (LayerShape(1, 576, 576), 16, "its head sizes 576 and 576 are over 512"),
+        (LayerShape(2, 64, 64), 12, "its blocks of 12 tokens are not a multiple of 8"),
+    ],
+)
+def test_a_dense_layer_that_kernels_cannot_decode_is_said_to_be_slow(
+    kernels, caplog, shape, block_size, reason
+):
+    selection._say_why_not.cache_clear()
+    with caplog.at_level("WARNING", "vllm.metal.cache"):
+        assert type(backends(shape, block_size)[0]) is DensePages
+    [record] = caplog.records
+    assert reason in record.getMessage() and "several times as long" in record.getMessage()
+
+
+def test_what_a_model_fetches_is_stored_by_kernels_unless_it_is_one_array(kernels, caplog):
+    with caplog.at_level("WARNING", "vllm.metal.cache"):
+        assert type(backends(LayerShape(1, 512, 64, fetched=True))[0]) is DenseFused
+        assert type(backends(LayerShape(1, 576, 64, fetched=True))[0]) is DenseFused
+        assert type(backends(LayerShape(1, 128, 0, fetched=True))[0]) is DensePages
+    assert caplog.records == []
 
 
 def test_dense_without_turboquant_never_calibrates():

@@ -8,7 +8,7 @@ from tests.tiny_models import SERVED, tiny_model
 from vllm_metal.attention.metadata import PrefillMetadata
 from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.model import head_rows
 from vllm_metal.model.head_rows import HeadRows
 from vllm_metal.model.model_binding import ModelBinding

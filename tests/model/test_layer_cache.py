@@ -11,7 +11,7 @@ from vllm_metal.attention.backend import LayerShape
 from vllm_metal.attention.masks import causal_mask
 from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.model.layer_cache import (
     CachePositions,
     ForwardPass,

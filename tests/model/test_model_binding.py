@@ -14,7 +14,7 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.errors import ChangedLibraryError
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference

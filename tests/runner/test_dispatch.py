@@ -58,6 +58,19 @@ def test_an_evaluation_begins_when_the_one_before_has_ended(dispatch, monkeypatc
     assert order == ["first begins", "first ends", "second begins", "second ends"]
 
 
+@pytest.mark.parametrize("kernels_write_pages", [True, False])
+def test_a_gpu_gets_a_step_while_one_runs_only_where_kernels_write_pages(
+    monkeypatch, kernels_write_pages
+):
+    calls = []
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "synchronize", lambda: calls.append("waits"))
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: calls.append(arrays))
+    make_dispatch(kernels_write_pages)("tokens", ["pages"])()
+    expected = [("tokens", ["pages"])]
+    assert calls == (expected if kernels_write_pages else ["waits", *expected])
+
+
 def test_waiting_raises_what_the_evaluation_raised(dispatch, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")

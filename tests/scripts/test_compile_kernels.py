@@ -52,27 +52,29 @@ def test_every_file_and_every_kernel_is_compiled_and_linked(calls, tmp_path, cap
     report = json.loads((out / "results.json").read_text())
     names = [result["name"] for result in report["results"]]
     files = [f"file {path.relative_to(KERNELS)}" for path in compile_kernels.kernel_files()]
-    assert names == [*files, *(f"q8_0/q3_0 {i}" for i in range(4)), "library"]
+    kinds = ("dense float16", "dense bfloat16", "q8_0/q3_0")
+    assert names == [*files, *(f"{kind} {i}" for kind in kinds for i in range(4)), "library"]
     assert report["standard"] == "metal3.2" and report["compiler"] == "a version"
     compiled = [call for call in calls() if " metal -std=metal3.2 -x metal " in call]
     assert len(compiled) == len(names) - 1
     [library] = [call for call in calls() if " metallib " in call]
-    assert all(f"q8_0-q3_0_{i}.metal.air" in library for i in range(4))
+    for kind in ("dense-float16", "dense-bfloat16", "q8_0-q3_0"):
+        assert all(f"{kind}_{i}.metal.air" in library for i in range(4))
     assert f"{len(names)} of {len(names)} compiled as metal3.2" in capsys.readouterr().out
 
 
-def test_the_texts_are_those_of_all_four_kernels_in_every_size_and_type():
-    pair = parse_pair("q8_0/q3_0")
-    compile_kernels.HEAD_SIZES, sizes = (64, 128), compile_kernels.HEAD_SIZES
-    try:
-        texts = compile_kernels.texts(pair)
-    finally:
-        compile_kernels.HEAD_SIZES = sizes
+@pytest.mark.parametrize(
+    ("kind", "prefix", "read"),
+    [(parse_pair("q8_0/q3_0"), "turboquant", "dequantize"), (mx.bfloat16, "dense", "gather")],
+)
+def test_the_texts_are_those_of_all_four_kernels_in_every_size(monkeypatch, kind, prefix, read):
+    monkeypatch.setattr(compile_kernels, "HEAD_SIZES", (64, 128))
+    texts = compile_kernels.texts(kind)
     assert [compile_errors(for_clang(text)) for text in texts] == [""] * 4
     together = "".join(texts)
-    for kernel in ("store", "decode", "merge", "dequantize"):
-        assert f"turboquant_{kernel}_" in together
-    assert "float16_t" in together and "bfloat16_t" in together
+    for kernel in ("store", "decode", "merge", read):
+        assert f"{prefix}_{kernel}_" in together
+    assert "bfloat16_t" in together and ("float16_t" in together or prefix == "dense")
 
 
 def test_a_file_that_does_not_compile_is_told_and_fails(calls, monkeypatch, tmp_path, capsys):

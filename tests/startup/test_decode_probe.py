@@ -11,7 +11,7 @@ from tests.tiny_models import FETCHED, ONE_AT_A_TIME, RECURRENT, SERVED, tiny_mo
 from vllm_metal.attention.metadata import PrefillMetadata
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair

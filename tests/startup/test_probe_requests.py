@@ -6,7 +6,7 @@ import pytest
 from tests.tiny_models import tiny_model
 from vllm_metal.attention.metadata import StateMetadata
 from vllm_metal.kv_cache.cache import KVCache
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.startup.probe_requests import (
     BLOCK_SIZE,

@@ -3,7 +3,7 @@
 A step stores one new token of each request in every layer and attends from it, layer after layer:
 the output of one is the query of the next, as in a model. MLX is given the whole step at once, as
 in the server, and what lies between the layers of a model is left out. Dense pages run the same
-step through the same interface, their gather included.
+step through the same interface, on the kernels where they serve.
 """
 
 import statistics

@@ -1,10 +1,11 @@
 """`vllm-metal doctor`: do the kernels give the right results on this machine, and how fast?
 
 For every format pair that the docs show, it compiles the kernels, compares the bytes that they
-store with the codec's, and compares attention and the dequantised keys and values with float32.
-Dense pages are checked in the same way. On a GPU it then times the attention layers of a decode
-step as the server runs them. Where MLX has no GPU the kernels are compiled for the CPU and checked;
-their speed there says nothing about a GPU, so it is not measured.
+store with the codec's, and compares attention and the dequantised keys and values with float32. The
+kernels of dense pages are checked in the same way, against the bytes that MLX operations store, and
+so are those operations. On a GPU it then times the attention layers of a decode step as the server
+runs them. Where MLX has no GPU the kernels are compiled for the CPU and checked; their speed there
+says nothing about a GPU, so it is not measured.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from vllm_metal import __version__
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.commands.decode_timing import copy_gigabytes_per_second, time_steps
 from vllm_metal.commands.doctor_report import PACKAGES, Report
-from vllm_metal.commands.kernel_checks import check_dense, check_kernels, fused_backend
+from vllm_metal.commands.kernel_checks import DENSE, check_dense, check_kernels, fused_backend
+from vllm_metal.commands.kernel_trial import dense_backend
 from vllm_metal.errors import UserError
 from vllm_metal.machine.device import Device, select_device
-from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.gpu_cores import core_count
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
@@ -59,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     kv_heads = KV_HEADS_ON_HOST if target.name == "host" else KV_HEADS
     layouts = {pair: _layout(pair, args.head_size, kv_heads) for pair in args.formats}
     shape = LayerShape(kv_heads, args.head_size, args.head_size)
-    checks = [check_dense(shape, BLOCK_SIZE), *check_kernels(layouts, target)]
+    dense = [check_dense(shape, BLOCK_SIZE, kind) for kind in (None, target)]
+    checks = [*dense, *check_kernels(layouts, target)]
     report = Report(machine_facts(device, target), shape, BLOCK_SIZE, checks)
     if report.ok and target.name != "host":
         backends: list[tuple[str, AttentionBackend]] = [
-            ("dense", DensePages(shape, BLOCK_SIZE, mx.float16))
+            (DENSE, dense_backend(shape, BLOCK_SIZE, mx.float16, target))
         ]
         backends += [(pair, fused_backend(layout, target)) for pair, layout in layouts.items()]
         try:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 from vllm_metal.attention.backend import LayerShape
 from vllm_metal.commands.decode_timing import LAYERS, MEMORY_SHARE, SHAPES, StepTime
-from vllm_metal.commands.kernel_checks import Check
+from vllm_metal.commands.kernel_checks import DENSE, DENSE_ON_OPERATIONS, Check
 from vllm_metal.commands.kernel_trial import QUERY_HEADS_PER_KV_HEAD
 from vllm_metal.kv_cache.planner import format_bytes
 
@@ -112,7 +112,7 @@ class Report:
             ]
         if not self.steps or self.copy_rate is None:
             return [f"The timing stopped: {self.timing_failure}"] * bool(self.timing_failure)
-        dense = {(s.requests, s.context): s for s in self.steps if s.pages == "dense"}
+        dense = {(s.requests, s.context): s for s in self.steps if s.pages == DENSE}
         lines = [
             f"One decode step of {LAYERS} attention layers with {self._heads} query heads, as the "
             "server runs it (median):",
@@ -132,7 +132,7 @@ class Report:
 
 def _check_row(check: Check) -> str:
     compiled, wrong = f"{check.seconds:.1f} s", str(check.wrong_bytes)
-    if check.pages == "dense":
+    if check.pages == DENSE_ON_OPERATIONS:
         compiled = wrong = "-"
     return (
         f"{check.pages:<12}{compiled:>12}{wrong:>13}{check.error:>10.1e}{check.allowed:>10.1e}"

@@ -14,8 +14,8 @@ from vllm_metal.commands.kernel_trial import (
     DenseTrial,
     KernelTrial,
     Trial,
+    dense_backend,
 )
-from vllm_metal.metal_kernel_backend.dense import DensePages
 from vllm_metal.metal_kernel_backend.host_target import (
     HostProgram,
     ProgramRecorder,
@@ -59,17 +59,39 @@ class Check:
     """What is wrong, in one sentence; empty where the results are right."""
 
 
-def check_dense(shape: LayerShape, block_size: int) -> Check:
-    """Attention over dense pages, in full and in a window with sinks."""
-    check = Check("dense")
-    for dtype in DTYPES:
-        for length in LENGTHS:
-            trial = DenseTrial(shape, block_size, length, dtype)
-            _compare(check, dtype, trial.decode(), trial.expected())
-            seen = trial.sinks, WINDOW
-            _compare(check, dtype, trial.decode(*seen), trial.expected(*seen))
-            check_broken_token(trial, trial.decode, check)
-    check_order(DensePages(shape, block_size, DTYPES[0]), check)
+DENSE, DENSE_ON_OPERATIONS = "dense", "dense, MLX"
+"""What the checks of dense pages are called: on the kernels, and on MLX operations."""
+
+
+def check_dense(shape: LayerShape, block_size: int, target: Target | None = None) -> Check:
+    """All checks of dense pages, in both types: on the kernels of `target`, or on MLX operations.
+
+    The bytes that the kernels store are compared with those of the operations.
+    """
+    check = Check(DENSE if target else DENSE_ON_OPERATIONS)
+    on_host = target is not None and target.name == "host"
+    try:
+        if on_host:
+            compile_ahead(_dense_programs(shape, block_size))
+        for dtype in DTYPES:
+            start = time.perf_counter()
+            for i, length in enumerate(LENGTHS_ON_HOST if on_host else LENGTHS):
+                trial = DenseTrial(shape, block_size, length, dtype, target)
+                _compare(check, dtype, trial.decode(), trial.expected())
+                seen = trial.sinks, WINDOW
+                _compare(check, dtype, trial.decode(*seen), trial.expected(*seen))
+                for got, expected in zip(trial.read(), trial.plain(), strict=True):
+                    _compare(check, dtype, got, np.array(expected))
+                check.wrong_bytes += trial.wrong_bytes() if target else 0
+                if check.wrong_bytes:
+                    check.failure = (
+                        f"{check.wrong_bytes} stored bytes differ from those of MLX operations"
+                    )
+                check.seconds += time.perf_counter() - start if i == 0 else 0
+                check_broken_token(trial, trial.decode, check)
+        check_order(dense_backend(shape, block_size, DTYPES[0], target), check)
+    except Exception as error:
+        check.failure = f"{type(error).__name__}: {str(error)[:2000]}"
     return check
 
 
@@ -163,6 +185,17 @@ def _compare(check: Check, dtype: mx.Dtype, got: mx.array, expected: np.ndarray)
             f"the results have a relative error of {error:.1e}, and rounding explains "
             f"{allowed:.1e} at most"
         )
+
+
+def _dense_programs(shape: LayerShape, block_size: int) -> list[HostProgram]:
+    """What `check_dense` compiles on the CPU."""
+    recorder = ProgramRecorder()
+    for dtype in DTYPES:
+        trial = DenseTrial(shape, block_size, 1, dtype, recorder)
+        trial.decode()
+        trial.decode(sinks=trial.sinks)
+        trial.read()
+    return recorder.programs
 
 
 def _programs(layout: PageLayout, thorough: bool) -> list[HostProgram]:

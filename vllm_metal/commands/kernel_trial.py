@@ -1,6 +1,6 @@
 """Two requests of random keys and values, stored and attended to, beside the right answers.
 
-`KernelTrial` runs the kernels of a format pair, `DenseTrial` the dense pages. The answers are
+`KernelTrial` runs the kernels of a format pair, `DenseTrial` dense pages. The answers are
 computed on the CPU in float32: from what the codec makes of the keys and values, or from the keys
 and values themselves.
 """
@@ -10,10 +10,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from vllm_metal.attention.backend import LayerShape, Pages, Rows
+from vllm_metal.attention.backend import AttentionBackend, LayerShape, Pages, Rows
 from vllm_metal.attention.metadata import DecodeMetadata
 from vllm_metal.attention.slots import compose_slots, split_slots
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.fused import DenseFused
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
+from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, TokenCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
@@ -140,7 +142,7 @@ class KernelTrial(Trial):
     def dequantize(self, token: mx.array) -> tuple[mx.array, mx.array]:  # [H, length, D] each
         """Keys and values of the last request."""
         table, arguments = self.block_table()[-1], (0, self.length, token, self.dtype)
-        return self.launcher.dequantize(self.pages, table, self.constants, *arguments)
+        return self.launcher.read(self.pages, table, self.constants, *arguments)
 
     def wrong_bytes(self, token: mx.array) -> int:
         """Stored bytes of codes, levels, scales and biases that are not the codec's.
@@ -171,21 +173,72 @@ class KernelTrial(Trial):
 
 
 class DenseTrial(Trial):
-    """The same through dense pages of the type of the keys and values."""
+    """The same through dense pages of the type of the keys and values.
+
+    Args:
+        target: of the kernels; None for MLX operations.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        block_size: int,
+        length: int,
+        dtype: mx.Dtype,
+        target: Target | None = None,
+    ):
+        super().__init__(shape, block_size, length, dtype)
+        self.target = target
 
     def decode(self, sinks: mx.array | None = None, window: int = 0) -> mx.array:  # [2, Hq, D]
-        shape = replace(self.shape, sliding_window=window or None)
-        backend = DensePages(shape, self.block_size, self.dtype)
+        backend = dense_backend(
+            replace(self.shape, sliding_window=window or None),
+            self.block_size,
+            self.dtype,
+            self.target,
+        )
+        pages, metadata = self._stored(backend), self._metadata()
+        sinks = None if sinks is None else sinks.astype(self.dtype)
+        return backend.decode(pages, Rows(self.queries, metadata, self.scale, sinks))
+
+    def read(self) -> list[mx.array]:  # [2, H, length, D] each
+        """Keys and values of both requests, as a chunk with a context reads them."""
+        backend = dense_backend(self.shape, self.block_size, self.dtype, self.target)
+        read = backend.read(self._stored(backend), self._metadata())
+        return [part[:, :, : self.length] for part in read]
+
+    def wrong_bytes(self) -> int:
+        """Bytes of the pages that are not those that MLX operations store."""
+        stored = []
+        for target in (None, self.target):
+            backend = dense_backend(self.shape, self.block_size, self.dtype, target)
+            pages = self._stored(backend)
+            mx.eval([array for array in pages if array is not None])
+            stored.append(np.array(pages.array.view(mx.uint8)))
+        return int((stored[0] != stored[1]).sum())
+
+    def _stored(self, backend: AttentionBackend) -> Pages:
+        page = backend.page_size_bytes // self.dtype.size
+        array = mx.zeros((self.num_blocks, page), self.dtype)
+        mx.eval(array)
+        pages = Pages(array, backend.first_token())
+        return backend.store(pages, self.keys, self.values, self._metadata())
+
+    def _metadata(self) -> DecodeMetadata:
         lengths = [self.length] * REQUESTS
-        metadata = DecodeMetadata(
+        return DecodeMetadata(
             block_table=self.block_table(),
             seq_lens=mx.array(lengths),
             slot_mapping=self.slot_mapping(),
             offset=mx.array(lengths) - 1,
             max_seq_len=self.length,
         )
-        page = backend.page_size_bytes // self.dtype.size
-        pages = Pages(mx.zeros((self.num_blocks, page), self.dtype))
-        pages = backend.store(pages, self.keys, self.values, metadata)
-        sinks = None if sinks is None else sinks.astype(self.dtype)
-        return backend.decode(pages, Rows(self.queries, metadata, self.scale, sinks))
+
+
+def dense_backend(
+    shape: LayerShape, block_size: int, dtype: mx.Dtype, target: Target | None
+) -> AttentionBackend:
+    """Dense pages on the kernels of a target, or on MLX operations."""
+    if target is None:
+        return DensePages(shape, block_size, dtype)
+    return DenseFused(shape, block_size, dtype, target)

@@ -12,7 +12,7 @@ import mlx.core as mx
 from vllm_metal.attention.backend import LayerShape, Pages
 from vllm_metal.attention.metadata import AttentionMetadata
 from vllm_metal.errors import UserError
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.formats import DEGREE, value_format
 from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 

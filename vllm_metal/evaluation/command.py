@@ -98,7 +98,7 @@ def progress_line() -> Callable[[str], None]:
 
 def describe(study: "Study", model: str, text: Path | None, blas: str | None) -> dict:
     """Where and on what the figures were measured."""
-    from vllm_metal.evaluation.provenance import provenance
+    from vllm_metal.machine.provenance import provenance
     from vllm_metal.metal_kernel_backend.kernel_library import available_target
 
     target = available_target()

@@ -1,11 +1,15 @@
 """The sole owner of every layer's pages.
 
-Pages are written in place because nobody but this object holds them: `store` hands the array to
-the backend, drops it, and keeps what comes back. On MLX's CPU stream a write is in place only
-when its array has no other holder at the moment it is dispatched, so a forward pass is evaluated
-before the next one is dispatched (`ModelRunner`). Where layers share a region of memory
-(`CacheLayout`), what came before a second write to it is evaluated first, and the recurrent states
-are read before the forward pass and written after it.
+Pages that MLX writes are written in place because nobody but this object holds them: `store` hands
+the array to the backend, drops it, and keeps what comes back. Such a write is in place only when
+its array has no other holder at the moment it is dispatched, so a forward pass is evaluated before
+the next one is dispatched (`ModelRunner`). Where layers share a region of memory (`CacheLayout`),
+what came before a second write to it is evaluated first, and the recurrent states are read before
+the forward pass and written after it.
+
+Kernels write through the array that they are given, whoever else holds it. If they write all pages
+(`KVCache.stores_through`), a step may be dispatched while the one before runs; why that is in order
+is argued in `vllm_metal/runner/steps_in_flight.py`.
 """
 
 from collections.abc import Sequence
@@ -73,6 +77,8 @@ class KVCache:
             if planned.states:
                 regions_of_states.append((planned.states, region))
         self.states = RecurrentStates(states, self.groups, regions_of_states)
+        self.stores_through = not states and self._all_store_through(range(len(self.backends)))
+        """Whether kernels write all pages, in place, however many holders an array has."""
         self._tokens = [backend.first_token() for backend in self.backends]
         """`Pages.token` of each layer."""
         self.shares_arrays = bool(self.states) or any(

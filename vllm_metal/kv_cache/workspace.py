@@ -100,6 +100,8 @@ class StepMemory:
     """Tokens that a request holds, rounded up as `DecodeGraphs` does; 1 where it holds none."""
     scoring: int = 0
     """Bytes for the prompt logprobs of the largest chunk."""
+    decodes_at_once: int = 1
+    """Decode steps whose memory is held at a time: 2 where one is dispatched while another runs."""
 
     def workspace(self, page_bytes: int, num_tokens: int) -> int:
         """Bytes for any step.
@@ -112,15 +114,15 @@ class StepMemory:
         return max(
             *map(self.prefill.of_chunk, self.chunks),
             self.scoring,
-            self.decode.of(1, self.max_tokens),
+            self.decodes_at_once * self.decode.of(1, self.max_tokens),
             min(decode, page_bytes // DECODE_SHARE),
         )
 
     def decode_bytes(self, num_tokens: int) -> int:
-        """Peak of any decode forward that gathers `num_tokens` tokens, over all its requests."""
+        """Peak of decode steps that gather `num_tokens` tokens each, over all requests."""
         few = min(self.max_requests, -(-num_tokens // self.max_tokens))
         extremes = {max(1, few), self.max_requests}
-        return max(
+        return self.decodes_at_once * max(
             self.decode.of(rows, min(self.max_tokens, -(-num_tokens // rows))) for rows in extremes
         )
 

@@ -1,10 +1,13 @@
 """Causal attention over gathered keys and values on MLX operations, and its mask for decode."""
 
+from abc import abstractmethod
+from dataclasses import replace
 from fractions import Fraction
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import Chunk, ChunkMemory
+from vllm_metal.attention.backend import AttentionBackend, Chunk, ChunkMemory, Pages
+from vllm_metal.attention.broken_tokens import confined
 from vllm_metal.attention.masks import seen_keys
 from vllm_metal.attention.metadata import DecodeMetadata
 
@@ -15,6 +18,22 @@ a GPU for most head sizes and in float32."""
 FUSED_HEAD_SIZES = (64, 80, 128)
 """Equal head sizes of keys and values for which MLX's GPU backends, Metal and CUDA alike, attend to
 16-bit chunks without holding their scores."""
+
+
+class ChunkAttention(AttentionBackend):
+    """A backend whose chunks attend to their own keys and values as they are, where they may."""
+
+    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
+        if not self.reproducible:
+            keys, values = confined(chunk.keys, chunk.values)
+            chunk = replace(chunk, keys=keys, values=values)
+        if not (self.reproducible or chunk.metadata.context_len):
+            return attend_to_itself(chunk, self.shape.sliding_window)
+        return self.prefill_with_context(pages, chunk)
+
+    @abstractmethod
+    def prefill_with_context(self, pages: Pages, chunk: Chunk) -> mx.array:
+        """`prefill` of a chunk that reads pages: its context, or its own tokens."""
 
 
 def valid_tokens(

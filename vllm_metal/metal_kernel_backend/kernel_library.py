@@ -36,8 +36,8 @@ class Kernel:
     name: str
     header: str
     """The file in `kernels/` with its function; empty: the body needs none."""
-    constants: str = field(repr=False)
-    """The text that stands where the headers include `constants.h`."""
+    constants: tuple[tuple[str, str], ...] = field(repr=False)
+    """Headers that Python writes, and the text that stands where others include them."""
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     body: str
@@ -166,12 +166,11 @@ def available_target() -> Target | None:
 KERNELS = Path(__file__).parents[1] / "kernels"
 """The folder of the kernels' sources: in the source tree a link to the one at its root."""
 
-CONSTANTS = "constants.h"
-"""Name of the headers that repeat a kernel's `constants`, for editors and Metal's own compiler."""
 
-
-def expanded(header: str, constants: str, seen: set[str] | None = None) -> str:
+def expanded(header: str, constants: Mapping[str, str], seen: set[str] | None = None) -> str:
     """A header of `kernels/` with the headers it includes in their places, each once.
+
+    The files of those in `constants` are for editors and Metal's own compiler; the text counts.
 
     Raises FileNotFoundError for a header that does not exist.
     """
@@ -179,9 +178,9 @@ def expanded(header: str, constants: str, seen: set[str] | None = None) -> str:
     if header in seen:
         return ""
     seen.add(header)
-    is_constants = Path(header).name == CONSTANTS
+    source = constants[header] if header in constants else header_source(header)
     text = ""
-    for line in (constants if is_constants else header_source(header)).splitlines(keepends=True):
+    for line in source.splitlines(keepends=True):
         if line.startswith('#include "'):
             text += expanded(line.split('"')[1], constants, seen)
         elif not line.startswith("#pragma once"):
@@ -204,7 +203,7 @@ def shim_source(name: str) -> str:
 @cache
 def library_text(kernel: Kernel) -> str:
     """What stands before a kernel's body: constants and functions, compact."""
-    return compact(expanded(kernel.header, kernel.constants)) if kernel.header else ""
+    return compact(expanded(kernel.header, dict(kernel.constants))) if kernel.header else ""
 
 
 def without_device(source: str) -> str:

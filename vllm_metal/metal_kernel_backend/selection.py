@@ -1,7 +1,9 @@
 """The one place where dense or TurboQuant is chosen, and the kernels or MLX operations for it."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import mlx.core as mx
 
@@ -9,14 +11,18 @@ from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.page_sizes import PageSize, TokenBytes, page_sizes
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.errors import UserError
-from vllm_metal.metal_kernel_backend.dense import DensePages, dense_slot_size
-from vllm_metal.metal_kernel_backend.kernel_library import available_target
+from vllm_metal.metal_kernel_backend.dense.fused import DenseFused, obstacle
+from vllm_metal.metal_kernel_backend.dense.layout import dense_slot_size
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
+from vllm_metal.metal_kernel_backend.kernel_library import Target, available_target
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
 from vllm_metal.metal_kernel_backend.turboquant.layout import check_head_size
 from vllm_metal.metal_kernel_backend.turboquant.reference import TurboQuantReference
+
+logger = logging.getLogger("vllm.metal.cache")
 
 Calibrate = Callable[[], Sequence[KeyConstants]]
 """Gives the constants of every layer; called only where a layer is compressed."""
@@ -55,9 +61,12 @@ def make_backends(
     }
     shared = bool(states) or len(kinds) > 1
     constants = calibrate() if any(formats) else []
-    make_compressed = _compressed_kind(turboquant is not None and turboquant.reproducible)
+    target = available_target()
+    make_dense = _dense_kind(target, dense_dtype, shared)
+    reproducible = turboquant is not None and turboquant.reproducible
+    make_compressed = _compressed_kind(target, reproducible)
     return [
-        DensePages(shape, page.block_size, dense_dtype, page.page_bytes, shared)
+        make_dense(shape, page)
         if pair is None
         else make_compressed(shape, page, pair, constants[layer])
         for layer, (shape, page, pair) in enumerate(zip(shapes, pages, formats, strict=True))
@@ -82,12 +91,40 @@ def _slot_size(shape: LayerShape, formats: FormatPair | None, dense_dtype: mx.Dt
     return formats.slot_size(shape.head_size, shape.head_size_v)
 
 
+_MakeDense = Callable[[LayerShape, PageSize], AttentionBackend]
+
+
+def _dense_kind(target: Target | None, dtype: mx.Dtype, shared: bool) -> _MakeDense:
+    """Dense pages on the kernels, or on MLX operations where there are none or they cannot."""
+
+    def make(shape: LayerShape, page: PageSize) -> AttentionBackend:
+        size = page.block_size
+        if target is None:
+            return DensePages(shape, size, dtype, page.page_bytes, shared)
+        if reason := obstacle(shape, size):
+            if not shape.fetched:  # what a model fetches is gathered in any case
+                _say_why_not(reason)
+            return DensePages(shape, size, dtype, page.page_bytes, shared)
+        return DenseFused(shape, size, dtype, target, page.page_bytes)
+
+    return make
+
+
+@cache
+def _say_why_not(reason: str) -> None:
+    """Once for all layers of a kind."""
+    logger.warning(
+        "A dense layer decodes on MLX operations and not on the kernels: %s. Each of its decode "
+        "steps copies the context of every request, which takes several times as long.",
+        reason,
+    )
+
+
 _MakeCompressed = Callable[[LayerShape, PageSize, FormatPair, KeyConstants], AttentionBackend]
 
 
-def _compressed_kind(reproducible: bool) -> _MakeCompressed:
+def _compressed_kind(target: Target | None, reproducible: bool) -> _MakeCompressed:
     """Compressed pages on the kernels, or on MLX operations where there are none."""
-    target = available_target()
 
     def make(
         shape: LayerShape, page: PageSize, formats: FormatPair, constants: KeyConstants

@@ -10,9 +10,10 @@ Prompt chunks follow in the scheduler's order, in which whoever fills a block pr
 given it.
 
 A greedy step stays in MLX and is handed back before it is computed (`PendingTokens`): vLLM
-schedules the next step and its graph is built on the lazy tokens meanwhile. It is dispatched only
-once the previous step is finished, so that every page array has one holder and is written in
-place (`kv_cache/cache.py`).
+schedules the next step and its graph is built on the lazy tokens meanwhile. Where kernels write all
+pages, that step is dispatched at once (`steps_in_flight`). Elsewhere it is dispatched when the
+previous step is finished, so that every page array has one holder and is written in place
+(`kv_cache/cache.py`).
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from vllm_metal.runner.nan_logits import are_finite, reporter, rows_in_torch
 from vllm_metal.runner.pending_tokens import PendingTokens
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.runner.sampler import TorchSampler, greedy, to_torch
+from vllm_metal.runner.steps_in_flight import StepsInFlight
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,7 +80,7 @@ class ModelRunner:
         block_tables: Sequence[BlockTableSize],
         dispatch: Dispatch,
     ):
-        self.model = model
+        self.bound_model = model  # not `model`: there vLLM expects a torch module
         self.kv_cache = model.kv_cache
         self.decode = decode
         self.batch = RequestBatch(vllm_config, block_tables)
@@ -87,18 +89,18 @@ class ModelRunner:
         self._sampler = TorchSampler(config.logprobs_mode, config.use_fp64_gumbel)
         self._dispatch = dispatch
         self._report_nans = reporter(vllm_config)
-        self._pending: PendingTokens | None = None
+        self._in_flight = StepsInFlight(self.batch)
         self._step: _Step | None = None
 
     def execute_model(self, scheduled: "SchedulerOutput") -> ModelRunnerOutput | None:
         """Runs the forward passes of one step; `sample_tokens` follows unless it was empty."""
-        pending = self._pending
+        self._in_flight.finish(but=1)
         if not self._can_run_ahead(scheduled):
-            self._finish_pending()
-            pending = None
+            self._in_flight.finish()
+        pending = self._in_flight.newest
         self.batch.update(scheduled)
         if scheduled.kv_cache_block_copies:
-            self._finish_pending()
+            self._in_flight.finish()
             self.kv_cache.copy_blocks(scheduled.kv_cache_block_copies)
         if not scheduled.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -112,8 +114,7 @@ class ModelRunner:
                 chunks.append((req_id, row, num_scheduled))
         if step.decode_rows:
             step.decode_logits = self._decode(step, pending)
-            if chunks:
-                self._finish_pending()
+            if chunks:  # then nothing is in flight: no chunk runs ahead
                 self.kv_cache.evaluate(step.decode_logits)
         for chunk in chunks:
             self._prefill(step, *chunk)
@@ -145,13 +146,13 @@ class ModelRunner:
         batch as it was decides: what joins now is in `scheduled_new_reqs`. A forward that
         evaluates on its way waits for the previous one.
         """
-        cached = scheduled.scheduled_cached_reqs
+        cached, previous = scheduled.scheduled_cached_reqs, self._in_flight.newest
         return (
-            self._pending is not None
+            previous is not None
             and not self.kv_cache.shares_arrays
             and not scheduled.scheduled_new_reqs
             and not cached.resumed_req_ids
-            and all(req_id in self._pending.index for req_id in cached.req_ids)
+            and all(req_id in previous.index for req_id in cached.req_ids)
             and all(count == 1 for count in scheduled.num_scheduled_tokens.values())
         )
 
@@ -161,12 +162,12 @@ class ModelRunner:
             self.batch.rows, row, num_scheduled, self.kv_cache.groups
         )
         if req_id in self.batch.unscored_prompts:
-            chunk = self.model.forward_to_head(token_ids, metadata)
+            chunk = self.bound_model.forward_to_head(token_ids, metadata)
             self.kv_cache.evaluate(chunk.hidden)
             logits = chunk.of(num_scheduled - 1, num_scheduled)
             self._score_prompt(step, req_id, num_scheduled, chunk)
         else:
-            logits = self.model.forward(token_ids, metadata)[0]
+            logits = self.bound_model.forward(token_ids, metadata)[0]
         if self.batch.is_complete(req_id, num_scheduled):
             step.logits[row] = logits[-1:]
             self.kv_cache.evaluate(step.logits[row])
@@ -189,7 +190,7 @@ class ModelRunner:
             )
             logits.append(self.decode.run(token_ids, metadata)[:, -1])
             if len(parts) > 1 or self.kv_cache.shares_arrays:
-                self._finish_pending()
+                self._in_flight.finish()
                 self.kv_cache.evaluate(logits[-1])
         step.decode_rows = [row for part in parts for row in part]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
@@ -221,22 +222,23 @@ class ModelRunner:
         if len(positions) < len(sampled):
             chosen = mx.array([i for i, r in enumerate(sampled) if r in positions])
             tokens, finite = tokens[chosen], finite[chosen]
-        self._finish_pending()
+        if not self.kv_cache.stores_through:
+            self._in_flight.finish()
         wait = self._dispatch(tokens, finite, self.kv_cache.arrays)
-        self._pending = PendingTokens(
+        pending = PendingTokens(
             tokens, finite, wait, positions, output, step.prompts_with_nans, self._report_nans
         )
+        self._in_flight.add(pending)
         if self._returns_pending:
-            return self._pending
-        pending = self._pending
-        self._finish_pending()
+            return pending
+        self._in_flight.finish()
         return pending.get_output()
 
     def _sample_in_torch(
         self, step: _Step, grammar: "GrammarOutput | None", output: ModelRunnerOutput
     ) -> ModelRunnerOutput:
         rows = self.batch.rows
-        self._finish_pending()
+        self._in_flight.finish()
         parts = [([row], logits) for row, logits in step.logits.items()]
         if step.decode_logits is not None:
             parts.append((step.decode_rows, step.decode_logits))
@@ -260,16 +262,6 @@ class ModelRunner:
                 self.batch.append(req_id, token_id)
         self._report_nans(output, with_nans)
         return output
-
-    def _finish_pending(self) -> None:
-        """Waits for the previous greedy step and writes its tokens into the batch."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        for (req_id, position), token_id in zip(
-            pending.positions.items(), pending.wait(), strict=True
-        ):
-            self.batch.fill_placeholder(req_id, position, token_id)
 
     def _samples(self, step: _Step, req_id: str) -> bool:
         return self.batch.is_complete(req_id, step.scheduled.num_scheduled_tokens[req_id])

@@ -13,7 +13,7 @@ from vllm_metal.attention.backend import Chunk
 from vllm_metal.attention.metadata import GroupMetadata, PrefillMetadata, StateMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.groups import StateGroup
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.metal_kernel_backend.turboquant.calibration import Sample
 from vllm_metal.model.layer_cache import Observer
 from vllm_metal.model.model_binding import ModelBinding

@@ -8,7 +8,7 @@ import numpy as np
 from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
-from vllm_metal.metal_kernel_backend.dense import DensePages
+from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.model.model_binding import BoundModel, ModelBinding
 
 DecodeStep = Callable[[mx.array, Sequence[GroupMetadata]], mx.array]

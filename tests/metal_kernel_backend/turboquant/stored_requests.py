@@ -142,7 +142,7 @@ class Stored:
     def dequantize(self, request: int, first: int, count: int, **settings) -> list[np.ndarray]:
         table = mx.array(self.table[request].astype(np.int32))
         with mx.stream(DEVICE):
-            made = self.launcher.dequantize(
+            made = self.launcher.read(
                 self.pages, table, self.constants, first, count, self.token, mx.float32, **settings
             )
             return [np.array(array) for array in made]

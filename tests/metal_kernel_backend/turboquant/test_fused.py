@@ -10,7 +10,7 @@ from tests.attention.paged_layer import PagedLayer, Request
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.metadata import PrefillMetadata
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
-from vllm_metal.metal_kernel_backend.turboquant import fused
+from vllm_metal.metal_kernel_backend.paged import backend as backend_module
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
@@ -95,7 +95,7 @@ def test_a_tile_for_each_head_gives_what_one_tile_gives(monkeypatch):
         *_, out = prefill(layer, request, 0, 70, 96)
         close(out, expected)
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "TILE_BYTES", 1)
+            patch.setattr(backend_module, "TILE_BYTES", 1)
             assert backend._head_tiles(96, 4) == [slice(0, 1), slice(1, 2)]
             [tiled] = prefill(layer, request, 70, 96)
         np.testing.assert_allclose(tiled, out, atol=1e-5)

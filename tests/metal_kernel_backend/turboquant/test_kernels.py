@@ -1,4 +1,4 @@
-"""What the kernels are told of a format. The kernels themselves: test_launcher, tests/kernels."""
+"""What the kernels are told of a format. The kernels: `paged/test_kernels`, `test_launcher`."""
 
 import numpy as np
 import pytest
@@ -8,16 +8,7 @@ from vllm_metal.metal_kernel_backend.turboquant.constants_header import (
     CODEBOOK_MIDPOINTS,
 )
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS
-from vllm_metal.metal_kernel_backend.turboquant.kernels import (
-    AFTER,
-    DECODE,
-    DEQUANTIZE,
-    MERGE,
-    STORE,
-    codebook,
-)
-
-KERNELS = (STORE, DECODE, MERGE, DEQUANTIZE)
+from vllm_metal.metal_kernel_backend.turboquant.kernels import codebook
 
 
 @pytest.mark.parametrize("format", KEY_FORMATS.values(), ids=lambda format: format.name)
@@ -37,27 +28,3 @@ def test_the_parts_of_a_codebook_do_not_overlap():
     for format in KEY_FORMATS.values():
         assert format.num_terms(64) <= CODEBOOK_FACTORS
         assert CODEBOOK_FACTORS + len(format.scale_factors(64)) <= CODEBOOK_MIDPOINTS
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_a_body_passes_every_buffer_but_the_token_of_an_earlier_store(kernel):
-    call = kernel.body[kernel.body.index("(\n") :]
-    passed = call.strip("(\n);").replace("\n", " ").split(", ")
-    passed = [name.strip() for name in passed]
-    buffers = [name for name in kernel.input_names if name != AFTER] + list(kernel.output_names)
-    assert passed[: len(buffers)] == buffers
-    assert passed[-1] == "thread_index_in_simdgroup"
-
-
-def test_names_of_buffers_are_words_of_their_own():
-    """MLX looks for `<name>_shape` and the like as substrings of a body, and adds buffers."""
-    for kernel in KERNELS:
-        for name in kernel.input_names:
-            for suffix in ("_shape", "_strides", "_ndim"):
-                assert name + suffix not in kernel.body
-
-
-def test_pages_are_large_inputs():
-    for kernel in (STORE, DECODE, DEQUANTIZE):
-        assert kernel.large_inputs == ("pages",)
-    assert MERGE.large_inputs == ()

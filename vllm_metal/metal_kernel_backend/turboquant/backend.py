@@ -11,21 +11,17 @@ hits and on preemption. With `reproducible`, a chunk reads its own keys and valu
 quantiser too, and the result depends, up to rounding, on nothing but the tokens.
 """
 
-from abc import abstractmethod
-from dataclasses import replace
-
 import mlx.core as mx
 
-from vllm_metal.attention.backend import AttentionBackend, Chunk, LayerShape, Pages
-from vllm_metal.attention.broken_tokens import confined
-from vllm_metal.metal_kernel_backend.causal_attention import attend_to_itself
+from vllm_metal.attention.backend import LayerShape
+from vllm_metal.metal_kernel_backend.causal_attention import ChunkAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 
-class TurboQuantAttention(AttentionBackend):
+class TurboQuantAttention(ChunkAttention):
     """Compressed paged attention of one layer.
 
     Args:
@@ -69,15 +65,3 @@ class TurboQuantAttention(AttentionBackend):
     @property
     def page_size_bytes(self) -> int:
         return self.layout.page_size_bytes
-
-    def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
-        if not self.reproducible:
-            keys, values = confined(chunk.keys, chunk.values)
-            chunk = replace(chunk, keys=keys, values=values)
-        if not (self.reproducible or chunk.metadata.context_len):
-            return attend_to_itself(chunk, self.shape.sliding_window)
-        return self._prefill_compressed(pages, chunk)
-
-    @abstractmethod
-    def _prefill_compressed(self, pages: Pages, chunk: Chunk) -> mx.array:
-        """`prefill` of a chunk that reads compressed tokens: its context, or its own."""

@@ -1,15 +1,16 @@
-"""What the kernels are told by Python: constants, the parameters of a layout, structs of launches.
+"""What the TurboQuant kernels are told by Python: constants, and the parameters of a layout.
 
-The text is part of every kernel that is compiled. `kernels/turboquant/constants.h` is a copy of it,
-for editors and Metal's own compiler; a test compares the two. After a change:
+The text is part of each of them, with that of `paged.constants_header`.
+`kernels/turboquant/constants.h` is a copy of it, for editors and
+Metal's own compiler; a test compares the two. After a change:
 
     python -m vllm_metal.metal_kernel_backend.turboquant.constants_header
 """
 
 import textwrap
 
-from vllm_metal.metal_kernel_backend.kernel_library import CONSTANTS, KERNELS, SIMD_SIZE
-from vllm_metal.metal_kernel_backend.turboquant import parameters
+from vllm_metal.metal_kernel_backend.kernel_library import KERNELS
+from vllm_metal.metal_kernel_backend.paged.constants_header import BEGINNING, declared
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import CHUNK
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     GROUP_SIZE,
@@ -21,7 +22,6 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
 )
 from vllm_metal.metal_kernel_backend.turboquant.grouped_quantizer import TRIED_LEVELS
 from vllm_metal.metal_kernel_backend.turboquant.layout import (
-    BLOCK_SIZE_STEP,
     MAX_HEAD_SIZE,
     MIN_POWER,
     ODD_FACTORS,
@@ -33,7 +33,7 @@ from vllm_metal.metal_kernel_backend.turboquant.quantizer import (
     NAN_BITS,
 )
 
-HEADER = f"turboquant/{CONSTANTS}"
+HEADER = "turboquant/constants.h"
 """The copy, in `kernels/`."""
 
 CODEBOOK_FACTORS = 4
@@ -42,14 +42,10 @@ CODEBOOK_FACTORS = 4
 CODEBOOK_MIDPOINTS = 16
 """Where the positive midpoints begin in a codebook array."""
 
-TOKEN_WORDS = 8
-"""Words of the token that orders readers after a store."""
-
 [NUM_CANDIDATES] = {len(factors) for factors in (*SCALE_FACTORS.values(), LEVEL_SCALE_FACTORS)}
 """Scales that the quantisers try."""
 
 CONSTANT_VALUES = {
-    "SIMD_SIZE": SIMD_SIZE,
     "CHUNK": CHUNK,
     "GROUP_SIZE": GROUP_SIZE,
     "NUM_LEVELS": NUM_LEVELS,
@@ -62,13 +58,10 @@ CONSTANT_VALUES = {
     "NAN_BITS": NAN_BITS,
     "CODEBOOK_FACTORS": CODEBOOK_FACTORS,
     "CODEBOOK_MIDPOINTS": CODEBOOK_MIDPOINTS,
-    "TOKEN_WORDS": TOKEN_WORDS,
-    "BLOCK_SIZE_STEP": BLOCK_SIZE_STEP,
     "MAX_HEAD_SIZE": MAX_HEAD_SIZE,
     "MIN_POWER": MIN_POWER,
     "MAX_ODD_FACTOR": max(ODD_FACTORS),
 }
-"""Whole numbers become `int`, others `float`."""
 
 LAYOUT_PARAMETERS = [name for name, _ in PageLayout.of("q8_0", "q3_0", 64, 1, 8).template()]
 """Names of what a kernel is compiled for, in the order of `PageLayout.template`."""
@@ -76,23 +69,12 @@ LAYOUT_PARAMETERS = [name for name, _ in PageLayout.of("q8_0", "q3_0", 64, 1, 8)
 
 def constants_header() -> str:
     """The text of `HEADER`."""
-    constants = "".join(
-        f"constant constexpr int {name} = {value};\n"
-        if isinstance(value, int)
-        else f"constant constexpr float {name} = {value!r}f;\n"
-        for name, value in CONSTANT_VALUES.items()
-    )
-    structs = (parameters.STORE, parameters.DECODE, parameters.DEQUANTIZE)
     return "\n".join(
         [
-            "// Written by constants_header.py, from what Python holds: edit it there.\n"
-            "#pragma once\n\n"
-            "#include <metal_stdlib>\n",
-            constants,
+            BEGINNING,
+            declared(CONSTANT_VALUES),
             _macro("PAGE_LAYOUT_PARAMETERS", [f"int {name}" for name in LAYOUT_PARAMETERS]),
             _macro("PAGE_LAYOUT_ARGUMENTS", LAYOUT_PARAMETERS),
-            "// Members are explained in parameters.py.",
-            "\n".join(struct.declaration() for struct in structs),
         ]
     )
 

@@ -1,31 +1,17 @@
-"""TurboQuant pages behind the attention boundary, on the fused kernels.
+"""TurboQuant pages behind the attention boundary, on the kernels."""
 
-A layer's pages are the array and the token of its last store, which orders the store before
-every reader (see `launcher`). Decode reads the compressed pages. Prefill dequantises its context
-once, for as many KV heads at a time as a bounded tile holds, and hands it to MLX's attention: a
-tile is shared by all rows of the chunk and all query heads of its KV heads, and a row needs the
-whole context of a head but of one head only, so nothing is merged.
-"""
-
-from fractions import Fraction
 from functools import cache
 
 import mlx.core as mx
 
-from vllm_metal.attention.backend import Chunk, ChunkMemory, LayerShape, Pages, Rows
-from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from vllm_metal.metal_kernel_backend.causal_attention import causal_attention, causal_memory
+from vllm_metal.attention.backend import LayerShape
 from vllm_metal.metal_kernel_backend.kernel_library import Target
+from vllm_metal.metal_kernel_backend.paged.backend import KernelAttention
 from vllm_metal.metal_kernel_backend.turboquant.backend import TurboQuantAttention
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.small_arrays import lengthened
-
-TILE_BYTES = 128 << 20
-"""Bound on the keys and values that a chunk has in plain form at a time. One KV head is the least:
-in 16 bits with head size 128 it reaches the bound at 262,144 tokens."""
 
 
 @cache
@@ -34,10 +20,10 @@ def shared_launcher(layout: PageLayout, target: Target) -> Launcher:
     return Launcher(layout, target)
 
 
-class TurboQuantFused(TurboQuantAttention):
+class TurboQuantFused(KernelAttention, TurboQuantAttention):
     """The kernels of `target`."""
 
-    stores_through = True
+    plain_dtype = mx.float32
 
     def __init__(
         self,
@@ -52,134 +38,9 @@ class TurboQuantFused(TurboQuantAttention):
         super().__init__(shape, block_size, formats, constants, reproducible, page_bytes)
         self.launcher = shared_launcher(self.layout, target)
         self.name += f" ({target.name} kernels)"
-        self._constants = LayerConstants(
+        self.constants = LayerConstants(
             self.key_codec.centre,
             self.key_codec.key_factors,
             self.key_codec.query_factors,
             self.value_codec.factors,
         )
-
-    def first_token(self) -> mx.array:
-        return self.launcher.no_token()
-
-    def store(
-        self, pages: Pages, keys: mx.array, values: mx.array, metadata: AttentionMetadata
-    ) -> Pages:
-        slots = metadata.once(_slot_mapping)
-        arguments = pages.array, keys, values, slots, self._constants
-        return Pages(pages.array, self.launcher.store(*arguments, pages.token))
-
-    def decode(self, pages: Pages, rows: Rows) -> mx.array:
-        metadata = rows.metadata
-        return self.launcher.decode(
-            pages.array,
-            rows.queries[:, None],
-            metadata.once(_block_table),
-            metadata.once(_seq_lens),
-            self._constants,
-            rows.scale,
-            metadata.max_seq_len,
-            _token(pages),
-            rows.sinks,
-            self.shape.sliding_window or 0,
-        )[:, 0]
-
-    def _prefill_compressed(self, pages: Pages, chunk: Chunk) -> mx.array:
-        _, count = self._visible(chunk.metadata)
-        group = chunk.queries.shape[0] // self.shape.num_kv_heads
-        tiles: list[mx.array] = []
-        for heads in self._head_tiles(count, chunk.queries.dtype.size):
-            rows = slice(heads.start * group, heads.stop * group)
-            keys, values = self._plain(pages, chunk, heads)
-            tile = causal_attention(
-                chunk.queries[None, rows],
-                keys,
-                values,
-                chunk.scale,
-                None if chunk.sinks is None else chunk.sinks[rows],
-                self.shape.sliding_window,
-            )[0]
-            mx.eval(tile)  # left to later, MLX would hold all tiles at a time
-            tiles.append(tile)
-        return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
-
-    def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
-        batch, blocks = metadata.block_table.shape
-        count = blocks * self.block_size
-        keys, values = self.launcher.dequantize(
-            pages.array,
-            metadata.block_table.reshape(-1),
-            self._constants,
-            0,
-            batch * count,
-            _token(pages),
-            mx.float32,
-        )
-
-        def requests_first(part: mx.array) -> mx.array:
-            heads = self.shape.num_kv_heads
-            return part.reshape(heads, batch, count, -1).swapaxes(0, 1)
-
-        return requests_first(keys), requests_first(values)
-
-    def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
-        first_tile = self._head_tiles(seq_len, itemsize=2)[0]
-        held = Fraction(first_tile.stop, self.shape.num_kv_heads)
-        return causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window, held)
-
-    def _head_tiles(self, count: int, itemsize: int) -> list[slice]:
-        """KV heads whose `count` plain tokens are held at a time."""
-        heads = self.shape.num_kv_heads
-        head_bytes = count * itemsize * (self.shape.head_size + self.shape.head_size_v)
-        each = max(1, TILE_BYTES // head_bytes)
-        return [slice(head, min(head + each, heads)) for head in range(0, heads, each)]
-
-    def _visible(self, metadata: PrefillMetadata) -> tuple[int, int]:
-        """First token that a row of the chunk sees, rounded down to even, and tokens from there."""
-        window = self.shape.sliding_window or metadata.seq_len
-        first = max(0, metadata.context_len + 1 - window) // 2 * 2
-        return first, metadata.seq_len - first
-
-    def _plain(
-        self, pages: Pages, chunk: Chunk, heads: slice
-    ) -> tuple[mx.array, mx.array]:  # [1, heads, S, Dk], [1, heads, S, Dv]
-        """The dequantised context that the chunk sees, then the chunk: exact, or as stored."""
-        metadata = chunk.metadata
-        first, count = self._visible(metadata)
-        keys, values = self.launcher.dequantize(
-            pages.array,
-            metadata.once(_request_blocks),
-            self._constants,
-            first,
-            count,
-            _token(pages),
-            chunk.queries.dtype,
-            heads,
-        )
-        if not self.reproducible:
-            keys[:, count - metadata.query_len :] = chunk.keys[heads]
-            values[:, count - metadata.query_len :] = chunk.values[heads]
-        return keys[None], values[None]
-
-
-def _slot_mapping(metadata: AttentionMetadata) -> mx.array:
-    return lengthened(metadata.slot_mapping, filler=-1)
-
-
-def _block_table(metadata: DecodeMetadata) -> mx.array:
-    return lengthened(metadata.block_table, filler=0)
-
-
-def _seq_lens(metadata: DecodeMetadata) -> mx.array:
-    return lengthened(metadata.seq_lens, filler=0)
-
-
-def _request_blocks(metadata: PrefillMetadata) -> mx.array:
-    """Blocks of the one request."""
-    return lengthened(metadata.block_table[0], filler=0)
-
-
-def _token(pages: Pages) -> mx.array:
-    """The token that a reader of the pages takes, so that it runs after their last store."""
-    assert pages.token is not None, "these pages belong to a backend without tokens"
-    return pages.token

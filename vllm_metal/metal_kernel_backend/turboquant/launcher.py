@@ -1,47 +1,16 @@
-"""Launchers of the kernels in `kernels/turboquant`: grids, templates, shapes.
+"""The launcher of the TurboQuant kernels, and what it is told of a layer."""
 
-Letters: T new tokens, B requests, Q query tokens of a request, Hq query heads, H KV heads,
-G = Hq / H, N blocks of a request, D head size.
-
-The order of a write and the reads after it: `store` writes through its input `pages` and returns
-a token, a small array. Every reader takes the token and binds it, so that the GPU runs the reader
-after the writer. A block is written again only after the step that read it has finished; nothing
-else guards that.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.kernel_library import SIMD_SIZE, Kernel, Run, Target
-from vllm_metal.metal_kernel_backend.turboquant import parameters
-from vllm_metal.metal_kernel_backend.turboquant.constants_header import TOKEN_WORDS
-from vllm_metal.metal_kernel_backend.turboquant.kernels import (
-    AFTER,
-    DECODE,
-    DEQUANTIZE,
-    MATRIX_DECODE,
-    MERGE,
-    STORE,
-    codebook,
-)
-from vllm_metal.metal_kernel_backend.turboquant.layout import BLOCK_SIZE_STEP, PageLayout
-from vllm_metal.metal_kernel_backend.turboquant.small_arrays import CONSTANT_BELOW, lengthened
-from vllm_metal.metal_kernel_backend.turboquant.splits import DECODE_SIMDGROUPS, Gpu, plan_decode
-
-MERGE_SIMDGROUPS = 8
-STORE_SIMDGROUPS = 4
-MAX_QUERY_TOKENS = 8
-
-MAX_HELD = 2048
-"""Elements of output that a simdgroup holds at most: rows times head size."""
+from vllm_metal.metal_kernel_backend.paged import launcher as paged
+from vllm_metal.metal_kernel_backend.turboquant.kernels import KERNELS, codebook
+from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 
 @dataclass(frozen=True)
-class LayerConstants:
+class LayerConstants(paged.LayerConstants):
     """What the kernels are told of one layer, beside its layout. All float32."""
 
     centre: mx.array
@@ -55,244 +24,15 @@ class LayerConstants:
 
 
 @dataclass
-class Launcher:
-    """The kernels of one layout on one target. Layers of equal layout may share it."""
+class Launcher(paged.PageLauncher):
+    """The TurboQuant kernels of one layout on one target."""
 
+    kernels = KERNELS
     layout: PageLayout
-    target: Target
-    num_cores: int = 0
-    """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""
-    max_rows: int = 0
-    run_tokens: int = 0
-    matrix_rows: int = 0
-    tile_tokens: int = 0
-    _built: dict[tuple[str, int], Run] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
+    def layout_inputs(self) -> dict[str, mx.array]:
         layout = self.layout
-        gpu = Gpu.of(self.target)
-        largest = max(layout.key_head_size, layout.value_head_size)
-        self.gpu = replace(
-            gpu,
-            cores=self.num_cores or gpu.cores,
-            max_rows=max(1, min(self.max_rows or gpu.max_rows, MAX_HELD // largest)),
-            run_tokens=self.run_tokens or gpu.run_tokens,
-            matrix_rows=self.matrix_rows or gpu.matrix_rows,
-            tile_tokens=self.tile_tokens or (gpu.tile_tokens if largest <= 128 else 8),
-        )
-        self._template = layout.template()
-        self.key_codebook = codebook(layout.key_format, layout.key_head_size)
-        self.value_codebook = codebook(layout.value_format, layout.value_head_size)
-        self._no_token = mx.array([0] * TOKEN_WORDS, mx.uint32)
-        self._no_sinks = mx.array([0.0] * CONSTANT_BELOW)
-
-    def no_token(self) -> mx.array:
-        """A token for pages to which nothing has been stored yet."""
-        return self._no_token
-
-    def store(
-        self,
-        pages: mx.array,  # uint16 layout.pages_shape
-        keys: mx.array,  # [T, H, Dk] float16, bfloat16 or float32
-        values: mx.array,  # [T, H, Dv], any of these types
-        slot_mapping: mx.array,  # [T] int32, block * block_size + offset; below 0: skipped
-        constants: LayerConstants,
-        token: mx.array | None = None,
-    ) -> mx.array:  # uint32 [TOKEN_WORDS], the token that readers take
-        """Writes T tokens into the pages, in place, in one dispatch.
-
-        `token` orders this store after an earlier one to the same pages.
-        """
-        tokens, heads, _ = keys.shape
-        vectors = max(2 * tokens * heads, TOKEN_WORDS)  # each word is written by one of them
-        return self._launch(
-            STORE,
-            {
-                "pages": pages,
-                "keys": keys,
-                "values": values,
-                "slot_mapping": lengthened(slot_mapping, filler=-1),
-                "centre": constants.centre,
-                "key_factors": constants.key_factors,
-                "value_factors": constants.value_factors,
-                "key_codebook": self.key_codebook,
-                "value_codebook": self.value_codebook,
-                "parameters": parameters.STORE.array(num_tokens=tokens),
-                AFTER: self.no_token() if token is None else token,
-            },
-            {},
-            STORE_SIMDGROUPS,
-            (-(-vectors // STORE_SIMDGROUPS), 1, 1),
-            {"token": ((TOKEN_WORDS,), mx.uint32)},
-        )[0]
-
-    def decode(
-        self,
-        pages: mx.array,  # uint16 layout.pages_shape
-        queries: mx.array,  # [B, Q, Hq, Dk], Q in 1..8: the last Q tokens of each request
-        block_table: mx.array,  # [B, N] int32
-        seq_lens: mx.array,  # [B] int32, the Q tokens included; 0 gives zeros
-        constants: LayerConstants,
-        scale: float,
-        max_seq_len: int,
-        token: mx.array,  # uint32 [TOKEN_WORDS], from the last store
-        sinks: mx.array | None = None,  # [Hq] float32: logits without a value
-        window: int = 0,  # tokens that a query sees, itself included; 0: all
-        softcap: float = 0.0,  # scores become softcap * tanh(score / softcap); 0: unchanged
-    ) -> mx.array:  # [B, Q, Hq, Dv], as queries
-        """Attention of Q query tokens per request over its pages, each seeing those before it.
-
-        Raises ValueError if Q is over 8.
-        """
-        batch, num_queries, heads, _ = queries.shape
-        if not 1 <= num_queries <= MAX_QUERY_TOKENS:
-            raise ValueError(
-                f"{num_queries} query tokens per request; 1 to {MAX_QUERY_TOKENS} are allowed"
-            )
-        num_kv_heads = self.layout.num_kv_heads
-        heads_per_kv_head = heads // num_kv_heads
-        visible = max_seq_len
-        if window:  # a split begins at a multiple of a block's step
-            visible = min(max_seq_len, window + num_queries + BLOCK_SIZE_STEP)
-        plan = plan_decode(self.gpu, heads_per_kv_head * num_queries, batch * num_kv_heads, visible)
-        settings = parameters.DECODE.array(
-            split_tokens=plan.split_tokens,
-            num_splits=plan.num_splits,
-            window=window,
-            max_blocks=block_table.shape[1],
-            scale=scale,
-            softcap=softcap,
-        )
-        template = {"G": heads_per_kv_head, "Q": num_queries}
-        shared = {
-            "queries": queries,
-            "centre": constants.centre,
-            "seq_lens": lengthened(seq_lens, filler=0),
+        return {
+            "key_codebook": codebook(layout.key_format, layout.key_head_size),
+            "value_codebook": codebook(layout.value_format, layout.value_head_size),
         }
-        split_rows = batch, plan.num_splits, num_queries * heads
-        value_size = self.layout.value_head_size
-        partials, states = self._launch(
-            MATRIX_DECODE if plan.matrix else DECODE,
-            {
-                **shared,
-                "pages": pages,
-                "query_factors": constants.query_factors,
-                "block_table": lengthened(block_table, filler=0),
-                "key_codebook": self.key_codebook,
-                "value_codebook": self.value_codebook,
-                "parameters": settings,
-                AFTER: token,
-            },
-            {
-                **template,
-                "R": plan.rows,
-                "TOKENS": self.gpu.tile_tokens if plan.matrix else self.gpu.run_tokens,
-                "SOFTCAP": int(softcap > 0),
-            },
-            DECODE_SIMDGROUPS,
-            (num_kv_heads * plan.tiles, plan.num_splits, batch),
-            {
-                "partials": ((*split_rows, value_size), mx.float32),
-                "states": ((max(2 * prod(split_rows), CONSTANT_BELOW),), mx.float32),
-            },
-            self.gpu.resident_threadgroups(plan.rows, plan.matrix),
-        )
-        return self._launch(
-            MERGE,
-            {
-                **shared,
-                "partials": partials,
-                "states": states,
-                "value_factors": constants.value_factors,
-                "sinks": self._no_sinks if sinks is None else _float_sinks(sinks),
-                "parameters": settings,
-            },
-            {**template, "SINKS": int(sinks is not None)},
-            MERGE_SIMDGROUPS,
-            (num_queries * heads, batch, 1),
-            {"output": ((batch, num_queries, heads, value_size), queries.dtype)},
-        )[0]
-
-    def dequantize(
-        self,
-        pages: mx.array,  # uint16 layout.pages_shape
-        block_table: mx.array,  # [N] int32, one request
-        constants: LayerConstants,
-        first: int,  # even
-        count: int,
-        token: mx.array,  # uint32 [TOKEN_WORDS], from the last store
-        dtype: mx.Dtype,
-        heads: slice = slice(None),  # of the H KV heads, without a step
-    ) -> tuple[mx.array, mx.array]:  # [heads, count, Dk], [heads, count, Dv]
-        """Tokens first .. first + count - 1 of a request, as the model had them.
-
-        Raises ValueError if `first` is odd.
-        """
-        if first % 2:
-            raise ValueError(f"first token {first} is odd")
-        layout = self.layout
-        first_head, end_head, _ = heads.indices(layout.num_kv_heads)
-        rows = end_head - first_head, count
-        pairs = 2 * -(-count // 2)  # of keys and of values, each a simdgroup's
-        keys, values = self._launch(
-            DEQUANTIZE,
-            {
-                "pages": pages,
-                "block_table": lengthened(block_table, filler=0),
-                "centre": constants.centre,
-                "query_factors": constants.query_factors,
-                "value_factors": constants.value_factors,
-                "key_codebook": self.key_codebook,
-                "value_codebook": self.value_codebook,
-                "parameters": parameters.DEQUANTIZE.array(
-                    first_token=first, num_tokens=count, first_head=first_head
-                ),
-                AFTER: token,
-            },
-            {},
-            STORE_SIMDGROUPS,
-            (-(-pairs // STORE_SIMDGROUPS), rows[0], 1),
-            {
-                "keys": ((*rows, layout.key_head_size), dtype),
-                "values": ((*rows, layout.value_head_size), dtype),
-            },
-        )
-        return keys, values
-
-    def _launch(
-        self,
-        kernel: Kernel,
-        inputs: Mapping[str, mx.array],
-        template: Mapping[str, int],
-        simdgroups: int,
-        threadgroups: tuple[int, int, int],
-        outputs: Mapping[str, tuple[tuple[int, ...], Any]],
-        resident: int = 0,
-    ) -> list[mx.array]:
-        """Runs a kernel.
-
-        Args:
-            template: what it is compiled for, beside the layout.
-            simdgroups: of a threadgroup.
-            threadgroups: on each axis of the grid.
-            outputs: shape and type of each.
-            resident: threadgroups that a core is to hold at a time; 0: the target's choice.
-        """
-        threads = simdgroups * SIMD_SIZE
-        key = kernel.name, resident
-        if key not in self._built:
-            bounds = (threads, resident) if resident else None
-            self._built[key] = self.target.build(kernel, bounds)
-        shapes, dtypes = zip(*(outputs[name] for name in kernel.output_names), strict=True)
-        return self._built[key](
-            inputs=kernel.in_order(inputs),
-            template=[*self._template, *template.items(), ("SIMDGROUPS", simdgroups)],
-            grid=(threadgroups[0] * threads, *threadgroups[1:]),
-            threadgroup=(threads, 1, 1),
-            output_shapes=list(shapes),
-            output_dtypes=list(dtypes),
-        )
-
-
-def _float_sinks(sinks: mx.array) -> mx.array:
-    return lengthened(sinks.astype(mx.float32), filler=0)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_metal.metal_kernel_backend.paged.constants_header import BLOCK_SIZE_STEP
+from vllm_metal.metal_kernel_backend.turboquant.bitpack import CHUNK
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     Format,
     FormatPair,
@@ -27,9 +29,6 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
 MIN_POWER = 16
 MAX_HEAD_SIZE = 512
 ODD_FACTORS = (1, 3, 5, 7)
-
-BLOCK_SIZE_STEP = 8
-"""Tokens; the size of a block is a multiple."""
 
 
 def check_head_size(head_size: int) -> None:
@@ -146,6 +145,11 @@ class PageLayout:
     def bits_per_element(self) -> float:
         """Stored bits per coordinate, keys and values averaged, metadata included."""
         return 8 * self.slot_size / (self.key_head_size + self.value_head_size)
+
+    @property
+    def lane_elements(self) -> int:
+        """Elements of a key or value that a lane of the decode kernel holds."""
+        return CHUNK
 
     def pages_shape(self, num_blocks: int) -> tuple[int, int]:
         """Shape of the array of pages, in uint16 halfwords."""

@@ -90,7 +90,7 @@ class TurboQuantReference(TurboQuantAttention):
         out = self._values.weighted_sum(weights, self._slots.value_halfwords(head_pages))
         return (out @ self._output_matrix).reshape(batch, num_heads, -1).astype(rows.queries.dtype)
 
-    def _prefill_compressed(self, pages: Pages, chunk: Chunk) -> mx.array:
+    def prefill_with_context(self, pages: Pages, chunk: Chunk) -> mx.array:
         keys, values = self._stored(pages, chunk.metadata)  # [1, H, S, D] each
         if not self.reproducible:
             context = chunk.metadata.context_len

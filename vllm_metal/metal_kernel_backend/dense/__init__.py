@@ -1,0 +1,1 @@
+"""Dense pages: keys and values as they are, in float16, bfloat16 or float32."""

@@ -1,0 +1,1 @@
+"""Kernels over pages of any kind: what dense and compressed pages have in common."""
