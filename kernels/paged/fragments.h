@@ -12,6 +12,8 @@
 // values, are multiplied at a time, for each of the GROUPS of 8 tokens that a lane has at hand.
 #pragma once
 
+#include <metal_simdgroup_matrix>
+
 #include "paged/arithmetic.h"
 
 constant constexpr int FRAGMENT_TOKENS = 8;
