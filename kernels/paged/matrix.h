@@ -4,6 +4,7 @@
 #include "paged/fragments.h"
 #include "paged/queries.h"
 #include "paged/softmax.h"
+#include "paged/split_end.h"
 #include "paged/splits.h"
 
 // Weights are halves, relative to a power of two that keeps them far from both ends of a half's
@@ -46,10 +47,11 @@ struct TilePlace {
 //   key_unit, value_unit      factors that products and values lack
 //
 // Up to 8 rows of one KV head over one split. A simdgroup reads a tile of neighbouring tokens at a
-// time, one group of 8 or two.
-//   partials [B, splits, Q * Hq, Dv]  weighted sums of values as they are stored, relative to 2^max
-//   states   [B, splits, Q * Hq, 2]   max (here: the power that weights are relative to) and sum
-template <typename Reader, int G, int Q, int R, int SIMDGROUPS, bool SOFTCAP>
+// time, one group of 8 or two. What they come to goes where split_end.h has it; the maximum of a
+// softmax state is the power that weights are relative to.
+template <
+    typename Reader, typename Output, int G, int Q, int R, int SIMDGROUPS, bool SOFTCAP,
+    bool SINKS>
 struct MatrixDecode {
   using Layout = typename Reader::Layout;
   using Place = TilePlace<Layout, Reader::GROUPS>;
@@ -130,20 +132,25 @@ struct MatrixDecode {
   static METAL_FUNC void run(
       const device typename Layout::Element* pages, const device T* queries,
       const device int* block_table, const device int* seq_lens,
-      const thread typename Reader::Constants& constants, const constant int* parameters,
-      device float* partials, device float* states, threadgroup uint4* memory, uint3 position,
-      int simdgroup, int lane) {
+      const device float* sinks, const thread typename Reader::Constants& constants,
+      const thread typename Output::Constants& output_constants, const constant int* parameters,
+      device float* partials, device float* states, device T* output, threadgroup uint4* memory,
+      uint3 position, int simdgroup, int lane) {
+    using End = SplitEnd<Output, G, Q, R, SIMDGROUPS, SINKS>;
     using QueryWords =
         typename Choice<QUERIES_HELD, HeldQueries, SharedQueries>::Type;
     constexpr int TILES = (G * Q + R - 1) / R;
     int kv_head = int(position.x) / TILES, tile = int(position.x) % TILES;
+    const SplitOutputs<T> outputs = {partials, states, output};
     int split = position.y, request = position.z;
     const constant DecodeParameters& decode = parameters_in<DecodeParameters>(parameters);
     const Splits splits(decode, seq_lens[request], Q);
     int split_first = splits.first + split * splits.split_tokens;
     if (split_first >= splits.seq_len) {
+      End::write_nothing(decode, outputs, {kv_head, tile}, request, simdgroup, lane);
       return;
     }
+    queries += ulong(request) * (Q * G * Layout::num_kv_heads * DK);
     int split_end = min(split_first + splits.split_tokens, splits.seq_len);
     int window = decode.window;
     float softcap = decode.softcap;
@@ -160,8 +167,8 @@ struct MatrixDecode {
     const Reader reader(constants);
     float scale = SOFTCAP ? decode.scale / softcap : decode.scale * LOG2_E;
     reader.template load_queries<G, Q, R, SIMDGROUPS, SOFTCAP>(
-        queries + ulong(request) * (Q * G * Layout::num_kv_heads * DK), constants,
-        {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift}, simdgroup, lane);
+        queries, constants, {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift},
+        simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     QueryWords query_words;
     query_fragments(
@@ -188,11 +195,11 @@ struct MatrixDecode {
     int all_begin = max(window > 0 ? last_end - window : 0, split_first);
     int all_end = min(first_end, split_end);
 
-    float output[VALUE_WORDS / 2][2][2];
+    float held[VALUE_WORDS / 2][2][2];
     UNROLL
     for (int word = 0; word < VALUE_WORDS; word++) {
-      output[word / 2][word % 2][0] = 0.0f;
-      output[word / 2][word % 2][1] = 0.0f;
+      held[word / 2][word % 2][0] = 0.0f;
+      held[word / 2][word % 2][1] = 0.0f;
     }
 
     // A tile lies in one page, or each of its groups does. Its keys are read while the values of
@@ -277,8 +284,8 @@ struct MatrixDecode {
         }
         UNROLL
         for (int word = 0; word < VALUE_WORDS; word++) {
-          output[word / 2][word % 2][0] *= factors[0];
-          output[word / 2][word % 2][1] *= factors[1];
+          held[word / 2][word % 2][0] *= factors[0];
+          held[word / 2][word % 2][1] *= factors[1];
         }
         weigh(scores, value_scale, own, summands, products);
       }
@@ -299,7 +306,7 @@ struct MatrixDecode {
         own[1].sum += summands[n][1];
         weights[n] = Fragments::placed(rounded_halves(products[n][0], products[n][1]));
       }
-      reader.add_values(output, values, weights, lane);
+      reader.add_values(held, values, weights, lane);
     }
 
     // Merge the simdgroups, one after the other.
@@ -313,15 +320,14 @@ struct MatrixDecode {
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    const SimdgroupStates<SIMDGROUPS, FRAGMENT_ROWS> states_of_all = {
+        simdgroup_max, simdgroup_sum};
     float factors[2];
     UNROLL
     for (int k = 0; k < 2; k++) {
       int r = first_row + k;
-      float largest = simdgroup_max[r];
-      for (int other = 1; other < SIMDGROUPS; other++) {
-        largest = max(largest, simdgroup_max[other * FRAGMENT_ROWS + r]);
-      }
-      factors[k] = fast::exp2(simdgroup_max[simdgroup * FRAGMENT_ROWS + r] - largest);
+      factors[k] = fast::exp2(
+          simdgroup_max[simdgroup * FRAGMENT_ROWS + r] - states_of_all.largest(r));
     }
     for (int turn = 0; turn < SIMDGROUPS; turn++) {
       if (turn == simdgroup) {
@@ -330,7 +336,7 @@ struct MatrixDecode {
           UNROLL
           for (int k = 0; k < 2; k++) {
             int index = sum_index(first_row + k, Fragments::line(lane), i);
-            float sum = output[i / 2][i % 2][k] * factors[k];
+            float sum = held[i / 2][i % 2][k] * factors[k];
             sums[index] = turn == 0 ? sum : sums[index] + sum;
           }
         }
@@ -338,33 +344,9 @@ struct MatrixDecode {
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    // Write sums and softmax state of the split.
-    ulong split_index = ulong(request) * decode.num_splits + split;
-    int thread_index = simdgroup * SIMD_SIZE + lane;
-    for (int i = thread_index; i < R * DV; i += SIMDGROUPS * SIMD_SIZE) {
-      int r = i / DV, row = tile * R + r, index = i % DV;
-      if (row < G * Q) {
-        int out_row = row / G * (G * Layout::num_kv_heads) + kv_head * G + row % G;
-        partials[(split_index * (G * Q * Layout::num_kv_heads) + out_row) * DV + index] =
-            sums[sum_index(r, Reader::value_line(index), Reader::value_word(index))] *
-            reader.value_unit();
-      }
-    }
-    int row = tile * R + thread_index;
-    if (thread_index < R && row < G * Q) {
-      SoftmaxState total;
-      for (int i = 0; i < SIMDGROUPS; i++) {
-        total.max = max(total.max, simdgroup_max[i * FRAGMENT_ROWS + thread_index]);
-      }
-      for (int i = 0; i < SIMDGROUPS; i++) {
-        total.sum += simdgroup_sum[i * FRAGMENT_ROWS + thread_index] *
-            fast::exp2(simdgroup_max[i * FRAGMENT_ROWS + thread_index] - total.max);
-      }
-      int out_row = row / G * (G * Layout::num_kv_heads) + kv_head * G + row % G;
-      device float* state = states + (split_index * (G * Q * Layout::num_kv_heads) + out_row) * 2;
-      state[0] = total.max;
-      state[1] = total.sum;
-    }
+    End::write(
+        Sums{sums, reader.value_unit()}, states_of_all, queries, sinks, output_constants, decode,
+        outputs, {kv_head, tile}, split, request, simdgroup, lane);
   }
 
  private:
@@ -387,10 +369,18 @@ struct MatrixDecode {
     return fits;
   }
 
-  // Where an element of the output is in `sums`: neighbouring lanes in different banks.
+  // Where an element of the output is in threadgroup memory: neighbouring lanes in different banks.
   static METAL_FUNC int sum_index(int row, int line, int word) {
     return row * SUM_STRIDE + word * 8 + line;
   }
+
+  struct Sums {
+    const threadgroup float* elements;
+    float unit;
+    METAL_FUNC float at(int r, int i) const thread {
+      return elements[sum_index(r, Reader::value_line(i), Reader::value_word(i))] * unit;
+    }
+  };
 
   // The power of two at a value's scale or below it.
   static METAL_FUNC float power_below(float scale) {

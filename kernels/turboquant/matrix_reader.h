@@ -4,6 +4,7 @@
 #include "paged/matrix.h"
 #include "turboquant/eight_codes.h"
 #include "turboquant/layout.h"
+#include "turboquant/output.h"
 #include "turboquant/queries.h"
 
 METAL_FUNC void load_chunk(const device uchar* codes, thread uint (&words)[1]) {

@@ -5,6 +5,7 @@
 
 #include "paged/decode.h"
 #include "turboquant/codebook.h"
+#include "turboquant/output.h"
 #include "turboquant/queries.h"
 #include "turboquant/unpacking.h"
 

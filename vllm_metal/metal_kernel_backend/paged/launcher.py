@@ -181,49 +181,72 @@ class PageLauncher:
             scale=scale,
             softcap=softcap,
         )
-        template = {"G": heads_per_kv_head, "Q": num_queries}
-        shared = {"queries": queries, "seq_lens": lengthened(seq_lens, filler=0)}
-        split_rows = batch, plan.num_splits, num_queries * heads
-        value_size = self.layout.value_head_size
-        partials, states = self._launch(
-            self.kernels.matrix_decode if plan.matrix else self.kernels.decode,
+        template = {
+            "G": heads_per_kv_head,
+            "Q": num_queries,
+            "SINKS": int(sinks is not None),
+        }
+        shared = {
+            "queries": queries,
+            "seq_lens": lengthened(seq_lens, filler=0),
+            "sinks": self._no_sinks if sinks is None else _float_sinks(sinks),
+            "parameters": settings,
+        }
+        outputs = self._decode_outputs(queries, plan.num_splits)
+        merged = outputs.pop("merged", None)
+        matrix = self.matrix if plan.matrix else None
+        partials, states, output = self._launch(
+            self.kernels.matrix_decode if matrix else self.kernels.decode,
             constants,
             {
                 **shared,
                 "pages": pages,
                 "block_table": lengthened(block_table, filler=0),
-                "parameters": settings,
                 AFTER: token,
             },
             {
                 **template,
                 "R": plan.rows,
-                "TOKENS": self.matrix.tile_tokens if plan.matrix else self.gpu.run_tokens,
+                "TOKENS": matrix.tile_tokens if matrix else self.gpu.run_tokens,
                 "SOFTCAP": int(softcap > 0),
             },
             DECODE_SIMDGROUPS,
             (num_kv_heads * plan.tiles, plan.num_splits, batch),
-            {
-                "partials": ((*split_rows, value_size), mx.float32),
-                "states": ((max(2 * prod(split_rows), CONSTANT_BELOW),), mx.float32),
-            },
+            outputs,
             plan.resident,
         )
+        if not merged:
+            return output
         return self._launch(
             self.kernels.merge,
             constants,
-            {
-                **shared,
-                "partials": partials,
-                "states": states,
-                "sinks": self._no_sinks if sinks is None else _float_sinks(sinks),
-                "parameters": settings,
-            },
-            {**template, "SINKS": int(sinks is not None)},
+            {**shared, "partials": partials, "states": states},
+            template,
             MERGE_SIMDGROUPS,
             (num_queries * heads, batch, 1),
-            {"output": ((batch, num_queries, heads, value_size), queries.dtype)},
+            {"output": merged},
         )[0]
+
+    def _decode_outputs(self, queries: mx.array, num_splits: int) -> dict[str, tuple]:
+        """What decode writes, and what merge makes of it: with one split the output itself, so that
+        there is nothing to merge. Outputs that nothing is written to have the least size."""
+        batch, num_queries, heads, _ = queries.shape
+        value_size = self.layout.value_head_size
+        output = (batch, num_queries, heads, value_size), queries.dtype
+        nothing = (CONSTANT_BELOW,)
+        if num_splits == 1:
+            return {
+                "partials": (nothing, mx.float32),
+                "states": (nothing, mx.float32),
+                "output": output,
+            }
+        rows = batch, num_splits, num_queries * heads
+        return {
+            "partials": ((*rows, value_size), mx.float32),
+            "states": ((max(2 * prod(rows), CONSTANT_BELOW),), mx.float32),
+            "output": (nothing, queries.dtype),
+            "merged": output,
+        }
 
     def read(
         self,
