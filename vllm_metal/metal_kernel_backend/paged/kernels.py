@@ -88,16 +88,16 @@ class KernelFamily:
                 passed where `parameters` would follow the other inputs.
         """
         members = {member for _, _, names in structs for member in names}
-        passed = [name for name in inputs if name != AFTER and name not in members]
-        for name, _, _ in structs:
-            passed.insert(passed.index("parameters"), name)
+        passed = [x for x in inputs if x != AFTER and x not in members]
+        for argument, _, _ in structs:
+            passed.insert(passed.index("parameters"), argument)
         aliases = ("Layout", self.layout), *types
         memory = [f"  threadgroup {kind} {array}[{size}];" for kind, array, size in arrays]
         body = BODY.format(
             types="\n".join(f"  using {alias} = {meant};" for alias, meant in aliases),
             structs="".join(
-                f"\n  const {kind} {name} = {{{', '.join(names)}}};"
-                for name, kind, names in structs
+                f"\n  const {kind} {argument} = {{{', '.join(names)}}};"
+                for argument, kind, names in structs
             ),
             arrays="\n".join(memory),
             function=function,
