@@ -267,10 +267,12 @@ struct MatrixDecode {
         }
       }
 
-      // Weights. The power that they are relative to moves only when one is too large, or is no
-      // number.
+      // Weights. The power that those of a row are relative to moves only when one is too large, and
+      // whatever the other rows hold.
       float summands[GROUPS][2], products[GROUPS][2];
-      if (simd_any(!weigh(scores, value_scale, own, summands, products))) {
+      bool large[2];
+      weigh(scores, value_scale, own, summands, products, large);
+      if (simd_any(large[0] || large[1])) {
         float factors[2];
         UNROLL
         for (int i = 0; i < 2; i++) {
@@ -280,14 +282,15 @@ struct MatrixDecode {
             largest = max(largest, scores[n][i] + power_below(value_scale[n][i % VIEWS]));
           }
           largest = Fragments::largest(largest) - WEIGHT_START;
-          factors[i] = own[i].rescale(max(own[i].max, largest));
+          bool moves = Fragments::largest(large[i] ? 1.0f : 0.0f) > 0.0f;
+          factors[i] = own[i].rescale(moves ? max(own[i].max, largest) : own[i].max);
         }
         UNROLL
         for (int word = 0; word < VALUE_WORDS; word++) {
           held[word / 2][word % 2][0] *= factors[0];
           held[word / 2][word % 2][1] *= factors[1];
         }
-        weigh(scores, value_scale, own, summands, products);
+        weigh(scores, value_scale, own, summands, products, large);
       }
 
       // Read the next keys. Not before the branch above: the compiler would hold them beside
@@ -350,23 +353,23 @@ struct MatrixDecode {
   }
 
  private:
-  // Weights of the scores: to be summed up, and times the scales of the values. Whether both are
-  // in range.
-  static METAL_FUNC bool weigh(
+  // Weights of the scores: to be summed up, and times the scales of the values; and whether one of
+  // a row is too large.
+  static METAL_FUNC void weigh(
       const thread float (&scores)[GROUPS][2], const thread float (&value_scale)[GROUPS][VIEWS],
       const thread SoftmaxState (&own)[2], thread float (&summands)[GROUPS][2],
-      thread float (&products)[GROUPS][2]) {
-    bool fits = true;
+      thread float (&products)[GROUPS][2], thread bool (&large)[2]) {
     UNROLL
-    for (int n = 0; n < GROUPS; n++) {
+    for (int i = 0; i < 2; i++) {
+      large[i] = false;
       UNROLL
-      for (int i = 0; i < 2; i++) {
+      for (int n = 0; n < GROUPS; n++) {
         summands[n][i] = fast::exp2(scores[n][i] - own[i].max);
         products[n][i] = summands[n][i] * value_scale[n][i % VIEWS];
-        fits = fits && products[n][i] <= LARGEST_WEIGHT && summands[n][i] <= LARGEST_SUMMAND;
+        large[i] = large[i] || products[n][i] > LARGEST_WEIGHT ||
+            summands[n][i] > LARGEST_SUMMAND;
       }
     }
-    return fits;
   }
 
   // Where an element of the output is in threadgroup memory: neighbouring lanes in different banks.
