@@ -6,7 +6,8 @@ The scalar form and the matrix form read the same pages of random codes, head si
 Their outputs are compared with attention in float64 over what `read` makes of the pages, for one
 request of a few thousand tokens, and with each other in every timed case. Times are those of
 attention.py: device times, medians of CUDA graphs. `--cuts` also times other cuts of the matrix
-form: tokens of a tile, and threadgroups that a multiprocessor holds.
+form: tokens of a tile, threadgroups that a multiprocessor holds, and longer or shorter splits. Cut
+for one multiprocessor, a short request is one split, and nothing is merged.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def times(cuts: bool) -> list[dict]:
                         us, _ = timed(case, {"matrix": cut})
                         print(f"      {asdict(cut)}: {us:6.1f} us", flush=True)
                 if cuts and batch == 1:
-                    for cores in (33, 66, 264):
+                    for cores in (33, 66, 264) if length > 1_024 else (1, 16, 33, 66):
                         us, _ = timed(case, {"num_cores": cores})
                         print(f"      cut for {cores} multiprocessors: {us:6.1f} us", flush=True)
                 rows.append(row)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import inputs
-from tests.metal_kernel_backend.turboquant.stored_requests import Case, Stored
+from tests.metal_kernel_backend.turboquant.stored_requests import FORMS, Case, Stored
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
     VALUE_FORMATS,
@@ -18,16 +18,16 @@ from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
 CASES = [
     Case("q8_0", "q3_0", 128, 2, 16, 4),
-    Case("q8_0", "q8_0", 64, 3, 16, 3, mx.float32),
+    Case("q8_0", "q8_0", 64, 3, 16, 3, mx.float32, {"num_cores": 16}),
     Case("q6_0", "q4_0", 80, 1, 8, 6, mx.bfloat16, {"max_rows": 4}),
-    Case("q5_0", "q2_0", 96, 2, 32, 1),
-    Case("q4_0", "q3_0", 256, 1, 16, 8),
+    Case("q5_0", "q2_0", 96, 2, 32, 1, mx.float16, {"num_cores": 16}),
+    Case("q4_0", "q3_0", 256, 1, 16, 8, mx.float16, {"num_cores": 16}),
     Case("q3_0", "q5_0", 112, 1, 16, 2, mx.bfloat16, {"run_tokens": 2}),
     Case("q2_0", "q6_0", 64, 1, 8, 12),
     Case("int8", "q4_0", 160, 1, 16, 2, mx.float16, {"run_tokens": 2}),
     Case("int4", "q3_0", 32, 2, 32, 4),
     Case("int2", "q2_0", 128, 1, 16, 8, mx.float16, {"max_rows": 4, "run_tokens": 2}),
-    Case("uint8", "q5_0", 64, 1, 16, 1),
+    Case("uint8", "q5_0", 64, 1, 16, 1, mx.float16, {"num_cores": 16}),
     Case("uint4", "q6_0", 192, 1, 16, 2),
     Case("q6_0", "q8_0", 160, 1, 16, 2, mx.bfloat16),
     Case("q5_0", "q4_0", 512, 1, 8, 2),
@@ -88,14 +88,36 @@ ALL_CASES = product_cases(os.environ.get("KERNEL_PRODUCT", "")) or [
 product alone (`benchmarks/kernel_product.sh`)."""
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[] if i % 3 == 0 or i >= len(CASES) else pytest.mark.nightly)
-        for i, case in enumerate(ALL_CASES)
-    ],
-    ids=str,
-)
+NORMAL = {"scalar": {0, 3, 6, 9, 12, 15, 18}, "matrix": {4, 12}, "matrix-16": {3, 15}} | {
+    "tensor-cores": {0, 6}, "tensor-cores-8": {9, 14},
+}  # fmt: skip
+"""Which of `CASES` the normal run takes in each form; the nightly run takes all in every form."""
+
+
+def case_forms() -> list:
+    """Every case in every form, those of the random cases and of the product in one form each."""
+    chosen = [(i, case, form) for i, case in enumerate(CASES) for form in FORMS]
+    if ALL_CASES[: len(CASES)] != CASES:
+        chosen = []
+    further = ALL_CASES[len(CASES) :] if chosen else ALL_CASES
+    return [
+        *(
+            pytest.param(
+                case.of_form(form),
+                marks=[] if i in NORMAL[form] else pytest.mark.nightly,
+                id=f"{case}-{form}",
+            )
+            for i, case, form in chosen
+        ),
+        *(
+            pytest.param(case.of_form(form), id=f"{case}-{form}")
+            for i, case in enumerate(further)
+            for form in [list(FORMS)[i % len(FORMS)]]
+        ),
+    ]
+
+
+@pytest.mark.parametrize("case", case_forms())
 def test_store_decode_and_dequantize(case):
     """Bytes are the codec's, attention the oracle's, for lengths around the edges of a block."""
     stored = Stored(case, inputs.lengths(case.block_size))
@@ -121,20 +143,68 @@ def test_store_decode_and_dequantize(case):
 @pytest.mark.parametrize(
     "settings", [{}, {"window": 24}, {"softcap": 3.0}, {"sinks": True}], ids=str
 )
-@pytest.mark.parametrize("num_queries", [1, 3, 8])
-def test_windows_softcaps_sinks_and_several_queries(settings, num_queries):
-    case = Case("q8_0", "q4_0", 64, 2, 8, 2)
-    stored = Stored(case, [8, 9, 23, 24, 25, 130])
+@pytest.mark.parametrize(
+    ("form", "num_queries"),
+    [
+        pytest.param(
+            form,
+            num_queries,
+            marks=[] if form == "scalar" or num_queries == queries else pytest.mark.nightly,
+        )
+        for form, queries in zip(FORMS, (0, 3, 1, 8, 3), strict=True)
+        for num_queries in (1, 3, 8)
+    ],
+)
+def test_windows_softcaps_sinks_and_several_queries(settings, num_queries, form):
+    case = Case("q8_0", "q4_0", 64, 2, 8, 2, options={"num_cores": 4 * num_queries})
+    stored = Stored(case.of_form(form), [8, 9, 23, 24, 25, 130])
     if "sinks" in settings:
         heads = case.num_kv_heads * case.heads_per_kv_head
         settings = {"sinks": mx.array(np.linspace(-2, 4, heads).astype(np.float32))}
     stored.check(num_queries, **settings)
 
 
-def test_all_settings_together():
-    stored = Stored(Case("uint4", "q3_0", 64, 1, 16, 2), [40, 300])
+@pytest.mark.parametrize("form", ["scalar", "matrix", "tensor-cores"])
+def test_all_settings_together(form):
+    stored = Stored(Case("uint4", "q3_0", 64, 1, 16, 2).of_form(form), [40, 300])
     sinks = mx.array([0.5, -1.0])
     stored.check(4, window=37, softcap=5.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_far_apart(form):
+    """A score of any size, in any order, beside value scales of any size: what the weights are
+    relative to moves up and up, and a token that counts least at first counts alone at last."""
+    case = Case("q8_0", "q8_0", 64, 1, 16, 2, mx.float32, {"num_cores": 1})
+    rng = np.random.default_rng(2)
+    keys = rng.standard_normal((150, 1, 64)).astype(np.float32)
+    keys *= np.linspace(0, 40, 150, dtype=np.float32)[:, None, None]
+    stored = Stored(case.of_form(form), [150], keys=keys)
+    sizes = 10.0 ** rng.uniform(-6, 4, (150, 1, 1))
+    stored.values = mx.array((np.array(stored.values) * sizes).astype(np.float32))
+    stored.values[40:56] = 0
+    stored.token = stored.store(slice(None))
+    queries = stored.queries()
+    got, expected = stored.decode(queries), stored.expected(queries)
+    assert np.linalg.norm(got - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("form", ["scalar", "matrix"])
+@pytest.mark.parametrize("settings", [{}, {"sinks": True}], ids=str)
+def test_one_split_is_not_merged(form, settings):
+    """Its output is what many splits give, and a request without tokens gives zeros."""
+    if settings:
+        settings = {"sinks": mx.array(np.linspace(-2, 4, 8).astype(np.float32))}
+    outputs = []
+    for num_cores, merges in ((1, 0), (64, 1)):
+        case = Case("q8_0", "q3_0", 64, 2, 16, 4, mx.float32, {"num_cores": num_cores})
+        stored = Stored(case.of_form(form), [900, 33, 17])
+        stored.lengths[2] = 0
+        outputs.append(stored.decode(stored.queries(), **settings))
+        launched = [name for name, _ in stored.launcher._built]
+        assert launched.count("turboquant_merge") == merges
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-3, atol=2e-4)
+    assert not outputs[0][2].any() and outputs[0][:2].all()
 
 
 @pytest.mark.parametrize("num_cores", [1, 40])
@@ -221,10 +291,14 @@ def test_store_touches_its_slots_alone_and_skips_negative_ones():
     assert (tail.reshape(-1).view(np.uint16) == 0xABCD).all()
 
 
-def test_what_lies_beyond_a_request_does_not_leak_into_it():
+@pytest.mark.parametrize("form", ["scalar", "matrix", "tensor-cores"])
+def test_what_lies_beyond_a_request_does_not_leak_into_it(form):
     """Slots past the end hold NaN scales."""
-    Stored(Case("q8_0", "q3_0", 64, 2, 16, 4), [3, 17, 30], fill=0xFFFF).check()
-    Stored(Case("uint4", "q3_0", 64, 1, 16, 2), [3, 17, 30], fill=0xFFFF).check(2, window=5)
+    for case, arguments in (
+        (Case("q8_0", "q3_0", 64, 2, 16, 4), {}),
+        (Case("uint4", "q3_0", 64, 1, 16, 2), {"num_queries": 2, "window": 5}),
+    ):
+        Stored(case.of_form(form), [3, 17, 30], fill=0xFFFF).check(**arguments)
 
 
 def test_a_request_without_tokens_gives_zeros():
