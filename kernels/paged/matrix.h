@@ -240,7 +240,7 @@ struct MatrixDecode {
         scores[n][0] = start[0];
         scores[n][1] = start[1];
       }
-      reader.add_scores(scores, query_words, keys, scales, lane);
+      reader.add_scores(scores, query_words, keys, lane);
       UNROLL
       for (int n = 0; n < GROUPS; n++) {
         UNROLL

@@ -125,24 +125,6 @@ struct CompressedMatrices {
 
   using Place = TilePlace<Layout, GROUPS>;
 
-  // Keys of a lane. Loading does not wait.
-  struct Keys {
-    KeyChunk<KEY_BITS> chunks[GROUPS][KEYS];
-
-    METAL_FUNC void load(const thread Place& place, int lane) thread {
-      int column = Fragments::column(lane);
-      UNROLL
-      for (int n = 0; n < GROUPS; n++) {
-        uint slot = place.slot_of(n) + Fragments::line(lane);
-        UNROLL
-        for (int c = 0; c < KEYS; c++) {
-          int chunk = min(column * KEYS + c, KEY_CHUNKS - 1);
-          load_chunk(Layout::key_codes(place.page_of(n), slot, chunk), chunks[n][c].codes);
-        }
-      }
-    }
-  };
-
   // Levels of a lane's keys: halfwords with those of four chunks.
   struct Levels {
     static constant constexpr bool ALIGNED = KEY_CHUNKS % 4 == 0 && (KEYS == 2 || KEYS % 4 == 0);
@@ -176,8 +158,29 @@ struct CompressedMatrices {
     }
   };
 
-  struct Scales {
+  // Keys of a lane, and the levels that they are multiplied with first.
+  struct Keys {
+    KeyChunk<KEY_BITS> chunks[GROUPS][KEYS];
     Levels levels[GROUPS];
+
+    METAL_FUNC void load(const thread Place& place, int lane) thread {
+      int column = Fragments::column(lane);
+      UNROLL
+      for (int n = 0; n < GROUPS; n++) {
+        uint slot = place.slot_of(n) + Fragments::line(lane);
+        if (Layout::key_has_levels) {
+          levels[n].load(place.page_of(n), slot, lane);
+        }
+        UNROLL
+        for (int c = 0; c < KEYS; c++) {
+          int chunk = min(column * KEYS + c, KEY_CHUNKS - 1);
+          load_chunk(Layout::key_codes(place.page_of(n), slot, chunk), chunks[n][c].codes);
+        }
+      }
+    }
+  };
+
+  struct Scales {
     float key_scale[GROUPS], key_bias[GROUPS], value_scale[GROUPS];
 
     METAL_FUNC void load(const thread Place& place, int lane) thread {
@@ -185,9 +188,6 @@ struct CompressedMatrices {
       for (int n = 0; n < GROUPS; n++) {
         const device uchar* page = place.page_of(n);
         uint slot = place.slot_of(n) + Fragments::line(lane);
-        if (Layout::key_has_levels) {
-          levels[n].load(page, slot, lane);
-        }
         key_scale[n] = load_half(Layout::key_scale(page, slot));
         key_bias[n] = Layout::key_has_bias ? load_half(Layout::key_bias(page, slot)) : 0.0f;
         value_scale[n] = load_half(Layout::value_scale(page, slot));
@@ -207,7 +207,7 @@ struct CompressedMatrices {
   template <typename Queries>
   METAL_FUNC void add_scores(
       thread float (&scores)[GROUPS][2], const thread Queries& queries, const thread Keys& keys,
-      const thread Scales& scales, int lane) const thread {
+      int lane) const thread {
     UNROLL
     for (int c = 0; c < KEYS; c++) {
       EightCodes<KEY_BITS> codes[GROUPS];
@@ -216,7 +216,7 @@ struct CompressedMatrices {
       for (int n = 0; n < GROUPS; n++) {
         codes[n].take_key(keys.chunks[n][c].codes);
         if (KEYS_LOW) {
-          low_grid(scales.levels[n], c, unit[n], offset[n], lane);
+          low_grid(keys.levels[n], c, unit[n], offset[n], lane);
         }
       }
       UNROLL
@@ -240,7 +240,7 @@ struct CompressedMatrices {
       half2 weights[GROUPS];
       UNROLL
       for (int n = 0; n < GROUPS; n++) {
-        weights[n] = scales.levels[n].weights(word, lane);
+        weights[n] = keys.levels[n].weights(word, lane);
       }
       Fragments::add_scores(scores, queries.at(KEY_WORDS + word), weights);
     }
