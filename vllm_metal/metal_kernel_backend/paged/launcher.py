@@ -9,26 +9,21 @@ after the writer. That a block is written again only after it was read is up to 
 server, `vllm_metal/runner/steps_in_flight.py` says how.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.kernel_library import (
-    SIMD_SIZE,
-    Kernel,
-    Run,
-    Target,
-    Template,
-)
+from vllm_metal.metal_kernel_backend.kernel_library import Target, Template
 from vllm_metal.metal_kernel_backend.paged import parameters
 from vllm_metal.metal_kernel_backend.paged.constants_header import BLOCK_SIZE_STEP, TOKEN_WORDS
 from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, PageKernels
+from vllm_metal.metal_kernel_backend.paged.launches import Launches
 from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW, lengthened
 from vllm_metal.metal_kernel_backend.paged.splits import (
     DECODE_SIMDGROUPS,
+    FORM_OF_TARGET,
     Gpu,
     MatrixForm,
     plan_decode,
@@ -80,9 +75,8 @@ class PageLauncher:
     """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""
     max_rows: int = 0
     run_tokens: int = 0
-    matrix: MatrixForm | None | str = "of the target"
+    matrix: MatrixForm | None = FORM_OF_TARGET
     """How decode multiplies matrices; None: it does not."""
-    _built: dict[tuple[str, int], Run] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -96,10 +90,9 @@ class PageLauncher:
         )
         if not self.kernels.matrix_decode:
             self.matrix = None
-        elif isinstance(self.matrix, str):
+        elif self.matrix == FORM_OF_TARGET:
             self.matrix = MatrixForm.of(self.target, largest)
-        self._template = layout.template()
-        self._inputs = self.layout_inputs()
+        self._launch = Launches(self.target, layout.template(), self.layout_inputs()).launch
         self._no_token = mx.array([0] * TOKEN_WORDS, mx.uint32)
         self._no_sinks = mx.array([0.0] * CONSTANT_BELOW)
 
@@ -128,7 +121,7 @@ class PageLauncher:
         vectors = max(2 * tokens * heads, TOKEN_WORDS)  # each word is written by one of them
         return self._launch(
             self.kernels.store,
-            constants,
+            constants.inputs(),
             {
                 "pages": pages,
                 "keys": keys,
@@ -197,7 +190,7 @@ class PageLauncher:
         matrix = self.matrix if plan.matrix else None
         partials, states, output = self._launch(
             self.kernels.matrix_decode if matrix else self.kernels.decode,
-            constants,
+            constants.inputs(),
             {
                 **shared,
                 "pages": pages,
@@ -219,7 +212,7 @@ class PageLauncher:
             return output
         return self._launch(
             self.kernels.merge,
-            constants,
+            constants.inputs(),
             {**shared, "partials": partials, "states": states},
             template,
             MERGE_SIMDGROUPS,
@@ -271,7 +264,7 @@ class PageLauncher:
         pairs = 2 * -(-count // 2)  # of keys and of values, each a simdgroup's
         keys, values = self._launch(
             self.kernels.read,
-            constants,
+            constants.inputs(),
             {
                 "pages": pages,
                 "block_table": lengthened(block_table, filler=0),
@@ -289,44 +282,6 @@ class PageLauncher:
             },
         )
         return keys, values
-
-    def _launch(
-        self,
-        kernel: Kernel,
-        constants: LayerConstants,
-        inputs: Mapping[str, mx.array],
-        template: Mapping[str, int],
-        simdgroups: int,
-        threadgroups: tuple[int, int, int],
-        outputs: Mapping[str, tuple[tuple[int, ...], Any]],
-        resident: int = 0,
-    ) -> list[mx.array]:
-        """Runs a kernel.
-
-        Args:
-            constants: of which it takes those that it names.
-            template: what it is compiled for, beside the layout.
-            simdgroups: of a threadgroup.
-            threadgroups: on each axis of the grid.
-            outputs: shape and type of each.
-            resident: threadgroups that a core is to hold at a time; 0: the target's choice.
-        """
-        threads = simdgroups * SIMD_SIZE
-        key = kernel.name, resident
-        if key not in self._built:
-            bounds = (threads, resident) if resident else None
-            self._built[key] = self.target.build(kernel, bounds)
-        shapes, dtypes = zip(*(outputs[name] for name in kernel.output_names), strict=True)
-        known = self._inputs | constants.inputs()
-        taken = {name: known[name] for name in kernel.input_names if name in known}
-        return self._built[key](
-            inputs=kernel.in_order({**taken, **inputs}),
-            template=[*self._template, *template.items(), ("SIMDGROUPS", simdgroups)],
-            grid=(threadgroups[0] * threads, *threadgroups[1:]),
-            threadgroup=(threads, 1, 1),
-            output_shapes=list(shapes),
-            output_dtypes=list(dtypes),
-        )
 
 
 def _float_sinks(sinks: mx.array) -> mx.array:

@@ -87,6 +87,10 @@ class MatrixForm:
         return DECODE_SIMDGROUPS * self.tile_tokens
 
 
+FORM_OF_TARGET = MatrixForm(0, 0, 0)
+"""Stands for that of the target."""
+
+
 @dataclass(frozen=True)
 class DecodePlan:
     """How the query rows of a KV head and the tokens of a request are cut."""
