@@ -23,5 +23,6 @@
 
 #include "turboquant/store.h"
 #include "turboquant/reader.h"
+#include "turboquant/matrix_reader.h"
 #include "turboquant/output.h"
 #include "turboquant/dequantize.h"

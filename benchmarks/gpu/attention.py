@@ -68,12 +68,12 @@ def copy_terabytes_per_second() -> float:
     return 2 * size / statistics.median(times) / 1e12
 
 
-def dense_us(batch: int, length: int, sets: int) -> dict[str, float]:
+def dense_us(batch: int, length: int, sets: int, heads: int = HEADS) -> dict[str, float]:
     """PyTorch's attention on contiguous fp16 K/V: query heads grouped, and as rows of a KV head."""
     shape = batch, KV_HEADS, length, HEAD_SIZE
     keys = [torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(sets)]
     values = [torch.randn_like(key) for key in keys]
-    query = torch.randn(batch, HEADS, 1, HEAD_SIZE, device="cuda", dtype=torch.float16)
+    query = torch.randn(batch, heads, 1, HEAD_SIZE, device="cuda", dtype=torch.float16)
     rows = query.reshape(batch, KV_HEADS, -1, HEAD_SIZE)
 
     def grouped(i):
@@ -107,12 +107,14 @@ def neutral_constants(kind: Kind) -> LayerConstants | DenseConstants:
 
 
 class Decode:
-    """Filled pages, and queries over all of them."""
+    """Filled pages, and queries over all of them. `options` are the launcher's."""
 
-    def __init__(self, kind: Kind, batch: int, length: int, sets: int):
+    def __init__(
+        self, kind: Kind, batch: int, length: int, sets: int, heads: int = HEADS, **options
+    ):
         self.layout = layout = layout_of(kind, HEAD_SIZE, KV_HEADS, BLOCK_SIZE)
         self.batch, self.length, self.sets = batch, length, sets
-        self.cupy = launcher_of(layout, CupyTarget())
+        self.cupy = launcher_of(layout, CupyTarget(), **options)
         blocks = length // BLOCK_SIZE
         num_blocks = batch * blocks * sets + 1
         self.pages = filled(layout, num_blocks)
@@ -120,7 +122,7 @@ class Decode:
         self.tables = list(order.reshape(sets, batch, blocks))
         # MLX would lengthen shorter arrays, which it cannot do with those of CuPy
         self.lengths = cp.full((max(batch, CONSTANT_BELOW),), length, cp.int32)
-        shape = batch, 1, HEADS, HEAD_SIZE
+        shape = batch, 1, heads, HEAD_SIZE
         self.queries = cp.random.standard_normal(shape).astype(cp.float16)
         self.constants = neutral_constants(kind)
         self.token = cp.zeros(8, cp.uint32)

@@ -4,6 +4,7 @@
 
 #include "dense/elements.h"
 #include "dense/layout.h"
+#include "dense/output.h"
 #include "paged/decode.h"
 
 template <typename DenseLayout>

@@ -21,5 +21,16 @@ METAL_FUNC float rough_inverse(float x) { return 1.0f / x; }
 METAL_FUNC uint bits_over(uint word, uint mask, uint other) { return (word & mask) | other; }
 #endif
 
+#ifndef BYTES_OVER
+// The lower or the upper bytes of both halves of a word, under the exponent of 1024: 1024 + byte.
+METAL_FUNC uint bytes_over(uint word, int upper) {
+  return bits_over(upper ? word >> 8 : word, 0x00ff00ffu, 0x64006400u);
+}
+#endif
+
+#ifndef ROUNDED_HALVES
+METAL_FUNC half2 rounded_halves(float a, float b) { return half2(half(a), half(b)); }
+#endif
+
 // By its bits, which no optimisation of the compiler for finite numbers touches.
 METAL_FUNC bool is_finite(float x) { return (as_type<uint>(x) & 0x7f800000u) != 0x7f800000u; }

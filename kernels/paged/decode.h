@@ -4,6 +4,7 @@
 #include "paged/lanes.h"
 #include "paged/queries.h"
 #include "paged/softmax.h"
+#include "paged/split_end.h"
 #include "paged/splits.h"
 
 // What a page holds is known to a reader of pages alone (turboquant/reader.h, dense/reader.h), which
@@ -23,9 +24,10 @@
 //
 // Attention of R rows of one KV head over one split. A lane holds chunk l % LANES of TOKENS
 // neighbouring tokens, which are a run; each simdgroup reads RUNS of them at a time.
-//   partials [B, splits, Q * Hq, Dv]  weighted sums of values as they are stored, relative to 2^max
-//   states   [B, splits, Q * Hq, 2]   max and sum
-template <typename Reader, int G, int Q, int R, int TOKENS, int SIMDGROUPS, bool SOFTCAP>
+// What they come to goes where split_end.h has it; `Output` is that of merge.h.
+template <
+    typename Reader, typename Output, int G, int Q, int R, int TOKENS, int SIMDGROUPS,
+    bool SOFTCAP, bool SINKS>
 struct Decode {
   using Layout = typename Reader::Layout;
   static constant constexpr int DK = Layout::key_head_size;
@@ -64,18 +66,24 @@ struct Decode {
   static METAL_FUNC void run(
       const device typename Layout::Element* pages, const device T* queries,
       const device int* block_table, const device int* seq_lens,
-      const thread typename Reader::Constants& constants, const constant int* parameters,
-      device float* partials, device float* states, threadgroup uint4* query_memory,
-      threadgroup float* scratch, uint3 position, int simdgroup, int lane) {
+      const device float* sinks, const thread typename Reader::Constants& constants,
+      const thread typename Output::Constants& output_constants, const constant int* parameters,
+      device float* partials, device float* states, device T* output,
+      threadgroup uint4* query_memory, threadgroup float* scratch, uint3 position, int simdgroup,
+      int lane) {
+    using End = SplitEnd<Output, G, Q, R, SIMDGROUPS, SINKS>;
     constexpr int TILES = (G * Q + R - 1) / R;
     int kv_head = int(position.x) / TILES, tile = int(position.x) % TILES;
+    const SplitOutputs<T> outputs = {partials, states, output};
     int split = position.y, request = position.z;
     const constant DecodeParameters& decode = parameters_in<DecodeParameters>(parameters);
     const Splits splits(decode, seq_lens[request], Q);
     int split_first = splits.first + split * splits.split_tokens;
     if (split_first >= splits.seq_len) {
+      End::write_nothing(decode, outputs, {kv_head, tile}, request, simdgroup, lane);
       return;
     }
+    queries += ulong(request) * (Q * G * Layout::num_kv_heads * DK);
     int split_end = min(split_first + splits.split_tokens, splits.seq_len);
     int window = decode.window;
     float softcap = decode.softcap;
@@ -93,8 +101,8 @@ struct Decode {
     const Reader reader(constants);
     float scale = SOFTCAP ? decode.scale / softcap : decode.scale * LOG2_E;
     reader.template load_queries<G, Q, R, LANES, SIMDGROUPS, SOFTCAP>(
-        queries + ulong(request) * (Q * G * Layout::num_kv_heads * DK), constants,
-        {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift}, simdgroup, lane);
+        queries, constants, {kv_head, tile}, scale, {query_rows, row_scale, row_sum, row_shift},
+        simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // The scores of a run of tokens are spread over its lanes: this lane owns OWN of them, of one
@@ -273,6 +281,7 @@ struct Decode {
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // Merge the simdgroups, one after the other.
+    const SimdgroupStates<SIMDGROUPS, R> states_of_all = {simdgroup_max, simdgroup_sum};
     constexpr int HELD = R * CHUNK > RUNS ? R * CHUNK / RUNS : 1;
     int held_first = run * (R * CHUNK) / RUNS;
     for (int turn = 0; turn < SIMDGROUPS; turn++) {
@@ -284,42 +293,25 @@ struct Decode {
             continue;
           }
           int index = r * DV + element;
-          float largest = simdgroup_max[r];
-          for (int other = 1; other < SIMDGROUPS; other++) {
-            largest = max(largest, simdgroup_max[other * R + r]);
-          }
-          float sum = out[i] * fast::exp2(simdgroup_max[simdgroup * R + r] - largest);
+          float factor =
+              fast::exp2(simdgroup_max[simdgroup * R + r] - states_of_all.largest(r));
+          float sum = out[i] * factor;
           sums[index] = turn == 0 ? sum : sums[index] + sum;
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    // Write sums and softmax state of the split.
-    ulong split_index = ulong(request) * decode.num_splits + split;
-    int thread_index = simdgroup * SIMD_SIZE + lane;
-    for (int i = thread_index; i < R * DV; i += SIMDGROUPS * SIMD_SIZE) {
-      int row = tile * R + i / DV;
-      if (row < G * Q) {
-        int out_row = row / G * (G * Layout::num_kv_heads) + kv_head * G + row % G;
-        partials[(split_index * (G * Q * Layout::num_kv_heads) + out_row) * DV + i % DV] =
-            sums[i] * reader.value_unit();
-      }
-    }
-    int row = tile * R + thread_index;
-    if (thread_index < R && row < G * Q) {
-      SoftmaxState total;
-      for (int i = 0; i < SIMDGROUPS; i++) {
-        total.max = max(total.max, simdgroup_max[i * R + thread_index]);
-      }
-      for (int i = 0; i < SIMDGROUPS; i++) {
-        total.sum += simdgroup_sum[i * R + thread_index] *
-            fast::exp2(simdgroup_max[i * R + thread_index] - total.max);
-      }
-      int out_row = row / G * (G * Layout::num_kv_heads) + kv_head * G + row % G;
-      device float* state = states + (split_index * (G * Q * Layout::num_kv_heads) + out_row) * 2;
-      state[0] = total.max;
-      state[1] = total.sum;
-    }
+    End::write(
+        Sums{sums, reader.value_unit()}, states_of_all, queries, sinks, output_constants, decode,
+        outputs, {kv_head, tile}, split, request, simdgroup, lane);
   }
+
+ private:
+  // [R, Dv], without the unit.
+  struct Sums {
+    const threadgroup float* elements;
+    float unit;
+    METAL_FUNC float at(int r, int i) const thread { return elements[r * DV + i] * unit; }
+  };
 };

@@ -5,7 +5,21 @@
 #include "turboquant/layout.h"
 #include "turboquant/rotation.h"
 
-template <typename Layout, int G, int Q, int R, int LANES, int SIMDGROUPS, bool SOFTCAP>
+// Where element `index` of a row lies: as paged/queries.h has it for LANES lanes, or in order.
+template <int LANES>
+struct InQuarters {
+  static METAL_FUNC int place(int index) {
+    return index % CHUNK / 4 * LANES * 4 + index / CHUNK * 4 + index % 4;
+  }
+};
+template <int LANES>
+struct InOrder {
+  static METAL_FUNC int place(int index) { return index; }
+};
+
+template <
+    typename Layout, int G, int Q, int R, int LANES, int SIMDGROUPS, bool SOFTCAP,
+    template <int> class Order>
 struct QueryLoader {
   static constant constexpr int DK = Layout::key_head_size;
   using Row = Vector<DK>;
@@ -79,8 +93,7 @@ struct QueryLoader {
       UNROLL
       for (int i = 0; i < Row::W; i++) {
         if (Row::holds(lane)) {
-          int index = Row::index(lane, block, i), quarter = index % CHUNK / 4;
-          elements[quarter * LANES * 4 + index / CHUNK * 4 + index % 4] =
+          elements[Order<LANES>::place(Row::index(lane, block, i))] =
               half(q.x[block][i] * inverse);
         }
       }

@@ -5,6 +5,7 @@
 
 #include "paged/decode.h"
 #include "turboquant/codebook.h"
+#include "turboquant/output.h"
 #include "turboquant/queries.h"
 #include "turboquant/unpacking.h"
 
@@ -53,7 +54,7 @@ struct CompressedReader {
   METAL_FUNC void load_queries(
       const device T* queries, const thread Constants& constants, QueryTile which, float scale,
       QueryRows<half> rows, int simdgroup, int lane) const thread {
-    QueryLoader<Layout, G, Q, R, LANES, SIMDGROUPS, SOFTCAP>::load(
+    QueryLoader<Layout, G, Q, R, LANES, SIMDGROUPS, SOFTCAP, InQuarters>::load(
         queries, constants.query_factors, constants.centre, which, scale, rows, simdgroup, lane);
   }
 

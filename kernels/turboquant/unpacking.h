@@ -89,36 +89,38 @@ METAL_FUNC uint spare_piece(uint pair, int j, int rest) {
   return (pair >> (source - target)) & ((((1u << (last - first)) - 1) << target) * 0x10001u);
 }
 
-// Code i of both tokens as (2 code - (n - 1)) / n, n = 2^BITS: the points of a grid in (-1, 1).
-// A field placed at bits 1..10 under the exponent of 1024 is a half, without shift or conversion;
-// every step is exact.
+// The fields from bit `position` of both halves of a word as (2 code - (n - 1)) / n, n = 2^BITS:
+// points of a grid in (-1, 1). A field placed at bits 1..10 under the exponent of 1024 is a half,
+// without shift or conversion; every step is exact.
 template <int BITS>
-METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
-  constexpr int FIELDS = 16 / BITS;
+METAL_FUNC half2 field_point(uint word, int position) {
   constexpr int HIGH_SHIFT = BITS == 6 ? 4 : (BITS == 4 || BITS == 8) ? 7 : 8;
   constexpr uint MASK = (1u << BITS) - 1;
-  uint word = 0, mask = (MASK << 1) * 0x10001u;
-  int position = 1;
-  if (i < BITS * FIELDS) {
-    word = pairs[i / FIELDS];
-    position = i % FIELDS * BITS;
-    if (position == 0) {
-      word += word;
-      position = 1;
-    } else if (position + BITS > 10) {
-      word >>= HIGH_SHIFT;
-      position -= HIGH_SHIFT;
-    }
-    mask = (MASK << position) * 0x10001u;
-  } else {
-    UNROLL
-    for (int j = 0; j < BITS; j++) {
-      word |= spare_piece<BITS>(pairs[j], j, i - BITS * FIELDS);
-    }
+  if (position == 0) {
+    word += word;
+    position = 1;
+  } else if (position + BITS > 10) {
+    word >>= HIGH_SHIFT;
+    position -= HIGH_SHIFT;
   }
   float step = 1.0f / float((1 << BITS) << (position - 1));
   half scale = half(step);
   half offset = half(-1024.0f * step - float((1 << BITS) - 1) / float(1 << BITS));
-  return fma(as_type<half2>(bits_over(word, mask, 0x64006400u)), half2(scale, scale),
-             half2(offset, offset));
+  uint placed = bits_over(word, (MASK << position) * 0x10001u, 0x64006400u);
+  return fma(as_type<half2>(placed), half2(scale, scale), half2(offset, offset));
+}
+
+// Code i of both tokens as such a point.
+template <int BITS>
+METAL_FUNC half2 grid_point(const thread uint (&pairs)[BITS], int i) {
+  constexpr int FIELDS = 16 / BITS;
+  if (i < BITS * FIELDS) {
+    return field_point<BITS>(pairs[i / FIELDS], i % FIELDS * BITS);
+  }
+  uint word = 0;
+  UNROLL
+  for (int j = 0; j < BITS; j++) {
+    word |= spare_piece<BITS>(pairs[j], j, i - BITS * FIELDS);
+  }
+  return field_point<BITS>(word, 1);
 }

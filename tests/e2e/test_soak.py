@@ -25,7 +25,7 @@ from tests.near_ties import GreedyAnswer
 from tests.serving import Serving
 from tests.tiny_models import VOCABULARY
 from tests.traffic import LONGEST_ANSWER, LONGEST_PROMPT, Arrival, Outcome, serve
-from vllm_metal.evaluation.provenance import provenance
+from vllm_metal.machine.provenance import provenance
 
 pytestmark = pytest.mark.nightly
 

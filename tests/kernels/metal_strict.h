@@ -64,6 +64,23 @@ namespace precise {
 float tanh(float);
 }
 
+// A lane has two elements of a matrix. What a product gives is known to the hardware alone.
+template <typename T, int COLUMNS, int ROWS>
+struct simdgroup_matrix {
+  static_assert(COLUMNS == 8 && ROWS == 8, "the one size of Metal");
+  typedef T elements __attribute__((ext_vector_type(2)));
+  elements held;
+  METAL_FUNC thread elements& thread_elements() { return held; }
+};
+simdgroup_matrix<float, 8, 8>::elements multiply_accumulate_8x8(
+    simdgroup_matrix<half, 8, 8>::elements, simdgroup_matrix<half, 8, 8>::elements,
+    simdgroup_matrix<float, 8, 8>::elements);
+METAL_FUNC void simdgroup_multiply_accumulate(
+    thread simdgroup_matrix<float, 8, 8>& d, simdgroup_matrix<half, 8, 8> a,
+    simdgroup_matrix<half, 8, 8> b, simdgroup_matrix<float, 8, 8> c) {
+  d.held = multiply_accumulate_8x8(a.held, b.held, c.held);
+}
+
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);
 void simdgroup_barrier(mem_flags);

@@ -121,5 +121,6 @@ def compile_program(source: str, *flags: str) -> str:
 def _clang(*arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "metal_stdlib").write_text(SHIM.read_text())
+        (Path(folder) / "metal_simdgroup_matrix").write_text("#pragma once\n")
         command = [sys.executable, "-m", "ziglang", "clang", *FLAGS, "-I", folder, *arguments]
         return subprocess.run(command, input=input, text=True, capture_output=True)

@@ -12,7 +12,13 @@ import numpy as np
 
 from tests import reference
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
-from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget, MetalTarget
+from vllm_metal.metal_kernel_backend.kernel_library import (
+    CudaTarget,
+    Kernel,
+    MetalTarget,
+    Run,
+)
+from vllm_metal.metal_kernel_backend.paged.splits import MatrixForm
 from vllm_metal.metal_kernel_backend.turboquant.bitpack import pack, pack_levels
 from vllm_metal.metal_kernel_backend.turboquant.codec import KeyCodec, ValueCodec
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
@@ -20,11 +26,31 @@ from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerC
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 from vllm_metal.metal_kernel_backend.turboquant.quantizer import Quantized
 
+
+class TensorCoresOnHost(HostTarget):
+    """The CPU, with the matrix form as NVIDIA's tensor cores run it."""
+
+    def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
+        *others, (header, text) = kernel.constants
+        constants = *others, (header, f"#define TENSOR_CORES\n{text}")
+        return super().build(replace(kernel, constants=constants), resident)
+
+
 TARGETS = {"host": HostTarget, "cuda": CudaTarget, "metal": MetalTarget}
 TARGET = TARGETS[os.environ.get("KERNEL_TARGET", "host")]()
 DEVICE = mx.cpu if TARGET.name == "host" else mx.gpu
 
 mx.set_default_device(mx.cpu)
+
+FORMS = {
+    "scalar": {"matrix": None},
+    "matrix": {"matrix": MatrixForm(1, 8, 6)},
+    "matrix-16": {"matrix": MatrixForm(1, 16, 4)},
+    "tensor-cores": {"matrix": MatrixForm(1, 16, 4), "tensor_cores": True},
+    "tensor-cores-8": {"matrix": MatrixForm(1, 8, 2), "tensor_cores": True},
+}
+"""Options of a case for each form of decode: with 8x8 products of Metal's or 16x8x16 of NVIDIA's,
+and 8 or 16 tokens at a time. On a GPU its own products are taken."""
 
 TOLERANCE = 3e-3
 """Largest |kernel - oracle| / |oracle| of an output: keys and queries are halves in the kernel."""
@@ -61,6 +87,10 @@ class Case:
             f"-block{self.block_size}-G{self.heads_per_kv_head}-{kind}"
         )
 
+    def of_form(self, form: str) -> "Case":
+        """The same, decoded in one of `FORMS`."""
+        return replace(self, options=self.options | FORMS[form])
+
     def layout(self) -> PageLayout:
         formats = key_format(self.k_quant), value_format(self.v_quant)
         sizes = self.head_size, self.head_size_v or self.head_size
@@ -88,7 +118,9 @@ class Stored:
             self.key_codec.query_factors,
             self.value_codec.factors,
         )
-        self.launcher = Launcher(layout, TARGET, **case.options)
+        options = dict(case.options)
+        emulated = options.pop("tensor_cores", False) and TARGET.name == "host"
+        self.launcher = Launcher(layout, TensorCoresOnHost() if emulated else TARGET, **options)
         per_request = max(-(-length // case.block_size) for length in lengths)
         num_blocks = len(lengths) * per_request + 1
         self.table = 1 + rng.permutation(num_blocks - 1).reshape(len(lengths), per_request)

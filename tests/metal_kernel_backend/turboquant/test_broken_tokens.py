@@ -7,7 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal_kernel_backend.turboquant.stored_requests import Case, Stored
+from tests.metal_kernel_backend.turboquant.stored_requests import FORMS, Case, Stored
+
+
+def nightly_unless(form: str, *normal: str) -> list:
+    return [] if form in normal else [pytest.mark.nightly]
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
@@ -33,10 +37,13 @@ def test_the_bytes_of_vectors_that_are_not_finite_are_the_codecs(pair, poison):
         pytest.param({"softcap": 3.0}, marks=pytest.mark.nightly),
     ],
 )
-def test_a_broken_token_in_one_of_many_splits_reaches_the_output(field, settings):
+@pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=nightly_unless(f, "scalar", "matrix")) for f in FORMS]
+)
+def test_a_broken_token_in_one_of_many_splits_reaches_the_output(field, settings, form):
     """Of those rows that see it. Rows and requests beside them stay what they were."""
     case = Case("q8_0", "q3_0", 64, 2, 16, 4, mx.float32, {"num_cores": 16})
-    stored = Stored(case, [600, 500])
+    stored = Stored(case.of_form(form), [600, 500])
     if "sinks" in settings:
         settings = {"sinks": mx.array(np.linspace(-1, 2, 8).astype(np.float32))}
     queries = stored.queries(3)
@@ -57,9 +64,12 @@ def test_a_broken_token_in_one_of_many_splits_reaches_the_output(field, settings
         setattr(stored, field, mx.array(kept))
 
 
+@pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=nightly_unless(f, "scalar", "tensor-cores")) for f in FORMS]
+)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_query_that_is_not_finite_is_a_row_of_nan_alone(poison):
-    stored = Stored(Case(), [40, 30])
+def test_a_query_that_is_not_finite_is_a_row_of_nan_alone(poison, form):
+    stored = Stored(Case().of_form(form), [40, 30])
     queries = stored.queries(2)
     sound = stored.decode(queries)
     queries[0, 1, 2, 9] = poison

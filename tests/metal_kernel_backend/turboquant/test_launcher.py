@@ -1,101 +1,18 @@
 """The kernels against the codec (bytes) and the oracle (attention): on the CPU, or on a GPU."""
 
-import os
-from itertools import product
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from tests import inputs
-from tests.metal_kernel_backend.turboquant.stored_requests import Case, Stored
-from vllm_metal.metal_kernel_backend.turboquant.formats import (
-    KEY_FORMATS,
-    VALUE_FORMATS,
-    value_format,
-)
+from tests.metal_kernel_backend.turboquant.kernel_cases import kernel_cases
+from tests.metal_kernel_backend.turboquant.stored_requests import FORMS, Case, Stored
+from vllm_metal.metal_kernel_backend.paged.launches import Launches
+from vllm_metal.metal_kernel_backend.turboquant.formats import value_format
 from vllm_metal.metal_kernel_backend.turboquant.rotation import rotate, signs
 
-CASES = [
-    Case("q8_0", "q3_0", 128, 2, 16, 4),
-    Case("q8_0", "q8_0", 64, 3, 16, 3, mx.float32),
-    Case("q6_0", "q4_0", 80, 1, 8, 6, mx.bfloat16, {"max_rows": 4}),
-    Case("q5_0", "q2_0", 96, 2, 32, 1),
-    Case("q4_0", "q3_0", 256, 1, 16, 8),
-    Case("q3_0", "q5_0", 112, 1, 16, 2, mx.bfloat16, {"run_tokens": 2}),
-    Case("q2_0", "q6_0", 64, 1, 8, 12),
-    Case("int8", "q4_0", 160, 1, 16, 2, mx.float16, {"run_tokens": 2}),
-    Case("int4", "q3_0", 32, 2, 32, 4),
-    Case("int2", "q2_0", 128, 1, 16, 8, mx.float16, {"max_rows": 4, "run_tokens": 2}),
-    Case("uint8", "q5_0", 64, 1, 16, 1),
-    Case("uint4", "q6_0", 192, 1, 16, 2),
-    Case("q6_0", "q8_0", 160, 1, 16, 2, mx.bfloat16),
-    Case("q5_0", "q4_0", 512, 1, 8, 2),
-    Case("uint2", "q8_0", 128, 1, 8, 1, mx.float32),
-    Case("q8_0", "q4_0", 192, 2, 16, 2, head_size_v=128, padding=48),
-    Case("uint4", "q3_0", 64, 3, 8, 4, mx.float32, head_size_v=96, padding=16),
-    Case("q6_0", "q5_0", 64, 1, 8, 3, mx.float32, value_dtype=mx.bfloat16),
-    Case("q4_0", "q2_0", 128, 1, 16, 1, mx.float16, value_dtype=mx.float32),
-]
-"""Every format, head size, block size, number of query heads and type in one case or another, keys
-longer than values, the reverse, padded pages, and values of another type than keys."""
 
-
-def random_cases(count: int) -> list[Case]:
-    """Cases drawn from the whole product, the same for the same count."""
-    rng = np.random.default_rng(count)
-
-    def one(values):
-        return values[rng.integers(len(values))]
-
-    return [
-        Case(
-            one(list(KEY_FORMATS)),
-            one(list(VALUE_FORMATS)),
-            one([64, 80, 96, 112, 128, 160, 192, 256]),
-            one([1, 2, 3]),
-            one([8, 16, 32]),
-            one([1, 2, 4, 6, 8, 12]),
-            one([mx.float16, mx.bfloat16, mx.float32]),
-            {"max_rows": one([1, 2, 4, 8]), "run_tokens": one([2, 4])},
-            head_size_v=one([0, 0, 0, 64, 128]),
-            padding=one([0, 0, 16, 4096]),
-            value_dtype=one([None, None, mx.float16, mx.bfloat16, mx.float32]),
-        )
-        for _ in range(count)
-    ]
-
-
-def product_cases(part: str) -> list[Case]:
-    """Part i of n, as "i/n", of the product of formats, head sizes, blocks and query heads."""
-    if not part:
-        return []
-    i, n = map(int, part.split("/"))
-    pages = list(product(KEY_FORMATS, VALUE_FORMATS, (64, 80, 96, 128, 256), (8, 16, 32)))
-    dtypes = mx.float16, mx.bfloat16, mx.float32
-    return [
-        Case(k_quant, v_quant, size, 1, block, heads, dtypes[j % 3], {"run_tokens": 2 + j % 2 * 2})
-        for k_quant, v_quant, size, block in pages[i::n]
-        for j, heads in enumerate((1, 2, 4, 6, 8, 12))
-    ]
-
-
-ALL_CASES = product_cases(os.environ.get("KERNEL_PRODUCT", "")) or [
-    *CASES,
-    *random_cases(int(os.environ.get("KERNEL_CASES", "0"))),
-]
-"""KERNEL_CASES=200 adds as many random instantiations; KERNEL_PRODUCT=0/96 means a part of the
-product alone (`benchmarks/kernel_product.sh`)."""
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[] if i % 3 == 0 or i >= len(CASES) else pytest.mark.nightly)
-        for i, case in enumerate(ALL_CASES)
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", kernel_cases())
 def test_store_decode_and_dequantize(case):
     """Bytes are the codec's, attention the oracle's, for lengths around the edges of a block."""
     stored = Stored(case, inputs.lengths(case.block_size))
@@ -121,20 +38,73 @@ def test_store_decode_and_dequantize(case):
 @pytest.mark.parametrize(
     "settings", [{}, {"window": 24}, {"softcap": 3.0}, {"sinks": True}], ids=str
 )
-@pytest.mark.parametrize("num_queries", [1, 3, 8])
-def test_windows_softcaps_sinks_and_several_queries(settings, num_queries):
-    case = Case("q8_0", "q4_0", 64, 2, 8, 2)
-    stored = Stored(case, [8, 9, 23, 24, 25, 130])
+@pytest.mark.parametrize(
+    ("form", "num_queries"),
+    [
+        pytest.param(
+            form,
+            num_queries,
+            marks=[] if form == "scalar" or num_queries == queries else pytest.mark.nightly,
+        )
+        for form, queries in zip(FORMS, (0, 3, 1, 8, 3), strict=True)
+        for num_queries in (1, 3, 8)
+    ],
+)
+def test_windows_softcaps_sinks_and_several_queries(settings, num_queries, form):
+    case = Case("q8_0", "q4_0", 64, 2, 8, 2, options={"num_cores": 4 * num_queries})
+    stored = Stored(case.of_form(form), [8, 9, 23, 24, 25, 130])
     if "sinks" in settings:
         heads = case.num_kv_heads * case.heads_per_kv_head
         settings = {"sinks": mx.array(np.linspace(-2, 4, heads).astype(np.float32))}
     stored.check(num_queries, **settings)
 
 
-def test_all_settings_together():
-    stored = Stored(Case("uint4", "q3_0", 64, 1, 16, 2), [40, 300])
+@pytest.mark.parametrize("form", ["scalar", "matrix", "tensor-cores"])
+def test_all_settings_together(form):
+    stored = Stored(Case("uint4", "q3_0", 64, 1, 16, 2).of_form(form), [40, 300])
     sinks = mx.array([0.5, -1.0])
     stored.check(4, window=37, softcap=5.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_far_apart(form):
+    """A score of any size, in any order, beside value scales of any size: what the weights are
+    relative to moves up and up, and a token that counts least at first counts alone at last."""
+    case = Case("q8_0", "q8_0", 64, 1, 16, 2, mx.float32, {"num_cores": 1})
+    rng = np.random.default_rng(2)
+    keys = rng.standard_normal((150, 1, 64)).astype(np.float32)
+    keys *= np.linspace(0, 40, 150, dtype=np.float32)[:, None, None]
+    stored = Stored(case.of_form(form), [150], keys=keys)
+    sizes = 10.0 ** rng.uniform(-6, 4, (150, 1, 1))
+    stored.values = mx.array((np.array(stored.values) * sizes).astype(np.float32))
+    stored.values[40:56] = 0
+    stored.token = stored.store(slice(None))
+    queries = stored.queries()
+    got, expected = stored.decode(queries), stored.expected(queries)
+    assert np.linalg.norm(got - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("form", ["scalar", "matrix"])
+@pytest.mark.parametrize("settings", [{}, {"sinks": True}], ids=str)
+def test_one_split_is_not_merged(form, settings, monkeypatch):
+    """Its output is what many splits give, and a request without tokens gives zeros."""
+    if settings:
+        settings = {"sinks": mx.array(np.linspace(-2, 4, 8).astype(np.float32))}
+    outputs, launched, launch = [], [], Launches.launch
+
+    def noting(self, kernel, *arguments):
+        launched.append(kernel.name)
+        return launch(self, kernel, *arguments)
+
+    monkeypatch.setattr(Launches, "launch", noting)
+    for num_cores, merges in ((1, 0), (64, 1)):
+        case = Case("q8_0", "q3_0", 64, 2, 16, 4, mx.float32, {"num_cores": num_cores})
+        stored = Stored(case.of_form(form), [900, 33, 17])
+        stored.lengths[2] = 0
+        outputs.append(stored.decode(stored.queries(), **settings))
+        assert launched.count("turboquant_merge") == merges
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-3, atol=2e-4)
+    assert not outputs[0][2].any() and outputs[0][:2].all()
 
 
 @pytest.mark.parametrize("num_cores", [1, 40])
@@ -221,10 +191,14 @@ def test_store_touches_its_slots_alone_and_skips_negative_ones():
     assert (tail.reshape(-1).view(np.uint16) == 0xABCD).all()
 
 
-def test_what_lies_beyond_a_request_does_not_leak_into_it():
+@pytest.mark.parametrize("form", ["scalar", "matrix", "tensor-cores"])
+def test_what_lies_beyond_a_request_does_not_leak_into_it(form):
     """Slots past the end hold NaN scales."""
-    Stored(Case("q8_0", "q3_0", 64, 2, 16, 4), [3, 17, 30], fill=0xFFFF).check()
-    Stored(Case("uint4", "q3_0", 64, 1, 16, 2), [3, 17, 30], fill=0xFFFF).check(2, window=5)
+    for case, arguments in (
+        (Case("q8_0", "q3_0", 64, 2, 16, 4), {}),
+        (Case("uint4", "q3_0", 64, 1, 16, 2), {"num_queries": 2, "window": 5}),
+    ):
+        Stored(case.of_form(form), [3, 17, 30], fill=0xFFFF).check(**arguments)
 
 
 def test_a_request_without_tokens_gives_zeros():

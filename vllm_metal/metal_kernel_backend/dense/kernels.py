@@ -6,7 +6,13 @@ import mlx.core as mx
 
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
 from vllm_metal.metal_kernel_backend.paged import constants_header
-from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, PAGES, KernelFamily, PageKernels
+from vllm_metal.metal_kernel_backend.paged.kernels import (
+    AFTER,
+    PAGES,
+    KernelFamily,
+    PageKernels,
+    PageReader,
+)
 from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher
 
 LAYOUT_ARGUMENTS = [
@@ -37,7 +43,7 @@ GATHER = FAMILY.kernel(
 
 KERNELS = PageKernels(
     STORE,
-    FAMILY.decode("DenseReader<Layout>", ()),
+    FAMILY.decode(PageReader("DenseReader<Layout>", (), "DenseOutput<Layout>", ())),
     FAMILY.merge("DenseOutput<Layout>", ()),
     GATHER,
 )

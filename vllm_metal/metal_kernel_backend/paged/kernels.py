@@ -18,7 +18,7 @@ earlier store, bound so that the GPU runs this kernel after it."""
 PAGES = "pages"
 
 BODY = """
-{types}{struct}
+{types}{structs}
 {arrays}
   {function}(
       {arguments},
@@ -35,9 +35,23 @@ class PageKernels:
     merge: Kernel
     read: Kernel
     """A run of tokens of one request to plain keys and values."""
+    matrix_decode: Kernel | None = None
+    """Decode by products of matrices, where the pages have that form."""
 
     def __iter__(self):
-        return iter((self.store, self.decode, self.merge, self.read))
+        kernels = self.store, self.decode, self.merge, self.read, self.matrix_decode
+        return (kernel for kernel in kernels if kernel)
+
+
+@dataclass(frozen=True)
+class PageReader:
+    """How decode reads pages, and what it makes of the sums of one split."""
+
+    type: str
+    constants: tuple[str, ...]
+    """Inputs that are the members of the type's `Constants`."""
+    output_type: str
+    output_constants: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class KernelFamily:
         outputs: tuple[str, ...],
         arrays: tuple[tuple[str, str, str], ...] = (),
         types: tuple[tuple[str, str], ...] = (),
-        struct: tuple[str, tuple[str, ...]] | None = None,
+        structs: tuple[tuple[str, str, tuple[str, ...]], ...] = (),
     ) -> Kernel:
         """A kernel that calls `function`.
 
@@ -81,19 +95,21 @@ class KernelFamily:
             outputs: likewise, behind the inputs.
             arrays: threadgroup memory, passed behind the outputs: (type, name, length) of each.
             types: (name, type) of further types that `function` and `arrays` name.
-            struct: type of the constants, and inputs that are its members: they are passed as one
-                argument, where `parameters` would follow the other inputs.
+            structs: (name, type, members) of arguments that are structs of inputs, which are
+                passed where `parameters` would follow the other inputs.
         """
-        type_of_struct, members = struct or ("", ())
-        passed = [name for name in inputs if name != AFTER and name not in members]
-        if struct:
-            passed.insert(passed.index("parameters"), "constants")
+        members = {member for _, _, names in structs for member in names}
+        passed = [x for x in inputs if x != AFTER and x not in members]
+        for argument, _, _ in structs:
+            passed.insert(passed.index("parameters"), argument)
         aliases = ("Layout", self.layout), *types
         memory = [f"  threadgroup {kind} {array}[{size}];" for kind, array, size in arrays]
-        passed_struct = f"\n  const {type_of_struct} constants = {{{', '.join(members)}}};"
         body = BODY.format(
             types="\n".join(f"  using {alias} = {meant};" for alias, meant in aliases),
-            struct=passed_struct if struct else "",
+            structs="".join(
+                f"\n  const {kind} {argument} = {{{', '.join(names)}}};"
+                for argument, kind, names in structs
+            ),
             arrays="\n".join(memory),
             function=function,
             arguments=", ".join([*passed, *outputs, *(array for _, array, _ in arrays)]),
@@ -108,29 +124,40 @@ class KernelFamily:
             large_inputs=tuple(name for name in inputs if name == PAGES),
         )
 
-    def decode(self, reader: str, constants: tuple[str, ...]) -> Kernel:
-        """Attention of query rows over the splits of their requests (`paged/decode.h`).
+    def decode(self, reader: "PageReader") -> Kernel:
+        """Attention of query rows over the splits of their requests (`paged/decode.h`)."""
+        memory = ("uint4", "query_rows", "QUERY_MEMORY"), ("float", "scratch", "SCRATCH")
+        form = "Decode<Reader, Output, G, Q, R, TOKENS, SIMDGROUPS, SOFTCAP, SINKS>"
+        return self._decode("decode", "reader.h", form, reader, memory)
 
-        Args:
-            reader: its type.
-            constants: inputs that are the members of `Reader::Constants`.
-        """
-        attention = "Attention"
+    def matrix_decode(self, reader: "PageReader") -> Kernel:
+        """The same by products of matrices (`paged/matrix.h`); `reader` is one of fragments."""
+        form = "MatrixDecode<Reader, Output, G, Q, R, SIMDGROUPS, SOFTCAP, SINKS>"
+        memory = (("uint4", "memory", "MEMORY"),)
+        return self._decode("matrix_decode", "matrix_reader.h", form, reader, memory)
+
+    def _decode(
+        self,
+        name: str,
+        header: str,
+        form: str,
+        reader: "PageReader",
+        memory: tuple[tuple[str, str, str], ...],
+    ) -> Kernel:
+        constants = dict.fromkeys((*reader.constants, *reader.output_constants))
+        inputs = PAGES, "queries", "block_table", "seq_lens", "sinks", *constants
         return self.kernel(
-            "decode",
-            "reader.h",
-            f"{attention}::run",
-            (PAGES, "queries", "block_table", "seq_lens", *constants, "parameters", AFTER),
-            ("partials", "states"),
+            name,
+            header,
+            "Attention::run",
+            (*inputs, "parameters", AFTER),
+            ("partials", "states", "output"),
+            tuple((kind, array, f"Attention::{size}") for kind, array, size in memory),
+            (("Reader", reader.type), ("Output", reader.output_type), ("Attention", form)),
             (
-                ("uint4", "query_rows", f"{attention}::QUERY_MEMORY"),
-                ("float", "scratch", f"{attention}::SCRATCH"),
+                ("constants", "typename Reader::Constants", reader.constants),
+                ("output_constants", "typename Output::Constants", reader.output_constants),
             ),
-            (
-                ("Reader", reader),
-                (attention, "Decode<Reader, G, Q, R, TOKENS, SIMDGROUPS, SOFTCAP>"),
-            ),
-            ("typename Reader::Constants", constants),
         )
 
     def merge(self, output: str, constants: tuple[str, ...]) -> Kernel:
@@ -148,5 +175,5 @@ class KernelFamily:
             ("output",),
             (("float", "scratch", "Merge<Output, G, Q, SIMDGROUPS>::SCRATCH"),),
             (("Output", output),),
-            ("typename Output::Constants", constants),
+            (("constants", "typename Output::Constants", constants),),
         )

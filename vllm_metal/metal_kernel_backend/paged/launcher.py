@@ -9,25 +9,25 @@ after the writer. That a block is written again only after it was read is up to 
 server, `vllm_metal/runner/steps_in_flight.py` says how.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.kernel_library import (
-    SIMD_SIZE,
-    Kernel,
-    Run,
-    Target,
-    Template,
-)
+from vllm_metal.metal_kernel_backend.kernel_library import Target, Template
 from vllm_metal.metal_kernel_backend.paged import parameters
 from vllm_metal.metal_kernel_backend.paged.constants_header import BLOCK_SIZE_STEP, TOKEN_WORDS
 from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, LayerConstants, PageKernels
+from vllm_metal.metal_kernel_backend.paged.launches import Launches
 from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW, lengthened
-from vllm_metal.metal_kernel_backend.paged.splits import DECODE_SIMDGROUPS, Gpu, plan_decode
+from vllm_metal.metal_kernel_backend.paged.splits import (
+    DECODE_SIMDGROUPS,
+    FORM_OF_TARGET,
+    Gpu,
+    MatrixForm,
+    plan_decode,
+)
 
 MERGE_SIMDGROUPS = 8
 STORE_SIMDGROUPS = 4
@@ -72,7 +72,8 @@ class PageLauncher(Generic[PagesOf]):
     """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""
     max_rows: int = 0
     run_tokens: int = 0
-    _built: dict[tuple[str, int], Run] = field(default_factory=dict, repr=False)
+    matrix: MatrixForm | None = FORM_OF_TARGET
+    """How decode multiplies matrices; None: it does not."""
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -84,8 +85,11 @@ class PageLauncher(Generic[PagesOf]):
             max_rows=max(1, min(self.max_rows or gpu.max_rows, MAX_HELD // largest)),
             run_tokens=self.run_tokens or gpu.run_tokens,
         )
-        self._template = layout.template()
-        self._inputs = self.layout_inputs()
+        if not self.kernels.matrix_decode:
+            self.matrix = None
+        elif self.matrix == FORM_OF_TARGET:
+            self.matrix = MatrixForm.of(self.target, largest)
+        self._launch = Launches(self.target, layout.template(), self.layout_inputs()).launch
         self._no_token = mx.array([0] * TOKEN_WORDS, mx.uint32)
         self._no_sinks = mx.array([0.0] * CONSTANT_BELOW)
 
@@ -114,7 +118,7 @@ class PageLauncher(Generic[PagesOf]):
         vectors = max(2 * tokens * heads, TOKEN_WORDS)  # each word is written by one of them
         return self._launch(
             self.kernels.store,
-            constants,
+            constants.inputs(),
             {
                 "pages": pages,
                 "keys": keys,
@@ -157,7 +161,8 @@ class PageLauncher(Generic[PagesOf]):
         visible = max_seq_len
         if window:  # a split begins at a multiple of a block's step
             visible = min(max_seq_len, window + num_queries + BLOCK_SIZE_STEP)
-        plan = plan_decode(self.gpu, heads_per_kv_head * num_queries, batch * num_kv_heads, visible)
+        rows, kv_heads = heads_per_kv_head * num_queries, batch * num_kv_heads
+        plan = plan_decode(self.gpu, rows, kv_heads, visible, self.matrix)
         settings = parameters.DECODE.array(
             split_tokens=plan.split_tokens,
             num_splits=plan.num_splits,
@@ -166,49 +171,72 @@ class PageLauncher(Generic[PagesOf]):
             scale=scale,
             softcap=softcap,
         )
-        template = {"G": heads_per_kv_head, "Q": num_queries}
-        shared = {"queries": queries, "seq_lens": lengthened(seq_lens, filler=0)}
-        split_rows = batch, plan.num_splits, num_queries * heads
-        value_size = self.layout.value_head_size
-        partials, states = self._launch(
-            self.kernels.decode,
-            constants,
+        template = {
+            "G": heads_per_kv_head,
+            "Q": num_queries,
+            "SINKS": int(sinks is not None),
+        }
+        shared = {
+            "queries": queries,
+            "seq_lens": lengthened(seq_lens, filler=0),
+            "sinks": self._no_sinks if sinks is None else _float_sinks(sinks),
+            "parameters": settings,
+        }
+        outputs = self._decode_outputs(queries, plan.num_splits)
+        merged = outputs.pop("merged", None)
+        matrix = self.matrix if plan.matrix else None
+        partials, states, output = self._launch(
+            self.kernels.matrix_decode if matrix else self.kernels.decode,
+            constants.inputs(),
             {
                 **shared,
                 "pages": pages,
                 "block_table": lengthened(block_table, filler=0),
-                "parameters": settings,
                 AFTER: token,
             },
             {
                 **template,
                 "R": plan.rows,
-                "TOKENS": self.gpu.run_tokens,
+                "TOKENS": matrix.tile_tokens if matrix else self.gpu.run_tokens,
                 "SOFTCAP": int(softcap > 0),
             },
             DECODE_SIMDGROUPS,
             (num_kv_heads * plan.tiles, plan.num_splits, batch),
-            {
-                "partials": ((*split_rows, value_size), mx.float32),
-                "states": ((max(2 * prod(split_rows), CONSTANT_BELOW),), mx.float32),
-            },
-            self.gpu.resident_threadgroups(plan.rows),
+            outputs,
+            plan.resident,
         )
+        if not merged:
+            return output
         return self._launch(
             self.kernels.merge,
-            constants,
-            {
-                **shared,
-                "partials": partials,
-                "states": states,
-                "sinks": self._no_sinks if sinks is None else _float_sinks(sinks),
-                "parameters": settings,
-            },
-            {**template, "SINKS": int(sinks is not None)},
+            constants.inputs(),
+            {**shared, "partials": partials, "states": states},
+            template,
             MERGE_SIMDGROUPS,
             (num_queries * heads, batch, 1),
-            {"output": ((batch, num_queries, heads, value_size), queries.dtype)},
+            {"output": merged},
         )[0]
+
+    def _decode_outputs(self, queries: mx.array, num_splits: int) -> dict[str, tuple]:
+        """What decode writes, and what merge makes of it: with one split the output itself, so that
+        there is nothing to merge. Outputs that nothing is written to have the least size."""
+        batch, num_queries, heads, _ = queries.shape
+        value_size = self.layout.value_head_size
+        output = (batch, num_queries, heads, value_size), queries.dtype
+        nothing = (CONSTANT_BELOW,)
+        if num_splits == 1:
+            return {
+                "partials": (nothing, mx.float32),
+                "states": (nothing, mx.float32),
+                "output": output,
+            }
+        rows = batch, num_splits, num_queries * heads
+        return {
+            "partials": ((*rows, value_size), mx.float32),
+            "states": ((max(2 * prod(rows), CONSTANT_BELOW),), mx.float32),
+            "output": (nothing, queries.dtype),
+            "merged": output,
+        }
 
     def read(
         self,
@@ -233,7 +261,7 @@ class PageLauncher(Generic[PagesOf]):
         pairs = 2 * -(-count // 2)  # of keys and of values, each a simdgroup's
         keys, values = self._launch(
             self.kernels.read,
-            constants,
+            constants.inputs(),
             {
                 "pages": pages,
                 "block_table": lengthened(block_table, filler=0),
@@ -251,44 +279,6 @@ class PageLauncher(Generic[PagesOf]):
             },
         )
         return keys, values
-
-    def _launch(
-        self,
-        kernel: Kernel,
-        constants: LayerConstants,
-        inputs: Mapping[str, mx.array],
-        template: Mapping[str, int],
-        simdgroups: int,
-        threadgroups: tuple[int, int, int],
-        outputs: Mapping[str, tuple[tuple[int, ...], Any]],
-        resident: int = 0,
-    ) -> list[mx.array]:
-        """Runs a kernel.
-
-        Args:
-            constants: of which it takes those that it names.
-            template: what it is compiled for, beside the layout.
-            simdgroups: of a threadgroup.
-            threadgroups: on each axis of the grid.
-            outputs: shape and type of each.
-            resident: threadgroups that a core is to hold at a time; 0: the target's choice.
-        """
-        threads = simdgroups * SIMD_SIZE
-        key = kernel.name, resident
-        if key not in self._built:
-            bounds = (threads, resident) if resident else None
-            self._built[key] = self.target.build(kernel, bounds)
-        shapes, dtypes = zip(*(outputs[name] for name in kernel.output_names), strict=True)
-        known = self._inputs | constants.inputs()
-        taken = {name: known[name] for name in kernel.input_names if name in known}
-        return self._built[key](
-            inputs=kernel.in_order({**taken, **inputs}),
-            template=[*self._template, *template.items(), ("SIMDGROUPS", simdgroups)],
-            grid=(threadgroups[0] * threads, *threadgroups[1:]),
-            threadgroup=(threads, 1, 1),
-            output_shapes=list(shapes),
-            output_dtypes=list(dtypes),
-        )
 
 
 def _float_sinks(sinks: mx.array) -> mx.array:

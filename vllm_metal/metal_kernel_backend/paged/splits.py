@@ -11,6 +11,9 @@ DECODE_SIMDGROUPS = 4
 
 MAX_SPLITS = 128
 
+TILE_ROWS = 8
+"""Query rows that a simdgroup of the matrix form serves."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -56,6 +59,39 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class MatrixForm:
+    """Where decode multiplies matrices (`kernels/paged/matrix.h`), and how it is cut there."""
+
+    least_rows: int
+    """Query rows of a KV head from which on. A tile has room for 8, however few there are."""
+    tile_tokens: int
+    """Tokens that a simdgroup reads at a time, 8 or 16."""
+    threadgroups_per_core: int
+
+    @classmethod
+    def of(cls, target: Target, head_size: int) -> "MatrixForm | None":
+        """That of a target, for keys and values of `head_size` elements at most.
+
+        NVIDIA's tensor cores multiply for nothing, so the form serves any number of rows; 4
+        threadgroups leave 128 registers a thread, 2 leave 255. Before M5, Apple GPUs multiply
+        matrices on their ordinary units, 8 rows at the cost of 8: with 4 rows the other form costs
+        less. Sums and queries of more than 128 elements would not fit their registers.
+        """
+        if target.name == "cuda":
+            return cls(1, 16, 4) if head_size <= 128 else cls(1, 8, 2)
+        return cls(5, 8, 6) if head_size <= 128 else None
+
+    @property
+    def split_step(self) -> int:
+        """Tokens that a threadgroup reads at a time; a split is a multiple."""
+        return DECODE_SIMDGROUPS * self.tile_tokens
+
+
+FORM_OF_TARGET = MatrixForm(0, 0, 0)
+"""Stands for that of the target."""
+
+
+@dataclass(frozen=True)
 class DecodePlan:
     """How the query rows of a KV head and the tokens of a request are cut."""
 
@@ -65,9 +101,15 @@ class DecodePlan:
     """Times `rows`, at least all query rows of a KV head."""
     split_tokens: int
     num_splits: int
+    resident: int
+    """Threadgroups that a core holds at a time."""
+    matrix: bool
+    """Whether the matrix form runs."""
 
 
-def plan_decode(gpu: Gpu, query_rows: int, kv_heads: int, tokens: int) -> DecodePlan:
+def plan_decode(
+    gpu: Gpu, query_rows: int, kv_heads: int, tokens: int, matrix: MatrixForm | None = None
+) -> DecodePlan:
     """The plan of one decode step.
 
     Args:
@@ -75,11 +117,17 @@ def plan_decode(gpu: Gpu, query_rows: int, kv_heads: int, tokens: int) -> Decode
         query_rows: of a KV head: its query heads times the query tokens of a request.
         kv_heads: of all requests together.
         tokens: that the rows of the longest request see.
+        matrix: where the pages have that form.
     """
-    tiles = -(-query_rows // gpu.max_rows)
+    multiplies = matrix is not None and query_rows >= matrix.least_rows
+    tiles = -(-query_rows // (TILE_ROWS if multiplies else gpu.max_rows))
     rows = -(-query_rows // tiles)
-    resident = gpu.cores * gpu.resident_threadgroups(rows)
-    return DecodePlan(rows, tiles, *splits(tokens, kv_heads * tiles, resident, gpu.split_step))
+    if multiplies:
+        step, resident = matrix.split_step, matrix.threadgroups_per_core
+    else:
+        step, resident = gpu.split_step, gpu.resident_threadgroups(rows)
+    cut = splits(tokens, kv_heads * tiles, gpu.cores * resident, step)
+    return DecodePlan(rows, tiles, *cut, resident, multiplies)
 
 
 @lru_cache(maxsize=4096)

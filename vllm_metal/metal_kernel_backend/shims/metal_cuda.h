@@ -60,6 +60,37 @@ METAL_FUNC uint bits_over(uint word, uint mask, uint other) {
   return bits;
 }
 
+// Two bytes with those of 0x64 between them, in one instruction.
+#define BYTES_OVER
+METAL_FUNC uint bytes_over(uint word, int upper) {
+  return __byte_perm(word, 0x64646464u, upper ? 0x4341 : 0x4240);
+}
+
+#define ROUNDED_HALVES
+METAL_FUNC half2 rounded_halves(float a, float b) { return __floats2half2_rn(a, b); }
+
+// Products of matrices of halves, added to floats: lines of the sum are 0..7, in c, and 8..15, in d.
+// Each lane holds the elements that PTX says.
+#define TENSOR_CORES
+METAL_FUNC void multiply_16x8x16(
+    float (&c)[2], float (&d)[2], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(d[0]), "+f"(d[1])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+METAL_FUNC void multiply_16x8x8(float (&c)[2], float (&d)[2], uint a0, uint a1, uint b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(d[0]), "+f"(d[1])
+      : "r"(a0), "r"(a1), "r"(b0));
+}
+METAL_FUNC uint transpose_8x8(uint halves) {
+  uint transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(halves));
+  return transposed;
+}
+
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 METAL_FUNC void threadgroup_barrier(mem_flags) { __syncthreads(); }
 METAL_FUNC void simdgroup_barrier(mem_flags) { __syncwarp(); }

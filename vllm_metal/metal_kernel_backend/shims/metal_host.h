@@ -147,6 +147,7 @@ struct Context {
 struct Meeting {
   unsigned arrived = 0;
   uint32_t words[2][SIMD];
+  uint32_t matrices[2][SIMD][6];  // what lanes hold of the factors of a product
 };
 
 struct Fibre {
@@ -199,14 +200,30 @@ inline void wait(const unsigned& arrived, unsigned needed) {
   }
 }
 
-inline Meeting& meet(uint32_t word, unsigned& turn) {
+inline Meeting& meet(unsigned& turn) {
   Fibre& fibre = self();
   Meeting& meeting = machine.simdgroups[fibre.index / SIMD];
   turn = fibre.simd_meetings++ & 1;
-  meeting.words[turn][fibre.index % SIMD] = word;
   meeting.arrived++;
   wait(meeting.arrived, SIMD * fibre.simd_meetings);
   return meeting;
+}
+
+inline Meeting& meet(uint32_t word, unsigned& turn) {
+  Fibre& fibre = self();
+  machine.simdgroups[fibre.index / SIMD].words[fibre.simd_meetings & 1][fibre.index % SIMD] = word;
+  return meet(turn);
+}
+
+// The words that each lane gives.
+template <size_t N>
+inline const uint32_t (&exchange(const uint32_t (&words)[N]))[SIMD][6] {
+  Fibre& fibre = self();
+  Meeting& meeting = machine.simdgroups[fibre.index / SIMD];
+  std::memcpy(meeting.matrices[fibre.simd_meetings & 1][fibre.index % SIMD], words, 4 * N);
+  unsigned turn;
+  meet(turn);
+  return meeting.matrices[turn];
 }
 
 inline void run_fibre() {
@@ -296,6 +313,81 @@ inline void threadgroup_barrier(mem_flags) {
   host::machine.barrier_arrived++;
   unsigned needed = ++host::self().barriers * host::machine.num_fibres;
   host::wait(host::machine.barrier_arrived, needed);
+}
+
+namespace host {
+
+// Half i of a word that a lane has given.
+inline float half_of(uint32_t word, int i) {
+  return float(as_type<half>(uint16_t(i ? word >> 16 : word)));
+}
+
+// The sum of A and B's products, with the elements of 16 x K, K x 8 and 16 x 8 matrices in the lanes
+// that PTX names.
+template <int K, size_t N>
+inline void multiply(float (&c)[2], float (&d)[2], const uint32_t (&words)[N]) {
+  int lane = self().index % SIMD;
+  const auto& given = exchange(words);
+  for (int i = 0; i < 4; i++) {
+    int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    float& sum = i < 2 ? c[i] : d[i - 2];
+    for (int k = 0; k < K; k++) {
+      uint32_t a = given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      uint32_t b = given[column * 4 + k % 8 / 2][K / 4 + k / 8];
+      sum += half_of(a, k % 2) * half_of(b, k % 2);
+    }
+  }
+}
+
+} // namespace host
+
+inline void multiply_16x8x16(
+    float (&c)[2], float (&d)[2], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  host::multiply<16>(c, d, {a0, a1, a2, a3, b0, b1});
+}
+inline void multiply_16x8x8(float (&c)[2], float (&d)[2], uint a0, uint a1, uint b0) {
+  host::multiply<8>(c, d, {a0, a1, b0});
+}
+inline uint transpose_8x8(uint halves) {
+  int lane = host::self().index % host::SIMD;
+  const auto& given = host::exchange<1>({halves});
+  uint transposed = 0;
+  for (int i = 0; i < 2; i++) {
+    int line = lane % 4 * 2 + i, column = lane / 4;
+    uint32_t word = given[line * 4 + column / 2][0];
+    transposed |= (column % 2 ? word >> 16 : word & 0xffffu) << (16 * i);
+  }
+  return transposed;
+}
+
+// An 8 x 8 matrix, two neighbouring elements of a line to a lane, as Apple's GPUs have it.
+template <typename T, int COLUMNS, int LINES>
+struct simdgroup_matrix {
+  static_assert(COLUMNS == 8 && LINES == 8, "the one size of Metal");
+  T elements[2];
+  T (&thread_elements())[2] { return elements; }
+};
+
+inline void simdgroup_multiply_accumulate(
+    simdgroup_matrix<float, 8, 8>& d, simdgroup_matrix<half, 8, 8> a,
+    simdgroup_matrix<half, 8, 8> b, simdgroup_matrix<float, 8, 8> c) {
+  auto lane_of = [](int line, int column) {
+    return line / 4 * 16 + column / 4 * 8 + line % 4 * 2 + column % 4 / 2;
+  };
+  auto element = [](const uint32_t* words, int which, int column) {
+    return float(as_type<half>(uint16_t(column % 2 ? words[which] >> 16 : words[which])));
+  };
+  int lane = host::self().index % host::SIMD;
+  const auto& given = host::exchange<2>({as_type<uint32_t>(a), as_type<uint32_t>(b)});
+  int line = lane / 16 * 4 + lane / 2 % 4, column = lane / 8 % 2 * 4 + lane % 2 * 2;
+  for (int i = 0; i < 2; i++) {
+    float sum = c.elements[i];
+    for (int k = 0; k < 8; k++) {
+      sum += element(given[lane_of(line, k)], 0, k) *
+          element(given[lane_of(k, column + i)], 1, column + i);
+    }
+    d.elements[i] = sum;
+  }
 }
 
 } // namespace metal

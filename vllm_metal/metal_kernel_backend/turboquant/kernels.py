@@ -4,7 +4,13 @@ import mlx.core as mx
 import numpy as np
 
 from vllm_metal.metal_kernel_backend.paged import constants_header as paged
-from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, PAGES, KernelFamily, PageKernels
+from vllm_metal.metal_kernel_backend.paged.kernels import (
+    AFTER,
+    PAGES,
+    KernelFamily,
+    PageKernels,
+    PageReader,
+)
 from vllm_metal.metal_kernel_backend.turboquant import constants_header
 from vllm_metal.metal_kernel_backend.turboquant.constants_header import (
     CODEBOOK_FACTORS,
@@ -31,11 +37,16 @@ STORE = FAMILY.kernel(
     (("uchar", "codes", "SIMDGROUPS * StoreScratch<Layout>::SIZE"),),
 )
 
-DECODE = FAMILY.decode(
-    "CompressedReader<Layout>", ("query_factors", "centre", "key_codebook", "value_codebook")
+READ_BY = "query_factors", "centre", "key_codebook", "value_codebook"
+OUTPUT = "RotatedOutput<Layout>", ("centre", "value_factors")
+
+DECODE = FAMILY.decode(PageReader("CompressedReader<Layout>", READ_BY, *OUTPUT))
+
+MATRIX_DECODE = FAMILY.matrix_decode(
+    PageReader("CompressedMatrices<Layout, TOKENS / FRAGMENT_TOKENS>", READ_BY, *OUTPUT)
 )
 
-MERGE = FAMILY.merge("RotatedOutput<Layout>", ("centre", "value_factors"))
+MERGE = FAMILY.merge(*OUTPUT)
 
 DEQUANTIZE = FAMILY.kernel(
     "dequantize",
@@ -47,7 +58,7 @@ DEQUANTIZE = FAMILY.kernel(
     (("float", "scratch", "SIMDGROUPS * DequantizeScratch<Layout>::SIZE"),),
 )
 
-KERNELS = PageKernels(STORE, DECODE, MERGE, DEQUANTIZE)
+KERNELS = PageKernels(STORE, DECODE, MERGE, DEQUANTIZE, MATRIX_DECODE)
 
 
 def codebook(format: Format, head_size: int) -> mx.array:
