@@ -32,6 +32,9 @@ TURBOQUANT = '{"turboquant": true, "k_quant": "q6_0", "v_quant": "q4_0"}'
 """The compressed KV cache, in the formats that `docs/turboquant.md` recommends."""
 KV_CACHE_BYTES = 1 << 30
 """Little enough for any machine; the report says how many tokens it holds."""
+SERVER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+if platform.system() == "Linux":  # the engine process need not import vLLM and torch again
+    SERVER_ENVIRONMENT["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 START_TIMEOUT = 600.0
 """Seconds that the server may take until it answers; the first start measures the model."""
 PROGRESS_INTERVAL = 10.0
@@ -103,7 +106,7 @@ def serving(model: Path, arguments: list[str]) -> Iterator[tuple[str, Path]]:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+                env=SERVER_ENVIRONMENT | os.environ,
             )
         url = f"http://127.0.0.1:{port}"
         try:

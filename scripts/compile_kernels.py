@@ -31,7 +31,7 @@ from tests.kernels.metal_text import PrintingTarget, joined, metal_text  # noqa:
 from vllm_metal.metal_kernel_backend.dense.kernels import DenseLauncher  # noqa: E402
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout  # noqa: E402
 from vllm_metal.metal_kernel_backend.kernel_library import KERNELS  # noqa: E402
-from vllm_metal.metal_kernel_backend.paged import launcher as paged  # noqa: E402
+from vllm_metal.metal_kernel_backend.paged import kernels as paged  # noqa: E402
 from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair  # noqa: E402
 from vllm_metal.metal_kernel_backend.turboquant.launcher import (  # noqa: E402
@@ -53,6 +53,10 @@ UTILS = '#include "mlx/backend/metal/kernels/utils.h"\n'
 """What MLX puts in front of every kernel, from the headers in its package."""
 
 
+Kind = FormatPair | mx.Dtype
+"""Formats of keys and values, or the type of dense pages."""
+
+
 @dataclass(frozen=True)
 class Result:
     """One text and what became of it."""
@@ -72,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     programs = {f"file {path.relative_to(KERNELS)}": path for path in kernel_files()}
-    for kind in (*DTYPES, *SHOWN_PAIRS):
+    kinds: list[Kind] = [*DTYPES, *SHOWN_PAIRS]
+    for kind in kinds:
         name = kind_name(kind)
         for i, text in enumerate(texts(kind)):
             path = args.out / f"{name.replace('/', '-').replace(' ', '-')}_{i}.metal"
@@ -109,10 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def kernel_files() -> list[Path]:
     """The files of `kernels/`; each includes what it needs."""
     return sorted(path for path in KERNELS.rglob("*") if path.suffix in (".h", ".metal"))
-
-
-Kind = FormatPair | mx.Dtype
-"""Formats of keys and values, or the type of dense pages."""
 
 
 def kind_name(kind: Kind) -> str:

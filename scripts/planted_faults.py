@@ -3,15 +3,21 @@
     python scripts/planted_faults.py                    every fault
     python scripts/planted_faults.py --only NAME ...    some of them
     python scripts/planted_faults.py --output FILE      write the table to a file, too
-    python scripts/planted_faults.py --json FILE        write the results as JSON, too
+    python scripts/planted_faults.py --journal FILE     keep each outcome, and go on from there
+    python scripts/planted_faults.py --root FOLDER --faults FILE    another tree, another list
 
 `planted_faults.json` has the faults: a file, a text that is in it once, what takes its place, and
 the tests that should fail. A fault is caught where one of them fails; each must be caught without
 the nightly tests. The tests run once without a fault first, because a test that fails anyway
 catches nothing.
+
+A run over all faults takes hours. The journal has one JSON object a line, written as soon as its
+fault is through. A run that was stopped goes on when it is started again with the same journal;
+faults whose entry in the list has changed since are planted again.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -48,6 +54,10 @@ class Fault:
     tests: tuple[str, ...]
     """pytest's arguments: files, or single tests."""
 
+    def digest(self) -> str:
+        """The same for the same fault with the same tests."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -66,43 +76,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="plant these faults alone")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="keep outcomes here; skip those it has"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="FOLDER", help="the repository to copy"
+    )
+    parser.add_argument(
+        "--faults", type=Path, default=FAULTS, metavar="FILE", help="the list of faults"
+    )
     args = parser.parse_args(arguments)
-    faults = [fault for fault in read_faults() if not args.only or fault.name in args.only]
-    if unknown := set(args.only or ()) - {fault.name for fault in faults}:
+    listed = read_faults(args.faults)
+    if unknown := set(args.only or ()) - {fault.name for fault in listed}:
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
-    outcomes = []
-    with tempfile.TemporaryDirectory(prefix="planted-faults-") as folder:
-        tree = copy_repository(Path(folder))
-        tests = dict.fromkeys(test for fault in faults for test in fault.tests)
-        if failed := run_tests(tree, list(tests), timeout=len(faults) * TIMEOUT):
-            print(f"These tests fail without a fault: {failed}", file=sys.stderr)
-            return 2
-        for fault in faults:
-            outcomes.append(run_fault(tree, fault))
-            print(line(outcomes[-1]), file=sys.stderr, flush=True)
-    text = f"{heading()}\n\n{table(outcomes)}\n"
+    faults = [fault for fault in listed if not args.only or fault.name in args.only]
+    outcomes = read_journal(args.journal, faults) if args.journal else {}
+    if left := [fault for fault in faults if fault.name not in outcomes]:
+        with tempfile.TemporaryDirectory(prefix="planted-faults-") as folder:
+            tree = copy_repository(args.root, Path(folder))
+            tests = dict.fromkeys(test for fault in left for test in fault.tests)
+            if failed := run_tests(tree, list(tests), timeout=len(left) * TIMEOUT):
+                print(f"These tests fail without a fault: {failed}", file=sys.stderr)
+                return 2
+            for fault in left:
+                outcome = outcomes[fault.name] = run_fault(tree, fault)
+                print(line(outcome), file=sys.stderr, flush=True)
+                if args.journal:
+                    append_to_journal(args.journal, fault, outcome)
+    in_order = [outcomes[fault.name] for fault in faults]
+    text = f"{heading(args.root)}\n\n{table(in_order)}\n"
     print(text)
     if args.output:
         args.output.write_text(text)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
-    return int(not all(outcome.caught for outcome in outcomes))
+    return int(not all(outcome.caught for outcome in in_order))
 
 
-def read_faults() -> list[Fault]:
-    """The faults of `planted_faults.json`."""
-    entries = json.loads(FAULTS.read_text())
+def read_journal(journal: Path, faults: Sequence[Fault]) -> dict[str, Outcome]:
+    """Name of a fault -> its outcome, for those of these faults that the journal has."""
+    digests = {fault.name: fault.digest() for fault in faults}
+    entries = journal.read_text().splitlines() if journal.exists() else []
+    outcomes = {}
+    for entry in map(json.loads, entries):
+        digest = entry.pop("digest")
+        if digests.get(entry["name"]) == digest:
+            outcomes[entry["name"]] = Outcome(**entry)
+    return outcomes
+
+
+def append_to_journal(journal: Path, fault: Fault, outcome: Outcome) -> None:
+    """Writes one line, and closes the file: a run may be stopped at any time."""
+    with journal.open("a") as file:
+        file.write(json.dumps(asdict(outcome) | {"digest": fault.digest()}) + "\n")
+
+
+def read_faults(file: Path = FAULTS) -> list[Fault]:
+    """The faults of `planted_faults.json`, or of another list."""
+    entries = json.loads(file.read_text())
     return [Fault(**entry | {"tests": tuple(entry["tests"])}) for entry in entries]
 
 
-def copy_repository(target: Path) -> Path:
+def git(root: Path, *arguments: str) -> str:
+    """What a command of git prints in a repository."""
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def copy_repository(root: Path, target: Path) -> Path:
     """Copies the files that git knows, as they are now; returns the folder."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        source, copy = ROOT / name, target / name
+    for name in filter(None, git(root, "ls-files", "-z").split("\0")):
+        source, copy = root / name, target / name
         if source.is_symlink() or source.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy, follow_symlinks=False)
@@ -173,15 +215,17 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*(line(outcome, width) for outcome in outcomes), "", summary])
 
 
-def heading() -> str:
-    """When, where and with what the table was made."""
+def heading(root: Path) -> str:
+    """When, where, with what and of which commit the table was made."""
     from vllm_metal.machine.provenance import provenance
 
     about = provenance("mlx", "mlx-lm", "vllm", "pytest")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    commit = git(root, "describe", "--always", "--dirty").strip()
     return (
         "Faults planted by scripts/planted_faults.py, the time that their tests took, and the "
-        f"test that failed.\n{about['date']}, {about['machine']}, {about['mlx_device']}; {versions}"
+        f"test that failed.\n{about['date']}, {about['machine']}, {about['mlx_device']}; "
+        f"{versions}; commit {commit}"
     )
 
 

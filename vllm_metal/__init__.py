@@ -29,6 +29,7 @@ def register() -> str | None:
     - OpenMP threads of torch and MKL sleep while they wait: spinning, they would take the cores
       from MLX's own threads;
     - MLX's CPU backend finds a fast BLAS;
+    - MLX's Metal backend puts more operations into a command buffer, on Macs before M5;
     - a `UserError` that ends a process is shown without its stack;
     - vLLM's warning about custom schedulers is left out for this package's own;
     - vLLM counts requests whose logits are not finite; the worker checks them in every step.
@@ -43,6 +44,7 @@ def register() -> str | None:
 def _register() -> str | None:
     from vllm_metal.errors import show_user_errors_without_stack
     from vllm_metal.machine.blas import load_fast_blas
+    from vllm_metal.machine.command_buffers import raise_operations_per_buffer
     from vllm_metal.machine.installation import missing_distributions
     from vllm_metal.options.scheduler_class import hide_warning_about_own_scheduler
 
@@ -62,6 +64,7 @@ def _register() -> str | None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+    raise_operations_per_buffer()
     load_fast_blas()
     show_user_errors_without_stack()
     hide_warning_about_own_scheduler()

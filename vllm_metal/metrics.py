@@ -32,8 +32,7 @@ def figures(vllm_config: "VllmConfig") -> dict[str, float]:
     from vllm_metal.model.model_binding import ModelBinding
 
     model = vllm_config.model_config
-    arguments = model_loader.load_arguments(model)
-    structure = model_loader.load_structure(model.model, **arguments)
+    structure = model_loader.load_structure(model_loader.ModelSource.of(model))
     binding = ModelBinding(structure)
     layers, states = binding.layers, binding.states
     cache = ModelPages.of(vllm_config, layers, states, neutral_constants(layers))

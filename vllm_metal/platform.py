@@ -8,7 +8,8 @@ import json
 import multiprocessing
 import platform as host
 import random
-from functools import cache
+from dataclasses import asdict
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,14 +19,17 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_metal import config
 from vllm_metal.errors import UserError
-from vllm_metal.machine import cache_folder, device, torch_accelerator
+from vllm_metal.machine import cache_folder, device, engine_process, torch_accelerator
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
-from vllm_metal.options import check, scheduler_class
+from vllm_metal.options import check, scheduler_class, structured_outputs
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.inputs import EngineInput
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.metal.platform")
@@ -117,6 +121,19 @@ class MetalPlatform(Platform):
         super().validate_environ(hard_fail)
 
     @classmethod
+    def validate_request(
+        cls, processed_inputs: "EngineInput", params: "SamplingParams | PoolingParams"
+    ) -> None:
+        """Refuses structured outputs that vLLM accepts and that are a mistake.
+
+        Raises:
+            VLLMValidationError: the reason, which vLLM's server gives with HTTP 400.
+        """
+        constraint = getattr(params, "structured_outputs", None)
+        if constraint is not None:
+            structured_outputs.check(constraint)
+
+    @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
         """Does nothing: the block size is vLLM's default or the user's."""
 
@@ -142,10 +159,10 @@ class MetalPlatform(Platform):
             raise UserError(
                 "vLLM's Model Runner V2 is not supported (VLLM_USE_V2_MODEL_RUNNER must be 0)"
             )
-        if multiprocessing.parent_process() is None:
-            if idle:
-                logger.warning("No effect on this platform: %s", ", ".join(idle))
-            _check_compression(vllm_config)
+        in_main_process = multiprocessing.parent_process() is None
+        if in_main_process and idle:
+            logger.warning("No effect on this platform: %s", ", ".join(idle))
+        has_state = engine_process.ask(partial(_check_structure, vllm_config, in_main_process))
         from vllm.config import CompilationMode, CUDAGraphMode
 
         vllm_config.parallel_config.worker_cls = "vllm_metal.worker.MetalWorker"
@@ -154,7 +171,8 @@ class MetalPlatform(Platform):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         torch_accelerator.disable_cache_release()
-        _disable_prefix_caching_for_states(vllm_config)
+        if has_state:
+            _disable_prefix_caching(vllm_config)
 
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
@@ -214,16 +232,36 @@ def _clear_layers_that_a_preset_skips(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _check_compression(vllm_config: "VllmConfig") -> None:
-    """Refuses a model that TurboQuant cannot compress, before its weights are read.
+def _check_structure(vllm_config: "VllmConfig", checks_compression: bool) -> bool:
+    """What the model's structure says, before its weights are read.
+
+    Args:
+        vllm_config: the whole configuration.
+        checks_compression: whether to find out if TurboQuant can compress the model.
+
+    Returns:
+        Whether the model has recurrent state. vLLM knows which of its own models do, but not which
+        of mlx-lm's. Asked for prefix caching alone, and False where that is off.
 
     Raises:
-        UserError: what the worker would raise.
+        UserError: TurboQuant cannot compress the model; the worker would raise the same.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    if model is None or config.parse(vllm_config.additional_config, cache.cache_dtype) is None:
-        return
+    if model is None:
+        return False
+    compresses = config.parse(vllm_config.additional_config, cache.cache_dtype) is not None
+    if compresses and checks_compression:
+        _check_compression(vllm_config)
+    if not cache.enable_prefix_caching:
+        return False
     structure = _structure(model)
+    from vllm_metal.model.layer_kinds import has_recurrent_state
+
+    return has_recurrent_state(structure)
+
+
+def _check_compression(vllm_config: "VllmConfig") -> None:
+    structure = _structure(vllm_config.model_config)
     from vllm_metal.metal_kernel_backend.selection import neutral_constants
     from vllm_metal.model.model_binding import ModelBinding
     from vllm_metal.model_pages import ModelPages
@@ -233,37 +271,30 @@ def _check_compression(vllm_config: "VllmConfig") -> None:
     ModelPages.of(vllm_config, layers, binding.states, neutral_constants(layers))
 
 
-def _disable_prefix_caching_for_states(vllm_config: "VllmConfig") -> None:
-    """Turns prefix caching off for a model with recurrent state.
+def _disable_prefix_caching(vllm_config: "VllmConfig") -> None:
+    """For a model with recurrent state.
 
-    vLLM knows which of its own models have recurrent state, but not which of mlx-lm's, so the
-    model's structure decides. A cached prefix would need the state at its end, and a block holds
-    only the newest state of a request.
+    A cached prefix would need the state at its end, and a block holds only the newest state of a
+    request.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    if model is None or not cache.enable_prefix_caching:
-        return
-    structure = _structure(model)
-    from vllm_metal.model.layer_kinds import has_recurrent_state
-
-    if has_recurrent_state(structure):
-        cache.enable_prefix_caching = False
-        cache.mamba_cache_mode = "none"
-        cache.mamba_block_size = model.max_model_len
-        logger.info("Prefix caching is off: %s has recurrent state", model.model)
+    cache.enable_prefix_caching = False
+    cache.mamba_cache_mode = "none"
+    cache.mamba_block_size = model.max_model_len
+    logger.info("Prefix caching is off: %s has recurrent state", model.model)
 
 
 def _structure(model: "ModelConfig") -> "nn.Module":
     """The model without its weights."""
     load_fast_blas()  # before MLX is first imported
-    from vllm_metal.model.model_loader import load_arguments
+    from vllm_metal.model.model_loader import ModelSource
 
-    return _structure_of(model.model, json.dumps(load_arguments(model)))
+    return _structure_of(json.dumps(asdict(ModelSource.of(model))))
 
 
 @cache
-def _structure_of(model: str, load_arguments: str) -> "nn.Module":
-    """Built once for the same arguments: vLLM checks a configuration several times."""
-    from vllm_metal.model.model_loader import load_structure
+def _structure_of(source: str) -> "nn.Module":
+    """Built once for the same source, as JSON: vLLM checks a configuration several times."""
+    from vllm_metal.model.model_loader import ModelSource, load_structure
 
-    return load_structure(model, **json.loads(load_arguments))
+    return load_structure(ModelSource(**json.loads(source)))

@@ -75,11 +75,11 @@ class MetalWorker(WorkerBase):
     @user_errors_end_child_process()
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config = self.model_config
-        arguments = model_loader.load_arguments(config)
-        folder = model_loader.model_folder(config.model, config.revision)
+        source = model_loader.ModelSource.of(config)
+        folder = model_loader.model_folder(source.model, source.revision)
         depends_on = dependencies.of_server(
             folder,
-            model_loader.config_settings(config.model, **arguments),
+            source.config().written,
             config.dtype,
             self.metal_device,
         )
@@ -87,7 +87,7 @@ class MetalWorker(WorkerBase):
         self.results = ResultCache(kept, depends_on)
         self._tracing = CrashMarker(kept and kept.with_name("tracing"), depends_on)
         model = model_loader.load_model(
-            str(folder), config.dtype, **arguments, max_model_len=config.max_model_len
+            replace(source, model=str(folder)), config.dtype, max_model_len=config.max_model_len
         )
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants as DenseConstants
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants as DenseConstants
 from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW
 from vllm_metal.metal_kernel_backend.turboquant.launcher import LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout

@@ -10,7 +10,7 @@ from vllm_metal.metal_kernel_backend import kernel_library as library
 from vllm_metal.metal_kernel_backend.dense.kernels import DenseLauncher
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Run, Target
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants as DenseConstants
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants as DenseConstants
 from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout

@@ -4,8 +4,9 @@
 
 Needs MLX on a GPU and mlx-lm; no vLLM. The model is mlx-lm's own class with random weights, bound
 as it is served, and steps follow one another as the server's do: each is built on the tokens of the
-one before while that one runs, and dispatched when it is done. A copy of one layer's pages would
-show in the peak; dense pages also show what a step gathers from them.
+one before while that one runs, and dispatched behind it, or when it is done where MLX writes the
+pages. A copy of one layer's pages would show in the peak; dense pages also show what a step gathers
+from them.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     settled, started = 0, 0.0
-    dispatch, wait = make_dispatch(), mx.synchronize
+    overlaps = kv_cache.stores_through
+    dispatch, wait = make_dispatch(overlaps), mx.synchronize
     for step in range(steps):
         metadata = DecodeMetadata(
             block_table=table,
@@ -73,9 +75,12 @@ def run(turboquant: TurboQuantConfig | None, traced: bool, steps: int) -> None:
         previous = tokens
         logits = forward(tokens[:, None], [metadata])
         tokens = mx.argmax(logits[:, -1], axis=-1).astype(mx.int32)
-        wait()
-        previous.tolist()
+        if not overlaps:
+            wait()
+            previous.tolist()
         wait = dispatch(tokens, kv_cache.arrays)
+        if overlaps:
+            previous.tolist()
         if step == SETTLED:
             settled, started = mx.get_peak_memory(), time.perf_counter()
     mx.eval(tokens)

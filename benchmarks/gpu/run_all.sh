@@ -19,7 +19,7 @@
 # OUTPUT_FOLDER/kernels, as macOS does with a Mac's.
 set -uo pipefail
 
-step() { echo "$python benchmarks/gpu/engine_step.py $MODEL $1 ${2:+--cases $2} --output $out/steps.jsonl"; }
+measure() { echo "$python benchmarks/gpu/$1.py $MODEL --output $out/$1.jsonl"; }
 
 # name, seconds, command
 parts() {
@@ -38,9 +38,8 @@ smoke      400 $python examples/serve_demo.py
 engine     580 engine_tests not nightly
 nightly    900 engine_tests nightly
 model      200 $python benchmarks/gpu/random_model.py $MODEL
-mlx-lm     300 $(step mlx-lm)
-dense      570 $(step dense)
-compressed 570 $(step q8_0/q3_0)
+steps      570 $(measure engine_step)
+first      570 $(measure first_token)
 P
 }
 
@@ -51,6 +50,7 @@ kernel_tests() {
   local matrix=test_store_decode_and_dequantize cases
   export KERNEL_TARGET=cuda
   echo "others: $($tests "not $matrix" | tail -n 1)" &
+  echo "dense: $($pytest --noconftest tests/metal_kernel_backend/paged/test_launcher.py | tail -n 1)" &
   for cases in {10..23}; do
     echo "KERNEL_CASES=$cases: $(KERNEL_CASES=$cases $tests "$matrix" | tail -n 1)" &
   done

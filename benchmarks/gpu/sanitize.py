@@ -12,7 +12,7 @@ import numpy as np
 from cuda_program import Kind, launcher_of, layout_of, type_name
 from cupy_target import CupyTarget
 
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants as DenseConstants
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants as DenseConstants
 from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW
 from vllm_metal.metal_kernel_backend.turboquant.launcher import LayerConstants
 

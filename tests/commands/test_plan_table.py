@@ -20,7 +20,7 @@ BYTES = 1 << 30
 
 def binding_of(folder, name: str, **changes) -> ModelBinding:
     (folder / "config.json").write_text(json.dumps(config_of(name, **changes)))
-    return ModelBinding(model_loader.load_structure(str(folder)))
+    return ModelBinding(model_loader.load_structure(model_loader.ModelSource(str(folder))))
 
 
 def rows_of(binding: ModelBinding, max_model_len: int = 8192) -> dict[tuple[str, str], Row]:
@@ -76,7 +76,7 @@ def test_layers_that_share_memory_are_planned_as_the_server_does(tmp_path, model
         changes = {"architectures": ["Gemma3ForCausalLM"]}
     folder = save_checkpoint(tmp_path / "model", model_type, **changes)
     save_tokenizer(folder)
-    binding = ModelBinding(model_loader.load_structure(str(folder)))
+    binding = ModelBinding(model_loader.load_structure(model_loader.ModelSource(str(folder))))
     row = rows_of(binding, 128)["q4_0", "q4_0"]
     config = EngineArgs(
         str(folder),

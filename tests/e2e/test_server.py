@@ -163,6 +163,43 @@ def test_bad_request_is_a_client_error_and_the_server_lives_on(client):
     assert client.models.list().data[0].id == MODEL
 
 
+ITSELF = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "reason"),
+    [
+        ({"grammar": 'root ::= "a"\nroot ::= "b"'}, "'root' is defined 2 times"),
+        ({"grammar": "((("}, "Invalid grammar"),
+        ({"json": {"$ref": "#"}}, "refers to itself"),
+        ({"json": ITSELF}, "refers to itself"),
+        ({"json": {"type": "banana"}}, "Invalid type: banana"),
+        ({"json": "no JSON"}, "Invalid JSON grammar"),
+        ({"choice": []}, "cannot be an empty list"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({}, "must use one kind"),
+    ],
+    ids=str,
+)
+def test_a_bad_constraint_is_a_client_error_with_the_reason(client, constraint, reason):
+    question = {"model": MODEL, "prompt": "The sky is", "max_tokens": 2, "temperature": 0}
+    with pytest.raises(openai.BadRequestError, match=re.escape(reason)):
+        client.completions.create(**question, extra_body={"structured_outputs": constraint})
+    assert client.completions.create(**question).usage.completion_tokens == 2
+
+
+def test_a_tool_whose_parameters_refer_to_themselves_is_a_client_error(client):
+    tool = {"type": "function", "function": WEATHER["function"] | {"parameters": ITSELF}}
+    with pytest.raises(openai.BadRequestError, match="refers to itself"):
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "How is the weather in Rome?"}],
+            tools=[tool],
+            tool_choice={"type": "function", "function": {"name": "get_weather"}},
+            max_tokens=8,
+        )
+
+
 @pytest.mark.nightly
 def test_bench_serve_completes_without_failures(server, demo_model, tmp_path):
     command = [

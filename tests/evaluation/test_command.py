@@ -81,7 +81,8 @@ def test_a_revision_and_trust_reach_the_loader(monkeypatch):
     monkeypatch.setattr(model_loader, "load_tokenizer", lambda *arguments: asked.append(arguments))
     with pytest.raises(UserError, match="enough"):
         run("some/model", "--revision", "v2", "--trust-remote-code")
-    assert asked == [("some/model", "v2", True), ("some/model", "float32", "v2", True)]
+    source = model_loader.ModelSource("some/model", "v2", trust_remote_code=True)
+    assert asked == [("some/model", "v2", True), (source, "float32")]
 
 
 def test_a_short_text_is_an_error(demo_model, tmp_path):

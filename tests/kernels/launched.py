@@ -5,7 +5,7 @@ import mlx.core as mx
 from tests.kernels.metal_text import PrintingTarget, metal_text
 from vllm_metal.metal_kernel_backend.dense.kernels import DenseLauncher
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
-from vllm_metal.metal_kernel_backend.paged import launcher as paged
+from vllm_metal.metal_kernel_backend.paged import kernels as paged
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 

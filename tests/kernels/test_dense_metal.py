@@ -57,9 +57,9 @@ def test_one_variant_of_each_kernel_whatever_the_batch_and_the_table():
     ("right", "wrong"),
     [
         ("const device T* keys;", "const T* keys;"),
-        ("device T* target = (device T*)", "T* target = (T*)"),
+        ("void load(const device T* vector, int first)", "void load(const T* vector, int first)"),
         ("T(broken ? 0.0f : float(value[i]))", "T(broken ? 0.0 : value[i])"),
-        ("(const threadgroup uint4*)(query_chunk", "(const device uint4*)(query_chunk"),
+        ("const threadgroup float* query_chunk, int,", "const device float* query_chunk, int,"),
     ],
 )
 def test_planted_errors_are_caught(right, wrong):

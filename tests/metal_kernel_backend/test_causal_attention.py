@@ -16,19 +16,26 @@ def qkv(query_len: int, seq_len: int) -> list[np.ndarray]:
     return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("sliding_window", [None, 20])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("query_len", "seq_len"), [(50, 50), (50, 83), (33, 70), (1, 40)])
-def test_row_tiles_give_the_whole(monkeypatch, query_len, seq_len, with_sinks):
-    """With tiles of one row, the smallest there are."""
-    monkeypatch.setattr(module, "SCORE_TILE_BYTES", {mx.cpu: 1})
+def test_row_tiles_give_the_whole(
+    monkeypatch, query_len, seq_len, with_sinks, sliding_window, rows
+):
+    """Tiles of one row, the smallest there are, and of several, which share a mask."""
     queries, keys, values = qkv(query_len, seq_len)
+    heads = len(queries)
+    monkeypatch.setattr(module, "SCORE_TILE_BYTES", {mx.cpu: 4 * heads * seq_len * rows})
+    assert module.scored_rows(query_len, seq_len, heads) == min(rows, query_len)
     sinks = np.array([0.5, -1, 2, 0], np.float32) if with_sinks else None
     out = module.causal_attention(
         *(mx.array(array)[None] for array in (queries, keys, values)),
         0.2,
         None if sinks is None else mx.array(sinks),
+        sliding_window,
     )
-    expected = reference.attention(queries, keys, values, 0.2, sinks)
+    expected = reference.attention(queries, keys, values, 0.2, sinks, sliding_window or 0)
     np.testing.assert_allclose(np.array(out[0]), expected, atol=2e-6)
 
 

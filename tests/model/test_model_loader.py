@@ -14,7 +14,7 @@ from tests.tiny_models import save_checkpoint, tiny_model
 from vllm_metal.errors import UserError
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_loader import (
-    load_arguments,
+    ModelSource,
     load_model,
     load_structure,
     load_tokenizer,
@@ -26,9 +26,7 @@ from vllm_metal.model.model_loader import (
 def load(config):
     """The model of vLLM's configuration, as the worker loads it."""
     model = config.model_config
-    return load_model(
-        model.model, model.dtype, **load_arguments(model), max_model_len=model.max_model_len
-    )
+    return load_model(ModelSource.of(model), model.dtype, max_model_len=model.max_model_len)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,7 @@ def test_a_model_whose_code_needs_another_package(monkeypatch, checkpoint, tmp_p
     config = json.loads((checkpoint / "config.json").read_text()) | {"model_type": "olmo"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="mlx-lm cannot load") as error:
-        load_structure(str(tmp_path))
+        load_structure(ModelSource(str(tmp_path)))
     assert error.value.reasons == ["its code needs the package hf_olmo, which is not installed"]
 
 
@@ -162,7 +160,9 @@ def test_a_folder_without_a_tokenizer(checkpoint):
         (OSError("no route\nto host"), "no route"),
     ],
 )
-@pytest.mark.parametrize("what", [load_tokenizer, lambda name: load_model(name, "float32")])
+@pytest.mark.parametrize(
+    "what", [load_tokenizer, lambda name: load_model(ModelSource(name), "float32")]
+)
 def test_a_name_that_the_hub_does_not_give(monkeypatch, raised, shown, what):
     def download(*_, **__):
         raise raised
@@ -181,8 +181,8 @@ def test_a_revision_is_asked_for(monkeypatch, checkpoint):
         return str(checkpoint)
 
     monkeypatch.setattr(model_loader, "snapshot_download", download)
-    load_model("some/model", "float32", "v2")
-    model_loader.load_structure("some/model", "v3")
+    load_model(ModelSource("some/model", "v2"), "float32")
+    load_structure(ModelSource("some/model", "v3"))
     assert asked == [("some/model", "v2"), ("some/model", "v3")]
 
 
@@ -192,7 +192,7 @@ def test_a_key_of_the_config_file_that_is_missing(make_config, tmp_path):
     del settings["rms_norm_eps"]
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="mlx-lm cannot load") as error:
-        load_model(str(folder), "float32")
+        load_model(ModelSource(str(folder)), "float32")
     assert error.value.reasons == ["config.json lacks 'rms_norm_eps'"]
 
 
@@ -240,7 +240,7 @@ def test_a_scaling_that_mlx_lm_ignores_is_refused(make_config, tmp_path):
 def test_overrides_are_those_of_the_file(make_config, checkpoint, overrides, changes):
     """mlx-lm gets what vLLM's `--hf-overrides` changes, as if it stood in `config.json`."""
     if "num_hidden_layers" in overrides:  # the weights have three
-        structure = load_structure(str(checkpoint), hf_overrides=overrides)
+        structure = load_structure(ModelSource(str(checkpoint), hf_overrides=overrides))
         assert len(structure.layers) == 2
         return
     model = load(make_config(hf_overrides=overrides))
@@ -266,5 +266,5 @@ def test_the_files_settings_stay_as_they_were(checkpoint):
     """mlx-lm's models of some types change the dictionary that they are made of."""
     overrides = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     before = json.dumps(overrides)
-    load_structure(str(checkpoint), hf_overrides=overrides)
+    load_structure(ModelSource(str(checkpoint), hf_overrides=overrides))
     assert json.dumps(overrides) == before

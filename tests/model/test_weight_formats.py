@@ -33,7 +33,7 @@ from tests.weight_files import (
 )
 from vllm_metal.errors import UserError
 from vllm_metal.model import model_loader, weight_formats
-from vllm_metal.model.model_loader import load_model
+from vllm_metal.model.model_loader import ModelSource, load_model
 
 TOKENS = mx.array([[5, 3, 8, 1, 9, 2, 7, 4, 6, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53]])
 BOUND = 1e-5
@@ -196,8 +196,8 @@ def test_the_logits_are_those_of_the_numbers(case, folders, tmp_path, monkeypatc
     )
     monkeypatch.setattr(model_loader, "can_run_metal", lambda: True)
     quantised, exact = checkpoints(case, folders(case), tmp_path)
-    model = load_model(str(quantised), "float32")
-    found, expected = logits(model), logits(load_model(str(exact), "float32"))
+    model = load_model(ModelSource(str(quantised)), "float32")
+    found, expected = logits(model), logits(load_model(ModelSource(str(exact)), "float32"))
     assert np.abs(found - expected).max() < BOUND * expected.std()
     packed = any(a.dtype in (mx.uint32, mx.uint8) for _, a in tree_flatten(model.parameters()))
     assert packed == weight_formats.SERVED[case.format].memory.startswith("packed")
@@ -205,9 +205,9 @@ def test_the_logits_are_those_of_the_numbers(case, folders, tmp_path, monkeypatc
 
 def test_the_weights_of_a_model_that_needs_metal(folders, tmp_path):
     quantised, exact = checkpoints(MUSE_SPARK, folders(MUSE_SPARK), tmp_path)
-    expected = dict(load_model(str(exact), "float32").named_modules())
+    expected = dict(load_model(ModelSource(str(exact)), "float32").named_modules())
     compared = 0
-    for name, module in load_model(str(quantised), "float32").named_modules():
+    for name, module in load_model(ModelSource(str(quantised)), "float32").named_modules():
         if "scales" not in module:
             continue
         compared += 1
@@ -238,7 +238,7 @@ def test_every_format_and_every_type_has_a_case():
 def test_other_weights_are_refused_by_the_name_of_their_format(case, words, folders, tmp_path):
     quantised, _ = checkpoints(case, folders(case), tmp_path)
     with pytest.raises(UserError, match="cannot be served") as error:
-        load_model(str(quantised), "float32")
+        load_model(ModelSource(str(quantised)), "float32")
     [reason] = error.value.reasons
     assert words in reason
     assert "served" in reason and weight_formats.REMEDY in reason
@@ -249,7 +249,7 @@ def test_ternary_weights_on_another_device_than_metal(folders, tmp_path, monkeyp
     [case] = [case for case in SERVED if case.format == "bitnet"]
     quantised, _ = checkpoints(case, folders(case), tmp_path)
     with pytest.raises(UserError, match="on this device") as error:
-        load_model(str(quantised), "float32")
+        load_model(ModelSource(str(quantised)), "float32")
     assert "_proj has ternary weights (bitnet)" in error.value.reasons[0]
 
 
@@ -270,8 +270,8 @@ def test_mlxs_own_format_with_what_is_left_of_another(left, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": left}))
     own = save_checkpoint(tmp_path / "own", quantization={"group_size": 32, "bits": 4})
-    expected = logits(load_model(str(own), "float32"))
-    assert np.array_equal(logits(load_model(str(folder), "float32")), expected)
+    expected = logits(load_model(ModelSource(str(own)), "float32"))
+    assert np.array_equal(logits(load_model(ModelSource(str(folder)), "float32")), expected)
 
 
 def test_codes_without_scales_are_no_numbers(tmp_path):
@@ -281,7 +281,7 @@ def test_codes_without_scales_are_no_numbers(tmp_path):
     stored, _ = converted(weights, fp8_tensor(), is_projection)
     write_weights(folder, {name: t for name, t in stored.items() if "scale" not in name})
     with pytest.raises(UserError, match="mlx-lm cannot load") as error:
-        load_model(str(folder), "float32")
+        load_model(ModelSource(str(folder)), "float32")
     assert "uint8 and no scales" in error.value.reasons[0]
 
 

@@ -29,16 +29,22 @@ PROMPTS = [
 NEW_TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory) -> Iterator[Serving]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"turboquant": True, "k_quant": "q8_0", "v_quant": "q8_0", "allow_lossy": True},
+        pytest.param({}, marks=pytest.mark.nightly),
+    ],
+    ids=["compressed", "dense"],
+)
+def serving(request, tmp_path_factory) -> Iterator[Serving]:
     """Layers with windows, which give blocks back while a request goes on, and few blocks.
 
-    The pages are compressed, and the kernels write them.
+    The kernels write the pages.
     """
     folder = tmp_path_factory.mktemp("models") / "windows"
     save_checkpoint(folder, "gemma3_text", architectures=["Gemma3ForCausalLM"])
     save_tokenizer(folder)
-    formats = {"turboquant": True, "k_quant": "q8_0", "v_quant": "q8_0", "allow_lossy": True}
     config = EngineArgs(
         model=str(folder),
         dtype="float32",
@@ -46,13 +52,15 @@ def serving(tmp_path_factory) -> Iterator[Serving]:
         max_num_seqs=8,
         num_gpu_blocks_override=18,
         kv_cache_memory_bytes=4 << 20,
-        additional_config=formats,
+        additional_config=request.param,
         async_scheduling=True,
         enable_prefix_caching=False,
     ).create_engine_config()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "available_target", LazyTarget)
-        yield Serving(config)
+        serving = Serving(config)
+        assert serving.worker.kv_cache.stores_through
+        yield serving
 
 
 def at_once(*arrays) -> Callable[[], None]:

@@ -92,7 +92,8 @@ class ChunkMemory:
     """Bytes that the scores of one query token and one key take in all heads, at least; 0 where
     that is measured."""
     held: Fraction = Fraction(1)
-    """Part of the heads that is gathered and scored at a time."""
+    """Part of the heads that is gathered and scored at a time; more than 1 where another layer's
+    are held beside a layer's own."""
 
     @property
     def whole_tokens(self) -> int:

@@ -114,7 +114,8 @@ def _print_plan(args: argparse.Namespace) -> int:
     from vllm_metal.model import model_loader
     from vllm_metal.model.model_binding import ModelBinding
 
-    model = model_loader.load_structure(args.model, args.revision, args.trust_remote_code)
+    source = model_loader.ModelSource(args.model, args.revision, args.trust_remote_code)
+    model = model_loader.load_structure(source)
     binding = ModelBinding(model)
     weights = args.weights or model_loader.weight_bytes_on_disk(args.model)
     if weights is None:

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     study, text = study_of(args), read_text(args.text)
     check_files(args.output, args.plot)
     select_device()
-    source = args.revision, args.trust_remote_code
-    tokenizer = model_loader.load_tokenizer(args.model, *source)
-    model = model_loader.load_model(args.model, "float32", *source)
+    source = model_loader.ModelSource(args.model, args.revision, args.trust_remote_code)
+    tokenizer = model_loader.load_tokenizer(args.model, args.revision, args.trust_remote_code)
+    model = model_loader.load_model(source, "float32")
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)

@@ -114,8 +114,9 @@ class KVCache:
     def evaluate(self, *outputs: mx.array) -> None:
         """Ends a forward pass: evaluates `outputs` and all that was written, and keeps states."""
         finish(outputs, self.arrays, self.states.kept)
-        self.states.write()
-        finish(self.arrays)
+        if self.states:
+            self.states.write()
+            finish(self.arrays)
 
     def pages(self, layer: int) -> Pages:
         """Pages of one layer, for reading within the current forward pass."""

@@ -5,6 +5,7 @@ import copy
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,71 +47,75 @@ def mlx_dtype(name: object) -> mx.Dtype:
     return getattr(mx, str(name).removeprefix("torch."))
 
 
-def load_arguments(model_config: Any) -> dict[str, Any]:
-    """What `load_model` and `load_structure` take besides the model's name, from vLLM's settings.
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model and its settings come from."""
 
-    Args:
-        model_config: vLLM's `ModelConfig`.
-    """
-    return {
-        "revision": model_config.revision,
-        "trust_remote_code": model_config.trust_remote_code,
-        "hf_config_path": model_config.hf_config_path,
-        "hf_config_revision": model_config._hf_config_revision,
-        "hf_overrides": model_config.hf_overrides,
-    }
+    model: str
+    """A local folder, or a name on the Hugging Face Hub."""
+    revision: str | None = None
+    """Of the model on the Hub."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+    hf_config_path: str | None = None
+    """Where `config.json` is, if it is not with the model."""
+    hf_config_revision: str | None = None
+    """Of that place on the Hub."""
+    hf_overrides: Mapping[str, Any] | None = None
+    """Settings that replace those of `config.json`."""
 
+    @classmethod
+    def of(cls, model_config: Any) -> "ModelSource":
+        """What vLLM's `ModelConfig` names."""
+        return cls(
+            model_config.model,
+            model_config.revision,
+            model_config.trust_remote_code,
+            model_config.hf_config_path,
+            model_config._hf_config_revision,
+            model_config.hf_overrides,
+        )
 
-def config_settings(
-    model: str,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    *,
-    hf_config_path: str | None = None,
-    hf_config_revision: str | None = None,
-    hf_overrides: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The settings of `config.json`, with overrides, that `load_model` takes the model from."""
-    path = _config_folder(model, revision, hf_config_path, hf_config_revision)
-    return read_config(path, hf_overrides).written
+    def config(self) -> CheckpointConfig:
+        """The settings that the model is built from.
+
+        Raises:
+            UserError: there is no `config.json`, or it cannot be read.
+        """
+        return read_config(self.config_folder(), self.hf_overrides)
+
+    def config_folder(self) -> Path:
+        """The folder of the `config.json` that counts, which may lie elsewhere than the weights.
+
+        Raises:
+            UserError: it is no local folder and could not be downloaded.
+        """
+        place = self.model, self.revision
+        if self.hf_config_path:
+            place = self.hf_config_path, self.hf_config_revision
+        return _local_folder(*place, _CONFIG_FILES)
 
 
 def load_model(
-    model: str,
-    dtype: object,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    *,
-    hf_config_path: str | None = None,
-    hf_config_revision: str | None = None,
-    hf_overrides: Mapping[str, Any] | None = None,
-    max_model_len: int | None = None,
+    source: ModelSource, dtype: object, *, max_model_len: int | None = None
 ) -> nn.Module:
     """The model in evaluation mode, computing in `dtype`, a torch type or its name.
 
     Quantised weights stay quantised; their scales take the type, since activations follow them.
 
     Args:
-        model: a local folder, or a name on the Hugging Face Hub.
+        source: where the model is.
         dtype: a torch type or its name.
-        revision: of the model on the Hub.
-        trust_remote_code: whether code that comes with the model may run.
-        hf_config_path: where `config.json` is, if it is not with the model.
-        hf_config_revision: of that place on the Hub.
-        hf_overrides: settings that replace those of `config.json`.
         max_model_len: tokens of the longest request, to which sliding windows are compared.
 
     Raises:
         UserError: the folder holds no model that mlx-lm can load, or mlx-lm would compute
             something else than its `config.json` says.
     """
-    path = model_folder(model, revision)
-    place = path
-    if hf_config_path:
-        place = _config_folder(model, revision, hf_config_path, hf_config_revision)
-    config = read_config(place, hf_overrides)
+    path = model_folder(source.model, source.revision)
+    config = replace(source, model=str(path)).config()
     weight_formats.check(config.for_mlx_lm, path)
-    loaded = _load(path, config, trust_remote_code, strict=True)
+    loaded = _load(path, config, source.trust_remote_code, strict=True)
     check_built_model(loaded, config.written, max_model_len)
     _check_weights(loaded, path)
     _cast(loaded, mlx_dtype(dtype))
@@ -144,24 +149,18 @@ def load_tokenizer(
         raise UserError(f"transformers cannot load the tokenizer of {model!r}: {reason}") from error
 
 
-def load_structure(
-    model: str,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    *,
-    hf_config_path: str | None = None,
-    hf_config_revision: str | None = None,
-    hf_overrides: Mapping[str, Any] | None = None,
-) -> nn.Module:
+def load_structure(source: ModelSource) -> nn.Module:
     """The model with its shapes and without its weights, from the config file alone.
 
-    Nothing is evaluated, so it takes no memory. The arguments are those of `load_model`.
+    Nothing is evaluated, so it takes no memory.
 
     Raises:
         UserError: there is no config file, or mlx-lm does not know the model.
     """
-    path = _config_folder(model, revision, hf_config_path, hf_config_revision)
-    return _load(path, read_config(path, hf_overrides), trust_remote_code, strict=False)
+    path = source.config_folder()
+    return _load(
+        path, read_config(path, source.hf_overrides), source.trust_remote_code, strict=False
+    )
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -203,14 +202,6 @@ def _local_folder(model: str, revision: str | None, patterns: list[str]) -> Path
             "from the Hugging Face Hub",
             [_first_line(error)],
         ) from error
-
-
-def _config_folder(
-    model: str, revision: str | None, hf_config_path: str | None, hf_config_revision: str | None
-) -> Path:
-    """The folder of the `config.json` that counts, which may lie elsewhere than the weights."""
-    place = (hf_config_path, hf_config_revision) if hf_config_path else (model, revision)
-    return _local_folder(*place, _CONFIG_FILES)
 
 
 def _load(path: Path, config: CheckpointConfig, trust_remote_code: bool, strict: bool) -> nn.Module:

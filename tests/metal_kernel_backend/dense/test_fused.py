@@ -8,7 +8,8 @@ import pytest
 
 from tests import inputs
 from tests.attention.paged_layer import PagedLayer, error, fill
-from vllm_metal.attention.backend import LayerShape, Pages
+from tests.metal_kernel_backend.lazy_target import LazyTarget, needs_lazy_target
+from vllm_metal.attention.backend import LayerShape, Pages, Rows
 from vllm_metal.attention.metadata import PrefillMetadata
 from vllm_metal.metal_kernel_backend.dense.fused import DenseFused, obstacle
 from vllm_metal.metal_kernel_backend.dense.reference import DensePages
@@ -80,6 +81,28 @@ def test_a_store_writes_in_place_and_gives_a_token():
     fill(layer, layer.request(20, 2))
     assert layer.pages.token is not None
     assert np.array(layer.pages.array, copy=False).ctypes.data == before
+
+
+@needs_lazy_target
+def test_a_decode_step_gathers_nothing():
+    """Its peak is a small part of the context, which the operations copy; pages are as planned."""
+    shape, tokens, peaks = LayerShape(1, 64, 64), 4096, []
+    context = tokens * 2 * 64 * 4
+    for backend in (
+        DensePages(shape, BLOCK, mx.float32),
+        DenseFused(shape, BLOCK, mx.float32, LazyTarget()),
+    ):
+        layer = PagedLayer(backend, num_blocks=tokens // BLOCK + 1)
+        assert layer.kv_cache.nbytes == (tokens // BLOCK + 1) * backend.page_size_bytes
+        rows = layer.rows([layer.request(tokens, 2)], [tokens])
+        queries = mx.ones((1, 2, 64))
+        mx.eval(queries)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(backend.decode(layer.pages, Rows(queries, rows, 1.0)))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] > context > 8 * peaks[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from vllm_metal.attention.backend import LayerShape
 from vllm_metal.metal_kernel_backend.dense.fused import DenseFused
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.paged import backend as module
+from vllm_metal.metal_kernel_backend.paged.tiles_in_flight import MOST_TILES
 
 SHAPE = LayerShape(2, 64, 64)
 
@@ -60,8 +61,8 @@ def test_a_tile_for_each_head_gives_what_one_tile_gives(monkeypatch, window):
 
 def test_a_chunk_is_planned_with_the_heads_that_a_tile_holds():
     backend = DenseFused(SHAPE, 16, mx.float16, HostTarget())
-    assert backend.chunk_memory(64, 1 << 18, 6).whole_tokens == 1 << 18
-    assert backend.chunk_memory(64, 1 << 19, 6).whole_tokens == 1 << 18
+    assert backend.chunk_memory(64, 1 << 17, 6).whole_tokens == MOST_TILES << 17
+    assert backend.chunk_memory(64, 1 << 18, 6).whole_tokens == MOST_TILES << 17
 
 
 def test_a_chunk_without_context_reads_no_pages(monkeypatch):

@@ -1,19 +1,20 @@
-"""Dense decode against the oracle, in every way that the launcher offers. Compressed pages:
-`turboquant/test_launcher.py`."""
+"""Dense decode against the oracle, in every way that the launcher offers, on the CPU or on a GPU
+(KERNEL_TARGET=cuda or metal). Compressed pages: `turboquant/test_launcher.py`."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from tests import reference
+from tests.metal_kernel_backend.turboquant.stored_requests import DEVICE, TARGET
 from vllm_metal.metal_kernel_backend.dense.kernels import DenseLauncher
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
-from vllm_metal.metal_kernel_backend.host_target import HostTarget
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants
 
 BLOCK, HEADS = 16, 2
 LENGTHS = (9, 70, 131)
-TARGET = HostTarget()
+ROUNDING = 1e-5 if DEVICE == mx.cpu else 1e-4
+"""Largest |kernel - oracle| / |oracle| of a float32 output; the exp2 of a GPU is approximate."""
 
 
 def some(values, *normal) -> list:
@@ -50,25 +51,26 @@ class Stored:
                 for size in (key_size, value_size)
             ]
             self.kv.append([np.array(x.astype(mx.float32)).swapaxes(0, 1) for x in new])
-            self.token = self.launcher.store(
-                self.pages, *new, mx.array(slots.astype(np.int32)), LayerConstants(), self.token
-            )
+            arguments = *new, mx.array(slots.astype(np.int32)), LayerConstants(), self.token
+            with mx.stream(DEVICE):
+                self.token = self.launcher.store(self.pages, *arguments)
 
-    def check(self, num_queries: int, group: int, tolerance: float = 1e-5, **settings) -> None:
+    def check(self, num_queries: int, group: int, tolerance: float = ROUNDING, **settings) -> None:
         rng, size = np.random.default_rng(1), self.layout.key_head_size
         shape = len(LENGTHS), num_queries, HEADS * group, size
         queries = rng.standard_normal(shape).astype(np.float32)
-        got = self.launcher.decode(
-            self.pages,
-            mx.array(queries).astype(self.layout.dtype),
-            mx.array(self.table),
-            mx.array(np.array(LENGTHS, np.int32)),
-            LayerConstants(),
-            size**-0.5,
-            max(LENGTHS),
-            self.token,
-            **settings,
-        )
+        with mx.stream(DEVICE):
+            got = self.launcher.decode(
+                self.pages,
+                mx.array(queries).astype(self.layout.dtype),
+                mx.array(self.table),
+                mx.array(np.array(LENGTHS, np.int32)),
+                LayerConstants(),
+                size**-0.5,
+                max(LENGTHS),
+                self.token,
+                **settings,
+            )
         got = np.array(got.astype(mx.float32))
         if "sinks" in settings:
             settings["sinks"] = np.array(settings["sinks"])
@@ -132,15 +134,9 @@ def test_an_odd_first_token_is_refused():
 @pytest.mark.parametrize(("first", "count"), [(0, 131), (2, 1), (64, 33)])
 def test_a_run_of_tokens_of_some_heads(first, count):
     stored = Stored(20, 64)
-    read = stored.launcher.read(
-        stored.pages,
-        mx.array(stored.table[2]),
-        LayerConstants(),
-        first,
-        count,
-        stored.token,
-        mx.float32,
-        slice(1, 2),
-    )
+    table, heads = mx.array(stored.table[2]), slice(1, 2)
+    arguments = LayerConstants(), first, count, stored.token, mx.float32, heads
+    with mx.stream(DEVICE):
+        read = stored.launcher.read(stored.pages, table, *arguments)
     for got, whole in zip(read, stored.kv[2], strict=True):
         np.testing.assert_array_equal(np.array(got), whole[1:2, first : first + count])

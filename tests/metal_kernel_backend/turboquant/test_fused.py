@@ -108,17 +108,17 @@ def test_a_window_bounds_what_is_dequantised():
 
 
 def test_what_is_dequantised_at_a_time_is_bounded_until_one_head_alone_is_more():
-    """In the plan, as tokens of all heads; 2^18 tokens of both heads fill a tile in 16 bits."""
+    """In the plan, as tokens of all heads in two tiles; 2^17 tokens fill one in 16 bits."""
     backend = on_kernels()
-    assert backend.chunk_memory(64, 100, 6).whole_tokens == 100
-    assert backend.chunk_memory(64, 1 << 18, 6).whole_tokens == 1 << 18
-    assert backend.chunk_memory(64, 1 << 19, 6).whole_tokens == 1 << 18
-    assert backend.chunk_memory(64, 1 << 21, 6).whole_tokens == 1 << 20
+    assert backend.chunk_memory(64, 100, 6).whole_tokens == 2 * 100
+    assert backend.chunk_memory(64, 1 << 17, 6).whole_tokens == 2 << 17
+    assert backend.chunk_memory(64, 1 << 18, 6).whole_tokens == 2 << 17
+    assert backend.chunk_memory(64, 1 << 20, 6).whole_tokens == 2 << 19
 
 
 def test_rows_are_scored_in_tiles_of_the_heads_that_are_held():
     backend = on_kernels()
-    whole = backend.chunk_memory(2048, 1 << 18, 6)
-    half = backend.chunk_memory(2048, 1 << 19, 6)
-    assert half.scored_rows == whole.scored_rows == 1
-    assert half.held * half.score_bytes == whole.held * whole.score_bytes / 2 == 4 * 3
+    whole = backend.chunk_memory(2048, 1 << 17, 6)
+    half = backend.chunk_memory(2048, 1 << 18, 6)
+    assert half.scored_rows == whole.scored_rows == 2
+    assert half.held * half.score_bytes == whole.held * whole.score_bytes / 2 == 2 * 4 * 3

@@ -11,7 +11,7 @@ from vllm_metal.metal_kernel_backend.dense.layout import MAX_DECODED_HEAD_SIZE, 
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.paged.backend import KernelAttention
 from vllm_metal.metal_kernel_backend.paged.constants_header import BLOCK_SIZE_STEP
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants
 
 
 @cache

@@ -50,8 +50,7 @@ KERNELS = PageKernels(
 
 
 @dataclass
-class DenseLauncher(PageLauncher):
+class DenseLauncher(PageLauncher[DenseLayout]):
     """The kernels of one `DenseLayout` on one target."""
 
     kernels = KERNELS
-    layout: DenseLayout

@@ -5,9 +5,10 @@ every reader (see `launcher`). Decode reads the pages where they are. Prefill ha
 copied out of them once, as plain keys and values and for as many KV heads at a time as a bounded
 tile holds, and hands it to MLX's attention: a tile is shared by all rows of the chunk and all query
 heads of its KV heads, and a row needs the whole context of a head but of one head only, so nothing
-is merged.
+is merged. Two tiles exist at a time, of one layer or of two: see `tiles_in_flight`.
 """
 
+from dataclasses import replace
 from fractions import Fraction
 
 import mlx.core as mx
@@ -19,12 +20,14 @@ from vllm_metal.metal_kernel_backend.causal_attention import (
     causal_attention,
     causal_memory,
 )
-from vllm_metal.metal_kernel_backend.paged.launcher import LayerConstants, PageLauncher
+from vllm_metal.metal_kernel_backend.paged.kernels import LayerConstants
+from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher
 from vllm_metal.metal_kernel_backend.paged.small_arrays import lengthened
+from vllm_metal.metal_kernel_backend.paged.tiles_in_flight import MOST_TILES, TilesInFlight
 
-TILE_BYTES = 128 << 20
-"""Bound on the keys and values that a chunk has in plain form at a time. One KV head is the least:
-in 16 bits with head size 128 it reaches the bound at 262,144 tokens."""
+TILE_BYTES = 64 << 20
+"""Bound on the keys and values of a tile in plain form. One KV head is the least: in 16 bits with
+head size 128 it reaches the bound at 131,072 tokens."""
 
 
 class KernelAttention(ChunkAttention):
@@ -76,7 +79,7 @@ class KernelAttention(ChunkAttention):
                 None if chunk.sinks is None else chunk.sinks[rows],
                 self.shape.sliding_window,
             )[0]
-            mx.eval(tile)  # left to later, MLX would hold all tiles at a time
+            chunk.metadata.once(_tiles_in_flight).add(tile)
             tiles.append(tile)
         return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
 
@@ -102,7 +105,8 @@ class KernelAttention(ChunkAttention):
     def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
         first_tile = self._head_tiles(seq_len, itemsize=2)[0]
         held = Fraction(first_tile.stop, self.shape.num_kv_heads)
-        return causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window, held)
+        tile = causal_memory(query_len, seq_len, num_heads, self.shape.sliding_window, held)
+        return replace(tile, held=MOST_TILES * held)
 
     def _head_tiles(self, count: int, itemsize: int) -> list[slice]:
         """KV heads whose `count` plain tokens are held at a time."""
@@ -137,6 +141,10 @@ class KernelAttention(ChunkAttention):
             keys[:, count - metadata.query_len :] = chunk.keys[heads]
             values[:, count - metadata.query_len :] = chunk.values[heads]
         return keys[None], values[None]
+
+
+def _tiles_in_flight(_: PrefillMetadata) -> TilesInFlight:
+    return TilesInFlight()
 
 
 def _slot_mapping(metadata: AttentionMetadata) -> mx.array:

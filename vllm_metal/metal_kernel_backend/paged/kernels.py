@@ -7,6 +7,8 @@ in one struct, the threadgroup memory and the place in the grid.
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel
 
 AFTER = "after"
@@ -50,6 +52,15 @@ class PageReader:
     """Inputs that are the members of the type's `Constants`."""
     output_type: str
     output_constants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerConstants:
+    """What the kernels are told of one layer, beside its layout: nothing, unless a subclass has
+    fields. Those are arrays, by the names that they have as inputs."""
+
+    def inputs(self) -> dict[str, mx.array]:
+        return vars(self)
 
 
 @dataclass(frozen=True)

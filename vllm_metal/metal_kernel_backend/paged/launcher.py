@@ -11,14 +11,14 @@ server, `vllm_metal/runner/steps_in_flight.py` says how.
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
 from vllm_metal.metal_kernel_backend.kernel_library import Target, Template
 from vllm_metal.metal_kernel_backend.paged import parameters
 from vllm_metal.metal_kernel_backend.paged.constants_header import BLOCK_SIZE_STEP, TOKEN_WORDS
-from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, PageKernels
+from vllm_metal.metal_kernel_backend.paged.kernels import AFTER, LayerConstants, PageKernels
 from vllm_metal.metal_kernel_backend.paged.launches import Launches
 from vllm_metal.metal_kernel_backend.paged.small_arrays import CONSTANT_BELOW, lengthened
 from vllm_metal.metal_kernel_backend.paged.splits import (
@@ -37,39 +37,36 @@ MAX_HELD = 2048
 """Elements of output that a simdgroup holds at most: rows times head size."""
 
 
-@dataclass(frozen=True)
-class LayerConstants:
-    """What the kernels are told of one layer, beside its layout: nothing, unless a subclass has
-    fields. Those are arrays, by the names that they have as inputs."""
-
-    def inputs(self) -> dict[str, mx.array]:
-        return vars(self)
-
-
 class Layout(Protocol):
     """What a launcher asks a page layout for."""
 
-    num_kv_heads: int
-    key_head_size: int
-    value_head_size: int
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def key_head_size(self) -> int: ...
+
+    @property
+    def value_head_size(self) -> int: ...
 
     @property
     def lane_elements(self) -> int:
         """Elements of a key or value that a lane of the decode kernel holds."""
-        ...
 
     def template(self) -> Template:
         """What the kernels are compiled for."""
-        ...
+
+
+PagesOf = TypeVar("PagesOf", bound=Layout)
 
 
 @dataclass
-class PageLauncher:
+class PageLauncher(Generic[PagesOf]):
     """The kernels of one layout on one target. Layers of equal layout may share it."""
 
     kernels: ClassVar[PageKernels]
 
-    layout: Layout
+    layout: PagesOf
     target: Target
     num_cores: int = 0
     """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""

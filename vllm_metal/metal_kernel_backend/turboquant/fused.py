@@ -23,6 +23,7 @@ def shared_launcher(layout: PageLayout, target: Target) -> Launcher:
 class TurboQuantFused(KernelAttention, TurboQuantAttention):
     """The kernels of `target`."""
 
+    launcher: Launcher
     plain_dtype = mx.float32
 
     def __init__(

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from vllm_metal.metal_kernel_backend.paged import launcher as paged
+from vllm_metal.metal_kernel_backend.paged import kernels as paged
+from vllm_metal.metal_kernel_backend.paged.launcher import PageLauncher
 from vllm_metal.metal_kernel_backend.turboquant.kernels import KERNELS, codebook
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
@@ -24,11 +25,10 @@ class LayerConstants(paged.LayerConstants):
 
 
 @dataclass
-class Launcher(paged.PageLauncher):
+class Launcher(PageLauncher[PageLayout]):
     """The TurboQuant kernels of one layout on one target."""
 
     kernels = KERNELS
-    layout: PageLayout
 
     def layout_inputs(self) -> dict[str, mx.array]:
         layout = self.layout
