@@ -24,8 +24,13 @@ from pathlib import Path
 import mlx.core as mx
 from cuda_program import Instantiation, Kind, cuda_program, decode_instantiation, kind_name
 
+from vllm_metal.metal_kernel_backend.paged.splits import MatrixForm
+
 BOUNDS = (128, 96)
 """Registers of a thread."""
+
+MATRIX = 0
+"""In place of rows: the matrix form with 8 tokens at a time, as on Apple GPUs."""
 
 CASES = [
     (kind, heads, rows)
@@ -33,7 +38,8 @@ CASES = [
         *(("q8_0", "q3_0"), ("q4_0", "q3_0"), ("q6_0", "q4_0"), ("q5_0", "q4_0")),
         *(mx.float16, mx.bfloat16, mx.float32),
     )
-    for heads, rows in ((1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (4, 2), (8, 8))
+    for heads, rows in ((1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (4, 2), (8, 8), (8, MATRIX))
+    if rows != MATRIX or not isinstance(kind, mx.Dtype)
 ]
 """Formats or the type of dense pages, query heads of a KV head, and the most query rows of a
 simdgroup."""
@@ -70,13 +76,16 @@ def conditions() -> str:
 def table(cases: Sequence[tuple[Kind, int, int]]) -> None:
     """Prints the conditions and a row for each case."""
     print(conditions())
-    print("pages          heads rows   at most 128: used, spilt   at most 96: used, spilt")
+    print("pages          heads   rows   at most 128: used, spilt   at most 96: used, spilt")
     for kind, heads, most_rows in cases:
-        made_for = decode_instantiation(kind, heads, max_rows=most_rows, run_tokens=2)
-        rows = dict(made_for.template)["R"]
+        options = {"max_rows": most_rows, "run_tokens": 2, "matrix": None}
+        if most_rows == MATRIX:
+            options = {"matrix": MatrixForm(1, 8, 6)}
+        made_for = decode_instantiation(kind, heads, **options)
+        rows = "matrix" if most_rows == MATRIX else dict(made_for.template)["R"]
         found = [allocated(made_for, registers) for registers in BOUNDS]
         columns = "".join(f"{used:16} {spilt:4} bytes" for used, spilt in found)
-        print(f"{kind_name(kind):14} {heads:5} {rows:4}{columns}", flush=True)
+        print(f"{kind_name(kind):14} {heads:5} {rows:>6}{columns}", flush=True)
 
 
 def main() -> None:

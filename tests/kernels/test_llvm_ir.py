@@ -2,7 +2,7 @@
 
 The normal run compiles a few instantiations that cover every way in which the kernels are written:
 codebooks of each degree, levels, biases, odd and even widths, head sizes of one and of several
-blocks, numbers of lanes and of rows. The nightly one compiles the product.
+blocks, numbers of lanes and of rows, both forms of decode. The nightly one compiles the product.
 """
 
 from dataclasses import replace
@@ -16,6 +16,7 @@ from tests.kernels.launched import LAYOUT, dense_layout, sources
 from tests.kernels.llvm_ir import left_in_memory
 from tests.kernels.metal_text import joined
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
+from vllm_metal.metal_kernel_backend.paged.splits import MatrixForm
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
@@ -23,8 +24,14 @@ pytest.importorskip("ziglang", reason="clang comes from the package ziglang (ext
 
 COVERING = [
     (LAYOUT, {"heads_per_kv_head": 4, "run_tokens": 2}),
-    (LAYOUT, {"heads_per_kv_head": 8, "run_tokens": 4, "settings": {"softcap": 30.0}}),
-    (PageLayout.of("q6_0", "q4_0", 80, 2, 8), {"heads_per_kv_head": 6, "max_rows": 4}),
+    (
+        LAYOUT,
+        {"heads_per_kv_head": 8, "run_tokens": 4, "settings": {"softcap": 30.0}, "matrix": None},
+    ),
+    (
+        PageLayout.of("q6_0", "q4_0", 80, 2, 8),
+        {"heads_per_kv_head": 6, "max_rows": 4, "matrix": None},
+    ),
     (PageLayout.of("q4_0", "q5_0", 256, 2, 16), {"heads_per_kv_head": 2, "num_queries": 3}),
     (
         replace(PageLayout.of("uint4", "q2_0", 64, 2, 16), value_head_size=96),
@@ -32,6 +39,18 @@ COVERING = [
     ),
     (PageLayout.of("q3_0", "q6_0", 32, 2, 16), {"heads_per_kv_head": 1}),
     (PageLayout.of("q5_0", "q8_0", 512, 1, 8), {"heads_per_kv_head": 5}),
+    (LAYOUT, {"heads_per_kv_head": 8}),
+    (LAYOUT, {"heads_per_kv_head": 8, "matrix": MatrixForm(1, 16, 6)}),
+    (
+        PageLayout.of("q6_0", "q3_0", 64, 2, 8),
+        {"heads_per_kv_head": 6, "num_queries": 3, "matrix": MatrixForm(1, 16, 6)},
+    ),
+    (
+        PageLayout.of("uint4", "q6_0", 80, 2, 16),
+        {"heads_per_kv_head": 5, "settings": {"sinks": mx.zeros((10,)), "softcap": 9.0}},
+    ),
+    (PageLayout.of("q5_0", "q5_0", 32, 2, 16), {"heads_per_kv_head": 9}),
+    (PageLayout.of("q3_0", "q2_0", 256, 2, 16), {"matrix": MatrixForm(1, 8, 6)}),
     (dense_layout(mx.float16), {"heads_per_kv_head": 4, "run_tokens": 2}),
     (dense_layout(mx.bfloat16), {"heads_per_kv_head": 8, "run_tokens": 4, "num_queries": 3}),
     (
@@ -59,9 +78,10 @@ def test_a_covering_set(layout, options):
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
 def test_every_pair_of_formats(k_quant, head_size):
     texts = []
-    for v_quant, run_tokens in product(VALUE_FORMATS, (2, 4)):
+    for v_quant, tokens in product(VALUE_FORMATS, (2, 4)):
         layout = PageLayout.of(k_quant, v_quant, head_size, 2, 16)
-        texts += sources(layout, run_tokens=run_tokens, max_rows=4)
+        texts += sources(layout, run_tokens=tokens, max_rows=4, matrix=None)
+        texts += sources(layout, matrix=MatrixForm(1, 4 * tokens, 6))
     check(texts)
 
 
@@ -71,8 +91,9 @@ def test_every_number_of_query_rows(heads):
     texts = []
     for head_size, num_queries, max_rows, run_tokens in product((64, 128), (1, 4), (4, 8), (2, 4)):
         layout = PageLayout.of("q8_0", "q3_0", head_size, 2, 16)
-        options = {"max_rows": max_rows, "run_tokens": run_tokens}
+        options = {"max_rows": max_rows, "run_tokens": run_tokens, "matrix": None}
         texts += sources(layout, heads, num_queries, **options)
+        texts += sources(layout, heads, num_queries, matrix=MatrixForm(1, 4 * run_tokens, 6))
     check(texts)
 
 
@@ -88,8 +109,11 @@ def test_dense_pages_of_every_head_size(dtype, head_size):
 
 
 @cache
-def decode_program(layout: PageLayout | DenseLayout = LAYOUT) -> str:
-    [program] = (x for x in joined(sources(layout, run_tokens=2)) if "struct Decode " in x)
+def decode_program(layout: PageLayout | DenseLayout = LAYOUT, form: str = "Decode") -> str:
+    """That of a layout; `form` is the struct that it calls."""
+    heads = 8 if form == "MatrixDecode" else 4
+    programs = joined(sources(layout, heads, run_tokens=2))
+    [program] = (x for x in programs if f"struct {form} " in x)
     return program
 
 
@@ -117,6 +141,24 @@ PLANTED_IN_DENSE = {
         "values.clear((i + token) & (TOKENS - 1));",
     ),
 }
+
+
+PLANTED_IN_MATRICES = {
+    "a choice of halves by an index": (
+        "words[m] = upper ? high : low;",
+        "words[m] = pairs[2 * m + int(upper)];",
+    ),
+    "a weight whose place the lane decides": (
+        "own[1].sum += summands[n][1];",
+        "own[1].sum += summands[n][lane & 1];",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_MATRICES)
+def test_planted_arrays_in_the_memory_of_the_matrix_form_are_found(name):
+    layout = PageLayout.of("q8_0", "q4_0", 64, 2, 16)
+    found_in(decode_program(layout, "MatrixDecode"), *PLANTED_IN_MATRICES[name])
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -11,6 +11,7 @@ import pytest
 from tests.kernels.launched import LAYOUT, sources
 from tests.kernels.metal_text import compile_errors, file_errors, for_clang, joined
 from vllm_metal.metal_kernel_backend.kernel_library import KERNELS
+from vllm_metal.metal_kernel_backend.paged.splits import MatrixForm
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
@@ -21,9 +22,14 @@ DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 FILES = sorted(file for file in KERNELS.rglob("*") if file.is_file())
 
 
-def check(texts: list[str]) -> None:
+BOTH_FORMS = {"matrix": None}, {"matrix": MatrixForm(1, 8, 6)}
+"""Options of a launcher for each form of decode."""
+
+
+def check(texts: list[str], kinds: int = 4) -> None:
+    """All of these programs compile; `kinds` of kernels are among them."""
     programs = joined(texts)
-    assert len(programs) == 4
+    assert len(programs) == kinds
     for program in map(for_clang, programs):
         uses_memory = not re.search("_dense_(store|gather)_", program)
         kernels = program.count("[[kernel]] void")
@@ -40,9 +46,10 @@ def check(texts: list[str]) -> None:
 )
 def test_every_pair_of_formats(dtype):
     texts = []
-    for k_quant, v_quant in product(KEY_FORMATS, VALUE_FORMATS):
-        texts += sources(PageLayout.of(k_quant, v_quant, 128, 2, 16), dtypes=(dtype,) * 3)
-    check(texts)
+    for form, k_quant, v_quant in product(BOTH_FORMS, KEY_FORMATS, VALUE_FORMATS):
+        layout = PageLayout.of(k_quant, v_quant, 128, 2, 16)
+        texts += sources(layout, dtypes=(dtype,) * 3, **form)
+    check(texts, 5)
 
 
 @pytest.mark.parametrize(
@@ -58,28 +65,33 @@ def test_every_head_size(head_size):
         (8, 16, 32), [("q8_0", "q3_0"), ("q5_0", "q6_0"), ("uint4", "q2_0")]
     ):
         layout = PageLayout.of(k_quant, v_quant, head_size, 3, block_size)
-        for run_tokens in (2, 4):
-            texts += sources(layout, run_tokens=run_tokens)
-    check(texts)
+        for tokens in (2, 4):
+            texts += sources(layout, run_tokens=tokens, matrix=None)
+            texts += sources(layout, matrix=MatrixForm(1, 4 * tokens, 6))
+    check(texts, 5)
 
 
 @pytest.mark.parametrize("num_queries", range(1, 9))
 def test_every_number_of_query_rows(num_queries):
     texts = []
-    for heads, max_rows in product((1, 2, 3, 4, 5, 6, 7, 8, 12, 16), (4, 8)):
-        texts += sources(LAYOUT, heads, num_queries, max_rows=max_rows)
-    check(texts)
+    for heads in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16):
+        for max_rows in (4, 8):
+            texts += sources(LAYOUT, heads, num_queries, max_rows=max_rows, matrix=None)
+        texts += sources(LAYOUT, heads, num_queries, matrix=MatrixForm(1, 8, 6))
+    check(texts, 5)
 
 
 def test_sinks_softcaps_and_keys_longer_than_values():
     texts = []
-    for heads, settings in product((2, 8), [{"softcap": 30.0}, {"window": 8}, {"sinks": True}]):
-        if "sinks" in settings:
-            settings = {"sinks": mx.zeros((2 * heads,))}
-        texts += sources(LAYOUT, heads, settings=settings)
-    texts += sources(replace(LAYOUT, value_head_size=64))
-    texts += sources(replace(LAYOUT, key_head_size=64))
-    check(texts)
+    settings = {"softcap": 30.0}, {"window": 8}, {"sinks": mx.zeros((8,))}
+    for form, setting, heads in product(BOTH_FORMS, settings, (4, 8)):
+        if "sinks" in setting:
+            setting = {"sinks": mx.zeros((2 * heads,))}
+        texts += sources(LAYOUT, heads, settings=setting, **form)
+    for form in BOTH_FORMS:
+        texts += sources(replace(LAYOUT, value_head_size=64), **form)
+        texts += sources(replace(LAYOUT, key_head_size=64), **form)
+    check(texts, 5)
 
 
 TINY = PageLayout.of("q4_0", "q4_0", 32, 1, 8)
@@ -111,9 +123,9 @@ def test_arrays_of_every_length_compile():
 
 def test_keys_values_and_queries_of_different_types():
     texts = []
-    for dtypes in product(DTYPES, repeat=3):
-        texts += sources(LAYOUT, dtypes=dtypes)
-    check(texts)
+    for form, *dtypes in product(BOTH_FORMS, *[DTYPES] * 3):
+        texts += sources(LAYOUT, dtypes=dtypes, **form)
+    check(texts, 5)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -131,7 +143,7 @@ def test_a_file_that_lacks_an_include_does_not_compile_alone(tmp_path):
 
 @cache
 def programs() -> list[str]:
-    return joined(sources(LAYOUT))
+    return joined([text for form in BOTH_FORMS for text in sources(LAYOUT, **form)])
 
 
 PLANTED = {
@@ -164,12 +176,20 @@ PLANTED = {
     ),
     "an unknown function": ("simd_any(grows)", "simd_ballot_any(grows)"),
     "a float cut to an int unasked": ("int count = 0;", "int count = 0.5f;"),
+    "a matrix of another size": (
+        "simdgroup_matrix<half, 8, 8> left, right;",
+        "simdgroup_matrix<half, 16, 8> left, right;",
+    ),
+    "a product of matrices of floats": (
+        "simdgroup_matrix<half, 8, 8> left, right;",
+        "simdgroup_matrix<float, 8, 8> left, right;",
+    ),
     "the C++ library": ("return sum > 0.0f", "return std::isfinite(sum)"),
 }
 
 
 def test_the_program_that_errors_are_planted_in_is_right():
-    assert [compile_errors(for_clang(program)) for program in programs()] == [""] * 4
+    assert [compile_errors(for_clang(program)) for program in programs()] == [""] * 5
 
 
 @pytest.mark.parametrize("name", PLANTED)
