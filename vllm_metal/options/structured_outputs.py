@@ -73,8 +73,8 @@ def _follow(schema: Any, part: Any, done: set[int], path: frozenset[int], refere
         return
     if id(part) in path:
         raise VLLMValidationError(
-            f"structured_outputs.json: {reference!r} refers to itself, and no value satisfies it; "
-            "a schema may refer to itself within properties or items",
+            f"structured_outputs: the schema's {reference!r} refers to itself, and no "
+            "value satisfies it; a schema may refer to itself within properties or items",
             parameter="structured_outputs",
         )
     path |= {id(part)}
