@@ -112,6 +112,7 @@ def test_checking_twice_changes_nothing(make_config):
             },
             "--kv-transfer-config",
         ),
+        ({"num_gpu_blocks_override": -3}, "--num-gpu-blocks-override -3"),
     ],
     ids=str,
 )

@@ -186,6 +186,12 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
     except UserError as error:
         reasons += error.reasons
     reasons += check.refusals(vllm_config)
+    blocks = vllm_config.cache_config.num_gpu_blocks_override
+    if blocks is not None and blocks < 2:
+        reasons.append(
+            f"--num-gpu-blocks-override {blocks} is not supported: vLLM keeps one block, and a "
+            "request needs others (allowed: 2 or more)"
+        )
     return reasons + _unsupported_model(vllm_config, compresses=turboquant is not None)
 
 

@@ -201,6 +201,25 @@ def test_the_settings_of_a_server(original):
     config = SimpleNamespace(
         model_config=model,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=128),
-        cache_config=SimpleNamespace(gpu_memory_utilization=0.75, kv_cache_memory_bytes=None),
+        cache_config=SimpleNamespace(
+            gpu_memory_utilization=0.75, kv_cache_memory_bytes=None, num_gpu_blocks_override=None
+        ),
     )
     assert MemorySettings.of(config) == replace(SETTINGS, fits_length=original == -1)
+
+
+@pytest.mark.parametrize("blocks", [-3, 0, 1, 512])
+def test_too_few_blocks_name_how_many_do(blocks):
+    """A request of 8,192 tokens has 512 blocks, and vLLM keeps one."""
+    text = refusal(machine(), num_gpu_blocks_override=blocks)
+    assert f"--num-gpu-blocks-override {blocks} is too small" in text
+    assert "one request of 8192 tokens needs 512 blocks" in text
+    assert offers(text) == [{"num_gpu_blocks_override": 513}]
+    require(replace(SETTINGS, num_gpu_blocks_override=513), machine())
+
+
+def test_a_request_of_any_length_needs_two_blocks():
+    few = replace(SETTINGS, fits_length=True, num_gpu_blocks_override=1)
+    with pytest.raises(UserError, match="--num-gpu-blocks-override 2 or more"):
+        require(few, machine())
+    require(replace(few, num_gpu_blocks_override=2), machine())

@@ -1,6 +1,7 @@
 """Unmodified mlx-lm models through paged attention: the logits of mlx-lm's own caches."""
 
 import gc
+import io
 import weakref
 
 import mlx.core as mx
@@ -74,6 +75,15 @@ def difference(logits: mx.array, expected: mx.array) -> float:
 
 def tokens(seed: int, count: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
+
+
+def test_a_chunk_is_not_copied_to_lose_its_axis_of_rows():
+    """MLX takes an index for a gather. The embedding gathers, and nothing else of this chunk."""
+    engine = Engine(tiny_model("llama"))
+    metadata = prefill_metadata(engine.kv_cache.groups, engine.table[:1], 0, CHUNK)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, engine.model.forward(mx.zeros((1, CHUNK), mx.int32), metadata))
+    assert graph.getvalue().count('"Gather"') == 1
 
 
 def run(engine: Engine, sequences: list[list[int]], row_by_row: bool) -> list[mx.array]:

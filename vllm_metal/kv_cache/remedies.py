@@ -40,6 +40,7 @@ class MemorySettings:
     kv_cache_memory_bytes: int | None = None
     fits_length: bool = False
     """`--max-model-len -1`: vLLM shortens `max_model_len`, the model's own, to what fits."""
+    num_gpu_blocks_override: int | None = None
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "MemorySettings":
@@ -52,6 +53,7 @@ class MemorySettings:
             cache.gpu_memory_utilization,
             cache.kv_cache_memory_bytes,
             vllm_config.model_config.original_max_model_len == -1,
+            cache.num_gpu_blocks_override,
         )
 
 
@@ -96,9 +98,11 @@ def require(settings: MemorySettings, plan_of: PlanOf) -> MemoryPlan:
 
     Raises:
         UserError: none does. The message gives the sum, the largest term and the options that help.
+            Or `--num-gpu-blocks-override` leaves too few blocks; the message says how many do.
     """
     plan, capacity = plan_of(settings)
     if _fits(settings, capacity):
+        _require_blocks(settings, capacity)
         return plan
     length = settings.max_model_len
     request = capacity.bytes_for(length)
@@ -117,6 +121,20 @@ def require(settings: MemorySettings, plan_of: PlanOf) -> MemoryPlan:
             f"remedy: {', or '.join(remedies)}",
         ],
     )
+
+
+def _require_blocks(settings: MemorySettings, capacity: Capacity) -> None:
+    blocks, length = settings.num_gpu_blocks_override, settings.max_model_len
+    length = 1 if settings.fits_length else length
+    needed = 1 + -(-capacity.bytes_for(length) // capacity.bytes_per_block)
+    if blocks is not None and blocks < needed:
+        raise UserError(
+            f"--num-gpu-blocks-override {blocks} is too small",
+            [
+                f"one request of {length} tokens needs {needed - 1} blocks, and vLLM keeps one",
+                f"remedy: --num-gpu-blocks-override {needed} or more, or leave the option out",
+            ],
+        )
 
 
 _WEIGHTS = "the weights"

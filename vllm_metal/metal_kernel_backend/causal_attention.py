@@ -97,7 +97,7 @@ def causal_attention(
 def attend_to_itself(chunk: Chunk, sliding_window: int | None) -> mx.array:  # [Hq, L, Dv]
     """Causal attention of a chunk over its own keys and values alone, exact."""
     own = chunk.queries[None], chunk.keys[None], chunk.values[None]
-    return causal_attention(*own, chunk.scale, chunk.sinks, sliding_window)[0]
+    return causal_attention(*own, chunk.scale, chunk.sinks, sliding_window).squeeze(0)
 
 
 def _is_fused(queries: mx.array, values: mx.array) -> bool:

@@ -214,7 +214,7 @@ class LayerKVCache(LayerCache):
         if isinstance(metadata, DecodeMetadata):
             new = keys[:, :, 0], values[:, :, 0]
         else:
-            new = keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1)
+            new = keys.squeeze(0).swapaxes(0, 1), values.squeeze(0).swapaxes(0, 1)
         self._forward.observer.stored(self._layer, *new)
         kv_cache.store(self._layer, *new, metadata)
         if not self._shape.fetched:
@@ -234,8 +234,9 @@ class LayerKVCache(LayerCache):
             return backend.decode(pages, rows)[:, :, None]
         # Left to MLX, a chunk without context is stored last: keys and values of all layers exist.
         [queries] = mx.depends([queries], [array for array in pages if array is not None])
-        keys, values = self._new
-        chunk = Chunk(queries[0], keys[0], values[0], metadata, scale, sinks)
+        # `squeeze` gives a view. MLX takes an index for a gather, which copies.
+        own = (array.squeeze(0) for array in (queries, *self._new))
+        chunk = Chunk(*own, metadata, scale, sinks)
         outputs = backend.prefill(pages, chunk)
         self._forward.observer.attended(self._layer, chunk, outputs)
         return outputs[None]

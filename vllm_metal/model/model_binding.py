@@ -190,7 +190,7 @@ class RowLogits:
 
     def of(self, begin: int, end: int) -> mx.array:  # [end - begin, vocabulary]
         """Logits of the rows from `begin` to `end`, lazily."""
-        return self.head(self.hidden[:, begin:end])[0]
+        return self.head(self.hidden[:, begin:end]).squeeze(0)
 
 
 class BoundModel:

@@ -167,7 +167,7 @@ class ModelRunner:
             logits = chunk.of(num_scheduled - 1, num_scheduled)
             self._score_prompt(step, req_id, num_scheduled, chunk)
         else:
-            logits = self.bound_model.forward(token_ids, metadata)[0]
+            logits = self.bound_model.forward(token_ids, metadata).squeeze(0)
         if self.batch.is_complete(req_id, num_scheduled):
             step.logits[row] = logits[-1:]
             self.kv_cache.evaluate(step.logits[row])

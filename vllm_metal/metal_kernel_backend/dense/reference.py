@@ -78,7 +78,7 @@ class DensePages(DenseAttention):
         window = self.shape.sliding_window
         return causal_attention(
             chunk.queries[None], keys, values, chunk.scale, chunk.sinks, window
-        )[0]
+        ).squeeze(0)
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         units = pages.array.reshape(-1, self._geometry.unit(self.block_size))

@@ -78,7 +78,7 @@ class KernelAttention(ChunkAttention):
                 chunk.scale,
                 None if chunk.sinks is None else chunk.sinks[rows],
                 self.shape.sliding_window,
-            )[0]
+            ).squeeze(0)
             chunk.metadata.once(_tiles_in_flight).add(tile)
             tiles.append(tile)
         return tiles[0] if len(tiles) == 1 else mx.concatenate(tiles)
@@ -161,7 +161,7 @@ def _seq_lens(metadata: DecodeMetadata) -> mx.array:
 
 def _request_blocks(metadata: PrefillMetadata) -> mx.array:
     """Blocks of the one request."""
-    return lengthened(metadata.block_table[0], filler=0)
+    return lengthened(metadata.block_table.squeeze(0), filler=0)
 
 
 def _token(pages: Pages) -> mx.array:

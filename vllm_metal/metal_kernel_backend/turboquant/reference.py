@@ -102,7 +102,7 @@ class TurboQuantReference(TurboQuantAttention):
             keys = keys + self.key_codec.rotated_centre[:, None]
         rotated = self.key_codec.rotate_queries(chunk.queries.swapaxes(0, 1)).swapaxes(0, 1)[None]
         window = self.shape.sliding_window
-        out = causal_attention(rotated, keys, values, chunk.scale, chunk.sinks, window)[0]
+        out = causal_attention(rotated, keys, values, chunk.scale, chunk.sinks, window).squeeze(0)
         return self.value_codec.unrotate_outputs(out).astype(chunk.queries.dtype)
 
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
