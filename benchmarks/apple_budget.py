@@ -4,10 +4,11 @@
 
 Operations are counted by hand from the files in `kernels/turboquant` for a lane that handles 16
 elements of two tokens (32 pairs of a key's and a value's element), head size 128, 4 query heads per
-KV head. Costs are cycles of an M1's ALU as measured by github.com/philipturner/metal-benchmarks:
-multiply-adds, selects, additions and bitwise operations 1, shifts 4, exp2 4, shuffles 2; half
-operands of float multiply-adds are free and packed halves are two operations. M1's costs are used
-for every chip. Bandwidth counts at 85 % of its peak.
+KV head; and with 8 query heads, in the scalar form (two tiles of 4, each of which unpacks all keys
+and values) and in the matrix form. Costs are cycles of an M1's ALU as measured by
+github.com/philipturner/metal-benchmarks: multiply-adds, selects, additions and bitwise operations
+1, shifts 4, exp2 4, shuffles 2; half operands of float multiply-adds are free and packed halves are
+two operations. M1's costs are used for every chip. Bandwidth counts at 85 % of its peak.
 """
 
 from vllm_metal.metal_kernel_backend.turboquant.formats import key_format, value_format
@@ -51,7 +52,28 @@ def cycles_per_pair(k_quant: str, v_quant: str) -> float:
     return total / (CHUNK * TOKENS)
 
 
+def matrix_cycles_per_pair(k_quant: str, v_quant: str) -> float:
+    """The same in the matrix form, for up to 8 query heads: a lane handles 32 elements of a key and
+    16 of the values of two tokens in each tile of 8. An 8 x 8 product is 16 multiply-adds of a
+    lane, since these GPUs have no units of their own for it."""
+    key, value = key_format(k_quant), value_format(v_quant)
+    levels = key.has_levels(HEAD_SIZE)
+    multiplies = 2 * HEAD_SIZE // 8 + int(levels)
+    scores = 2 * (3 + 4 + 3)  # of one token for two rows: scale, exp2, compare and add
+    scales = 12 + (14 if levels else 0)
+    addresses_and_loads = 40
+    total = sum(unpacking(form.bits, form.num_terms(HEAD_SIZE)) for form in (key, value))
+    total += 16 * multiplies + scores + scales + addresses_and_loads
+    return total / (CHUNK * TOKENS)
+
+
 def main() -> None:
+    print("8 query heads, cycles a pair: scalar form, matrix form")
+    for pair in PAIRS:
+        print(
+            f"{'/'.join(pair):10} {2 * cycles_per_pair(*pair):6.1f} "
+            f"{matrix_cycles_per_pair(*pair):6.1f}"
+        )
     print(
         f"{'chip':7} {'formats':10} {'B/pair':>6} {'cycles':>6} {'by ALU':>7} {'by mem':>7} binds"
     )

@@ -73,8 +73,9 @@ struct MatrixDecode {
   static constant constexpr int MEMORY =
       (SHARED + 3 * R + 2 * SIMDGROUPS * FRAGMENT_ROWS + 3) / 4;  // threadgroup uint4
 
-  // The rows of a lane's scores see the same tokens, or each its own.
-  static constant constexpr int VIEWS = Q > 1 ? 2 : 1;
+  // The two rows of a lane's scores see the same tokens, or each its own: they may belong to two
+  // query tokens where either number is odd.
+  static constant constexpr int VIEWS = Q > 1 && (G % 2 == 1 || R % 2 == 1) ? 2 : 1;
 
   static_assert(R <= FRAGMENT_ROWS, "rows");
 

@@ -13,6 +13,7 @@ from vllm_metal.metal_kernel_backend.dense.fused import DenseFused
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import Target
 from vllm_metal.metal_kernel_backend.turboquant.fused import TurboQuantFused
+from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
 LAYOUT = PageLayout.of("q8_0", "q3_0", 64, 2, 16)
@@ -33,6 +34,17 @@ def test_right_kernels_are_found_right(target):
     found = check(target())
     assert found.failure == "" and found.wrong_bytes == 0
     assert 0 < found.error < found.allowed
+
+
+def test_the_form_for_more_query_heads_than_a_trial_has_is_checked_too(monkeypatch):
+    right = Launcher.decode
+
+    def off(self, *arguments, **settings):
+        wrong = 1.1 if self.matrix.least_rows == 1 else 1.0
+        return wrong * right(self, *arguments, **settings)
+
+    monkeypatch.setattr(Launcher, "decode", off)
+    assert "a relative error of 1.0e-01" in check().failure
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,9 @@ PLANTED_IN_DENSE = {
 
 
 PLANTED_IN_MATRICES = {
-    "a choice of halves by an index": (
-        "words[m] = upper ? high : low;",
-        "words[m] = pairs[2 * m + int(upper)];",
+    "a code whose place the lane decides": (
+        "HALVED ? halves[n].point(i % 8)",
+        "HALVED ? halves[n].point((i + lane) % 8)",
     ),
     "a weight whose place the lane decides": (
         "own[1].sum += summands[n][1];",

@@ -148,8 +148,8 @@ def programs() -> list[str]:
 
 PLANTED = {
     "a lost device": (
-        "METAL_FUNC uint load_pair(const device uchar* scales)",
-        "METAL_FUNC uint load_pair(const uchar* scales)",
+        "const device uchar* page, uint slot, int key_chunk, int own_pair) thread",
+        "const uchar* page, uint slot, int key_chunk, int own_pair) thread",
     ),
     "a double": ("float softcap = decode.softcap;", "double softcap = decode.softcap;"),
     "a double literal": ("float x = float(steps) + 0.5f;", "float x = float(steps) + 0.5;"),

@@ -21,7 +21,8 @@ from vllm_metal.metal_kernel_backend.host_target import (
     host_source,
 )
 from vllm_metal.metal_kernel_backend.kernel_library import Kernel, Target
-from vllm_metal.metal_kernel_backend.turboquant.kernels import DECODE, DEQUANTIZE, MERGE, STORE
+from vllm_metal.metal_kernel_backend.paged.splits import MatrixForm
+from vllm_metal.metal_kernel_backend.turboquant.kernels import KERNELS
 from vllm_metal.metal_kernel_backend.turboquant.launcher import Launcher, LayerConstants
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
 
@@ -218,7 +219,9 @@ def kernel_programs() -> dict[str, str]:
     constants = LayerConstants(heads, heads, heads, size)
     token = launcher.store(pages, new, new, slots, constants)
     queries, table = mx.zeros((1, 1, 8, 128), mx.float16), mx.zeros((1, 3), mx.int32)
-    launcher.decode(pages, queries, table, slots, constants, 0.1, 40, token)
+    for form in (None, MatrixForm(1, 8, 6)):
+        launcher = Launcher(layout, target, num_cores=8, matrix=form)
+        launcher.decode(pages, queries, table, slots, constants, 0.1, 400, token)
     launcher.read(pages, table[0], constants, 0, 3, token, mx.float16)
     return {program.kernel.name: host_source(program) for program in target.programs}
 
@@ -234,7 +237,7 @@ void operator delete[](void* memory) noexcept { std::free(memory); }
     "system",
     ["aarch64-macos", pytest.param("aarch64-linux-gnu", marks=pytest.mark.nightly)],
 )
-@pytest.mark.parametrize("kernel", [STORE, DECODE, MERGE, DEQUANTIZE], ids=lambda x: x.name)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda x: x.name)
 def test_the_kernels_build_for_other_systems(kernel, system, tmp_path):
     pytest.importorskip("ziglang", reason="the cross compiler comes from ziglang (extra: test)")
     zig, target = [sys.executable, "-m", "ziglang"], ["-target", system]

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -121,13 +122,25 @@ def check_pair(pair: str, layout: PageLayout, target: Target, thorough: bool = T
         backend = fused_backend(layout, target)
         for dtype in DTYPES if thorough else DTYPES[:1]:
             start = time.perf_counter()
-            for i, length in enumerate(LENGTHS_ON_HOST if target.name == "host" else LENGTHS):
+            lengths = LENGTHS_ON_HOST if target.name == "host" else LENGTHS
+            for i, length in enumerate(lengths):
                 check_trial(KernelTrial(backend.launcher, length, dtype), check, thorough)
                 check.seconds += time.perf_counter() - start if i == 0 else 0
+            if thorough and (matrices := matrix_launcher(backend.launcher)):
+                check_trial(KernelTrial(matrices, lengths[-1], dtype), check)
         check_order(backend, check)
     except Exception as error:
         check.failure = f"{type(error).__name__}: {str(error)[:2000]}"
     return check
+
+
+def matrix_launcher(launcher: Launcher) -> Launcher | None:
+    """One that multiplies matrices also with the query heads of a trial, where layers with more
+    query heads do; None where the trials run that form by themselves, or no layer does."""
+    form = launcher.matrix
+    if form is None or form.least_rows <= QUERY_HEADS_PER_KV_HEAD:
+        return None
+    return Launcher(launcher.layout, launcher.target, matrix=replace(form, least_rows=1))
 
 
 def check_order(backend: AttentionBackend, check: Check) -> None:
@@ -202,8 +215,9 @@ def _programs(layout: PageLayout, thorough: bool) -> list[HostProgram]:
     """What `check_pair` compiles on the CPU."""
     recorder = ProgramRecorder()
     launcher = Launcher(layout, recorder)
-    for dtype in DTYPES if thorough else DTYPES[:1]:
-        trial = KernelTrial(launcher, 1, dtype)
+    launchers = launcher, *filter(None, [matrix_launcher(launcher)] * thorough)
+    for dtype, each in product(DTYPES if thorough else DTYPES[:1], launchers):
+        trial = KernelTrial(each, 1, dtype)
         token = trial.store()
         trial.decode(token)
         trial.dequantize(token)

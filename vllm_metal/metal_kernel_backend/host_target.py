@@ -11,6 +11,7 @@ returned. So this target cannot show a mistake in the order of a write and a rea
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -81,8 +82,8 @@ class HostTarget(Target):
         ) -> list[mx.array]:
             inputs = [mx.contiguous(array) for array in inputs]
             mx.eval(inputs)
-            outputs: list[np.ndarray] = [
-                np.empty(tuple(shape), _numpy_type(dtype))
+            outputs = [
+                _unwritten(tuple(shape), _numpy_type(dtype))
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
             launch = compiled(HostProgram.of(kernel, inputs, template, output_dtypes))
@@ -262,6 +263,13 @@ def find_compiler(name: str) -> str | None:
         if tools.returncode or not Path(tools.stdout.strip()).is_dir():
             return None
     return path
+
+
+def _unwritten(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """An output before its kernel runs: NaN where it has floats, so that what the kernel leaves
+    unwritten is seen when it is read."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.full(size, 0xFF, np.uint8).view(dtype).reshape(shape)
 
 
 def _numpy_type(dtype: mx.Dtype) -> type:

@@ -5,7 +5,7 @@ import pytest
 from vllm_metal.metal_kernel_backend.host_target import HostTarget
 from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget, MetalTarget
 from vllm_metal.metal_kernel_backend.paged import splits as module
-from vllm_metal.metal_kernel_backend.paged.splits import Gpu, plan_decode, splits
+from vllm_metal.metal_kernel_backend.paged.splits import Gpu, MatrixForm, plan_decode, splits
 
 STEPS = (16, 32, 64)
 """Of Apple GPUs and of the others, for dense and compressed pages."""
@@ -118,6 +118,40 @@ def test_the_part_of_an_apple_gpu_that_one_request_fills(chip, tokens, filled, m
     two steps each in one wave."""
     waves, _, part = wave(chip, tokens, monkeypatch)
     assert waves == 1 and round(part, 2) == filled
+
+
+@pytest.mark.parametrize(
+    ("target", "head_size", "form"),
+    [
+        (CudaTarget(), 128, MatrixForm(1, 16, 4)),
+        (CudaTarget(), 192, MatrixForm(1, 8, 2)),
+        (MetalTarget(), 128, MatrixForm(5, 8, 6)),
+        (MetalTarget(), 192, None),
+        (HostTarget(), 64, MatrixForm(5, 8, 6)),
+    ],
+)
+def test_where_decode_multiplies_matrices(target, head_size, form):
+    assert MatrixForm.of(target, head_size) == form
+
+
+@pytest.mark.parametrize("query_rows", range(1, 65))
+def test_the_matrix_form_has_room_for_eight_rows(query_rows, monkeypatch):
+    """On Apple GPUs from 5 on; up to 4 nothing changes."""
+    gpu = gpu_of(MetalTarget(), 16, monkeypatch)
+    plan = plan_decode(gpu, query_rows, 8, 4096, MatrixForm(5, 8, 6))
+    if query_rows < 5:
+        assert plan == plan_decode(gpu, query_rows, 8, 4096) and not plan.matrix
+        return
+    assert plan.matrix and plan.rows <= 8 and plan.tiles == -(-query_rows // 8)
+    assert plan.rows * plan.tiles >= query_rows and plan.split_tokens % 32 == 0
+
+
+def test_each_form_is_cut_for_the_threadgroups_that_it_leaves_room_for(monkeypatch):
+    gpu = gpu_of(CudaTarget(), 132, monkeypatch)
+    for form in (None, MatrixForm(1, 16, 4), MatrixForm(1, 8, 2)):
+        plan = plan_decode(gpu, 4, 8, 131_072, form)
+        assert plan.resident == (form.threadgroups_per_core if form else 3)
+        assert 0.9 * 132 * plan.resident <= 8 * plan.num_splits <= 132 * plan.resident
 
 
 def test_the_cpu_is_one_core():
