@@ -92,8 +92,8 @@ def test_alone_is_as_in_a_batch(make_config, reading_model, k_quant, v_quant):
             enable_prefix_caching=False,
         )
     )
-    alone = [serving.generate([p], max_tokens=NEW_TOKENS)[0] for p in PROMPTS]
-    assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == alone
+    alone = [answers(serving, [prompt])[0] for prompt in PROMPTS]
+    assert answers(serving, PROMPTS) == alone
 
 
 @pytest.mark.parametrize(("k_quant", "v_quant"), pairs(BY_DAY[:2]))

@@ -129,7 +129,13 @@ def measured(task: "Task") -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         results, log = Path(folder) / "results", Path(folder) / "log"
         results.touch()
-        command = [sys.executable, "-m", "vllm_metal.benchmark.one_engine", task.to_json(), results]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm_metal.benchmark.one_engine",
+            task.to_json(),
+            str(results),
+        ]
         environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
         shown = 0
         print(f"{task.engine}: loading", file=sys.stderr, flush=True)

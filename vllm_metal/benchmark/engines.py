@@ -9,11 +9,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from vllm_metal.benchmark.timing import STEPS, Case
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
 
 MLX_LM, DENSE = "mlx-lm", "dense"
 """Names of engines; a format pair is the name of another."""
@@ -92,6 +95,7 @@ class VllmEngine(Engine):
 
     def cache_tokens(self) -> int:
         cache = self._llm.llm_engine.vllm_config.cache_config
+        assert cache.num_gpu_blocks is not None, "the engine has started"
         return cache.num_gpu_blocks * cache.block_size
 
     def progress(self, prompts: list[list[int]]) -> Iterator[list[int]]:
@@ -106,7 +110,7 @@ class VllmEngine(Engine):
             engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
         try:
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                for output in cast("list[RequestOutput]", engine.step()):
                     given[output.request_id] = len(output.outputs[0].token_ids)
                 yield list(given.values())
         finally:
@@ -124,12 +128,13 @@ class MlxLmEngine(Engine):
         from vllm_metal.machine.device import select_device
 
         select_device()
-        self._model, _, config = load_model(
+        loaded = load_model(
             settings.model,
             tokenizer_config={"trust_remote_code": settings.trust_remote_code},
             revision=settings.revision,
             return_config=True,
         )
+        self._model, config = loaded[0], cast("dict[str, Any]", loaded[-1])
         self._chunk = settings.chunk
         self._most = settings.most_requests
         self.vocabulary = (config.get("text_config") or config)["vocab_size"]

@@ -235,7 +235,8 @@ class LayerKVCache(LayerCache):
         # Left to MLX, a chunk without context is stored last: keys and values of all layers exist.
         [queries] = mx.depends([queries], [array for array in pages if array is not None])
         # `squeeze` gives a view. MLX takes an index for a gather, which copies.
-        own = (array.squeeze(0) for array in (queries, *self._new))
+        keys, values = self._new
+        own = queries.squeeze(0), keys.squeeze(0), values.squeeze(0)
         chunk = Chunk(*own, metadata, scale, sinks)
         outputs = backend.prefill(pages, chunk)
         self._forward.observer.attended(self._layer, chunk, outputs)

@@ -186,7 +186,7 @@ class PageLauncher(Generic[PagesOf]):
         merged = outputs.pop("merged", None)
         matrix = self.matrix if plan.matrix else None
         partials, states, output = self._launch(
-            self.kernels.matrix_decode if matrix else self.kernels.decode,
+            (self.kernels.matrix_decode if matrix else None) or self.kernels.decode,
             constants.inputs(),
             {
                 **shared,

@@ -119,15 +119,16 @@ def plan_decode(
         tokens: that the rows of the longest request see.
         matrix: where the pages have that form.
     """
-    multiplies = matrix is not None and query_rows >= matrix.least_rows
-    tiles = -(-query_rows // (TILE_ROWS if multiplies else gpu.max_rows))
+    if matrix is not None and query_rows < matrix.least_rows:
+        matrix = None
+    tiles = -(-query_rows // (TILE_ROWS if matrix else gpu.max_rows))
     rows = -(-query_rows // tiles)
-    if multiplies:
+    if matrix:
         step, resident = matrix.split_step, matrix.threadgroups_per_core
     else:
         step, resident = gpu.split_step, gpu.resident_threadgroups(rows)
     cut = splits(tokens, kv_heads * tiles, gpu.cores * resident, step)
-    return DecodePlan(rows, tiles, *cut, resident, multiplies)
+    return DecodePlan(rows, tiles, *cut, resident, matrix is not None)
 
 
 @lru_cache(maxsize=4096)
