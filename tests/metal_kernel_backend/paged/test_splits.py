@@ -38,6 +38,17 @@ def test_short_requests_are_not_split(step):
     assert splits(step, 8, 396, step) == (step, 1)
 
 
+@pytest.mark.parametrize(("target", "most"), [(MetalTarget(), 256), (CudaTarget(), 512)])
+@pytest.mark.parametrize("form", [None, MatrixForm(1, 16, 4)])
+def test_up_to_some_hundred_tokens_are_one_split(target, most, form, monkeypatch):
+    """There is nothing to merge, so a step has one launch less for each layer."""
+    gpu = gpu_of(target, 132, monkeypatch)
+    for tokens in (0, 1, 65, most):
+        plan = plan_decode(gpu, 4, 8, tokens, form)
+        assert plan.num_splits == 1 and plan.split_tokens >= tokens
+    assert plan_decode(gpu, 4, 8, most + 1, form).num_splits > 1
+
+
 def gpu_of(target, cores: int, monkeypatch, lane_elements: int = 16) -> Gpu:
     monkeypatch.setattr(module, "core_count", lambda _: cores)
     return Gpu.of(target, lane_elements)

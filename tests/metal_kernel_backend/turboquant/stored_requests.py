@@ -31,8 +31,8 @@ class TensorCoresOnHost(HostTarget):
     """The CPU, with the matrix form as NVIDIA's tensor cores run it."""
 
     def build(self, kernel: Kernel, resident: tuple[int, int] | None = None) -> Run:
-        *others, (header, text) = kernel.constants
-        constants = *others, (header, f"#define TENSOR_CORES\n{text}")
+        (header, text), *others = kernel.constants  # what every file begins with
+        constants = (header, f"#define TENSOR_CORES\n{text}"), *others
         return super().build(replace(kernel, constants=constants), resident)
 
 

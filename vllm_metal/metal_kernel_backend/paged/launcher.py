@@ -69,7 +69,8 @@ class PageLauncher(Generic[PagesOf]):
     layout: PagesOf
     target: Target
     num_cores: int = 0
-    """Cores of the GPU. This and the next two are `Gpu`'s; 0 takes what suits the target."""
+    """Cores of the GPU, for which requests are then split however short they are. This and the next
+    two are `Gpu`'s; 0 takes what suits the target."""
     max_rows: int = 0
     run_tokens: int = 0
     matrix: MatrixForm | None = FORM_OF_TARGET
@@ -84,6 +85,7 @@ class PageLauncher(Generic[PagesOf]):
             cores=self.num_cores or gpu.cores,
             max_rows=max(1, min(self.max_rows or gpu.max_rows, MAX_HELD // largest)),
             run_tokens=self.run_tokens or gpu.run_tokens,
+            one_split_tokens=0 if self.num_cores else gpu.one_split_tokens,
         )
         if not self.kernels.matrix_decode:
             self.matrix = None

@@ -32,6 +32,8 @@ class Gpu:
     """The same with 5 to 8 rows."""
     lane_elements: int
     """Elements of a key or value that a lane holds, and sums that it keeps of each row."""
+    one_split_tokens: int = 0
+    """Tokens up to which a request is not split."""
 
     @classmethod
     def of(cls, target: Target, lane_elements: int) -> "Gpu":
@@ -41,11 +43,15 @@ class Gpu:
         holds 24 simdgroups whatever they need (docs/kernels.md, "Registers"). On NVIDIA 2, 3 and 4
         threadgroups leave 255, 168 and 128 registers a thread: with 16 elements a lane 4 rows need
         168, with 8 elements 4 rows need 128 and 8 rows 168.
+
+        A short request is one split, though that leaves cores idle: a second launch for merge would
+        take the GPU about as long as the tokens, and the host, which bounds such steps, as long as
+        the first.
         """
         cores = core_count(target)
         if target.name == "metal":
-            return cls(cores, 4, 2, 6, 6, lane_elements)
-        return cls(cores, 8, 4, *((3, 2) if lane_elements > 8 else (4, 3)), lane_elements)
+            return cls(cores, 4, 2, 6, 6, lane_elements, 256)
+        return cls(cores, 8, 4, *((3, 2) if lane_elements > 8 else (4, 3)), lane_elements, 512)
 
     @property
     def split_step(self) -> int:
@@ -127,7 +133,10 @@ def plan_decode(
         step, resident = matrix.split_step, matrix.threadgroups_per_core
     else:
         step, resident = gpu.split_step, gpu.resident_threadgroups(rows)
-    cut = splits(tokens, kv_heads * tiles, gpu.cores * resident, step)
+    if tokens <= gpu.one_split_tokens:
+        cut = -(-max(tokens, 1) // step) * step, 1
+    else:
+        cut = splits(tokens, kv_heads * tiles, gpu.cores * resident, step)
     return DecodePlan(rows, tiles, *cut, resident, matrix is not None)
 
 
