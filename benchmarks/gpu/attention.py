@@ -86,15 +86,19 @@ def dense_us(batch: int, length: int, sets: int, heads: int = HEADS) -> dict[str
 
 
 def filled(layout: PageLayout | DenseLayout, num_blocks: int) -> cp.ndarray:
-    """Pages of random codes with scales of 0.03, or of normally distributed numbers."""
+    """Pages of random codes, scales of 0.03 and biases of -0.2, or of normally distributed
+    numbers."""
     if isinstance(layout, DenseLayout):
         shape = layout.pages_shape(num_blocks)
         return cp.random.standard_normal(shape, dtype=cp.float32).astype(cp.float16)
     shape = num_blocks, KV_HEADS, layout.head_page_bytes
     pages = cp.random.randint(0, 256, shape, dtype=cp.uint8)
-    for offset in (layout.key_scales_offset, layout.value_scales_offset):
-        scales = cp.full((num_blocks, KV_HEADS, BLOCK_SIZE), 0.03, cp.float16)
-        pages[:, :, offset : offset + 2 * BLOCK_SIZE] = scales.view(cp.uint8)
+    numbers = [(layout.key_scales_offset, 0.03), (layout.value_scales_offset, 0.03)]
+    if layout.key_format.has_bias:
+        numbers.append((layout.key_biases_offset, -0.2))
+    for offset, number in numbers:
+        halves = cp.full((num_blocks, KV_HEADS, BLOCK_SIZE), number, cp.float16)
+        pages[:, :, offset : offset + 2 * BLOCK_SIZE] = halves.view(cp.uint8)
     return pages.view(cp.uint16)
 
 
