@@ -81,7 +81,8 @@ def test_weights_far_apart(form):
     stored.token = stored.store(slice(None))
     queries = stored.queries()
     got, expected = stored.decode(queries), stored.expected(queries)
-    assert np.linalg.norm(got - expected) < 5e-3 * np.linalg.norm(expected)
+    errors = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert errors.max() < 0.1  # of each row: its queries are halves, beside scores of a hundred
 
 
 @pytest.mark.parametrize("form", ["scalar", "matrix"])
