@@ -242,7 +242,6 @@ def _check_structure(vllm_config: "VllmConfig", checks_compression: bool) -> boo
     """What the model's structure says, before its weights are read.
 
     Args:
-        vllm_config: the whole configuration.
         checks_compression: whether to find out if TurboQuant can compress the model.
 
     Returns:
@@ -273,16 +272,11 @@ def _check_compression(vllm_config: "VllmConfig") -> None:
     from vllm_metal.model_pages import ModelPages
 
     binding = ModelBinding(structure)
-    layers = binding.layers
-    ModelPages.of(vllm_config, layers, binding.states, neutral_constants(layers))
+    ModelPages.of(vllm_config, binding.layers, binding.states, neutral_constants(binding.layers))
 
 
 def _disable_prefix_caching(vllm_config: "VllmConfig") -> None:
-    """For a model with recurrent state.
-
-    A cached prefix would need the state at its end, and a block holds only the newest state of a
-    request.
-    """
+    """For recurrent models: a block has a request's newest state, not that at a prefix's end."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     cache.enable_prefix_caching = False
     cache.mamba_cache_mode = "none"
