@@ -210,6 +210,14 @@ def scatter_us(tokens: int) -> float:
     return torch_us(dense)
 
 
+def write(results: dict, output: str | None) -> None:
+    """As JSON, where an output is asked for."""
+    if output:
+        with open(output, "w") as file:
+            json.dump(results, file, indent=1)
+            file.write("\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="where to write the results as JSON")
@@ -260,10 +268,7 @@ def main() -> None:
         results["store"].append({"tokens": tokens, "us": ours, "scatter_us": scatter})
         each = ", ".join(f"{name} {us:.1f} us" for name, us in ours.items())
         print(f"store of {tokens} tokens: {each}; scatter {scatter:.1f} us", flush=True)
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(results, file, indent=1)
-            file.write("\n")
+    write(results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from attention import (
     dense_us,
     launcher_of,
     machine,
+    write,
 )
 from cuda_program import kind_name
 from cupy_target import CupyTarget
@@ -131,10 +132,7 @@ def main() -> None:
     results = {"machine": machine()}
     print(json.dumps(results), flush=True)
     results |= {"errors": check(), "times": times(arguments.cuts)}
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(results, file, indent=1)
-            file.write("\n")
+    write(results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -120,19 +120,20 @@ def test_json_schema_is_obeyed(client):
     assert person["name"] in ("Ada", "Alan") and person["age"] in (36, 41)
 
 
-def test_tool_call_with_a_named_tool(client):
-    message = (
-        client.chat.completions.create(
-            model=MODEL,
-            messages=[{"role": "user", "content": "How is the weather in Rome?"}],
-            tools=[WEATHER],
-            tool_choice={"type": "function", "function": {"name": "get_weather"}},
-            temperature=0,
-            max_tokens=96,
-        )
-        .choices[0]
-        .message
+def weather_in_rome(client, tool, max_tokens):
+    """What is answered with this tool, which must be used."""
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "How is the weather in Rome?"}],
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        temperature=0,
+        max_tokens=max_tokens,
     )
+
+
+def test_tool_call_with_a_named_tool(client):
+    message = weather_in_rome(client, WEATHER, max_tokens=96).choices[0].message
     call = message.tool_calls[0].function
     assert call.name == "get_weather"
     assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
@@ -191,13 +192,7 @@ def test_a_bad_constraint_is_a_client_error_with_the_reason(client, constraint, 
 def test_a_tool_whose_parameters_refer_to_themselves_is_a_client_error(client):
     tool = {"type": "function", "function": WEATHER["function"] | {"parameters": ITSELF}}
     with pytest.raises(openai.BadRequestError, match="refers to itself"):
-        client.chat.completions.create(
-            model=MODEL,
-            messages=[{"role": "user", "content": "How is the weather in Rome?"}],
-            tools=[tool],
-            tool_choice={"type": "function", "function": {"name": "get_weather"}},
-            max_tokens=8,
-        )
+        weather_in_rome(client, tool, max_tokens=8)
 
 
 @pytest.mark.nightly

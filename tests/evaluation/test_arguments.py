@@ -1,13 +1,12 @@
 """The arguments of `vllm-metal eval`: the study they ask for, and one line for what is wrong."""
 
 import argparse
-import sys
 
 import pytest
 
 from vllm_metal.errors import UserError
 from vllm_metal.evaluation import command
-from vllm_metal.evaluation.arguments import check_files, read_text, study_of
+from vllm_metal.evaluation.arguments import read_text, study_of
 from vllm_metal.evaluation.fidelity import MIN_WINDOW_TOKENS
 from vllm_metal.evaluation.needle import HAYSTACKS
 from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS
@@ -76,18 +75,3 @@ def test_texts(tmp_path):
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="--text .*text.txt' cannot be read"):
         read_text(file)
-
-
-def test_figures_that_could_not_be_written(tmp_path, monkeypatch):
-    there, nowhere = tmp_path / "figures", tmp_path / "missing" / "figures"
-    check_files(None, None)
-    check_files(there, there)
-    with pytest.raises(UserError, match="--output .*missing/figures' is in no folder that exists"):
-        check_files(nowhere, None)
-    with pytest.raises(UserError, match="--plot .*missing/figures' is in no folder that exists"):
-        check_files(None, nowhere)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("vllm_metal.evaluation.arguments.find_spec", lambda name: None)
-    check_files(there, None)
-    with pytest.raises(UserError, match="--plot needs matplotlib"):
-        check_files(None, there)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what is not allowed, before any model is loaded."""
+    from vllm_metal.machine.provenance import check_files
     from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 
     for option, values in (("--requests", args.requests), ("--contexts", args.contexts)):
@@ -117,11 +117,7 @@ def check(args: argparse.Namespace) -> None:
             parse_pair(pair)
         except ValueError as error:
             raise UserError(f"--formats {pair}: {error}") from error
-    for option, path in (("--output", args.output), ("--plot", args.plot)):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{option} {str(path)!r} is in no folder that exists")
-    if args.plot and find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib, which is not installed (extra: eval)")
+    check_files(args.output, args.plot)
 
 
 def measured(task: "Task") -> list[dict]:
@@ -167,7 +163,9 @@ def _show(engine: str, results: Path, shown: int) -> int:
 def _summary(row: dict) -> str:
     if "cache_tokens" in row:
         return "loaded"
-    case = f"{row['requests']} x {row['context']:,}"
+    from vllm_metal.benchmark.report import case_of
+
+    case = case_of(row)
     if "skipped" in row:
         return f"{case} not run: {row['skipped']}"
     return f"{case}: {row['step_milliseconds']:.2f} ms a step"

@@ -104,7 +104,7 @@ class VllmEngine(Engine):
         engine, self._cases = self._llm.llm_engine, self._cases + 1
         given = {f"{self._cases}-{i}": 0 for i in range(len(prompts))}
         # A request that is first may decode while the others' prompts are computed.
-        most = self._llm.llm_engine.vllm_config.model_config.max_model_len - len(prompts[0])
+        most = engine.vllm_config.model_config.max_model_len - len(prompts[0])
         params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
         for request_id, prompt in zip(given, prompts, strict=True):
             engine.add_request(request_id, {"prompt_token_ids": prompt}, params)

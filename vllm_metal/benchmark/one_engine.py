@@ -51,14 +51,14 @@ def results(
         line = asdict(case)
         needed = 0.0
         if speed and step:
-            needed = case.requests * case.context / speed + STEPS * step
+            needed = case.prompt_tokens / speed + STEPS * step
         if holds is not None and case.tokens > holds:
             line["skipped"] = f"needs {case.tokens:,} tokens, the cache holds {holds:,}"
         elif needed > left:
             line["skipped"] = f"would take about {needed:.0f} s, and {max(left, 0):.0f} s are left"
         else:
             timing = time_case(engine.progress(engine.prompts(case)), clock)
-            speed = case.requests * case.context / timing.first_token_seconds
+            speed = case.prompt_tokens / timing.first_token_seconds
             step = timing.step_milliseconds / 1e3
             line |= asdict(timing)
         yield line

@@ -50,16 +50,17 @@ def _columns(row: Mapping, reference: Mapping | None) -> str:
 
 
 def _cases(figures: Figures) -> list[Case]:
-    found = {_case(row): None for rows in figures.values() for row in rows if "context" in row}
+    found = {case_of(row): None for rows in figures.values() for row in rows if "context" in row}
     return sorted(found, key=lambda case: (case.requests, case.context))
 
 
-def _case(row: Mapping) -> Case:
+def case_of(row: Mapping) -> Case:
+    """What a line is about."""
     return Case(row["requests"], row["context"])
 
 
 def _row(rows: Sequence[dict], case: Case) -> dict | None:
-    return next((row for row in rows if "context" in row and _case(row) == case), None)
+    return next((row for row in rows if "context" in row and case_of(row) == case), None)
 
 
 def plot(figures: Figures, title: str, path: Path) -> None:
@@ -74,7 +75,7 @@ def plot(figures: Figures, title: str, path: Path) -> None:
     shortest = min(case.context for case in every)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name, rows in figures.items():
-        measured = {_case(row): row for row in rows if "step_milliseconds" in row}
+        measured = {case_of(row): row for row in rows if "step_milliseconds" in row}
         for axes, x, y, fixed in (
             (left, "context", "step_milliseconds", ("requests", fewest)),
             (right, "requests", "tokens_per_second", ("context", shortest)),

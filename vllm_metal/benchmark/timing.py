@@ -22,6 +22,11 @@ class Case:
     """Tokens of each prompt."""
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts together."""
+        return self.requests * self.context
+
+    @property
     def tokens(self) -> int:
         """Of all prompts and answers together."""
         return self.requests * (self.context + STEPS + 1)
@@ -33,7 +38,7 @@ class Case:
 def cases(requests: Sequence[int], contexts: Sequence[int]) -> list[Case]:
     """Every number of requests with every context, those with the fewest tokens first."""
     every = (Case(*each) for each in product(sorted(set(requests)), sorted(set(contexts))))
-    return sorted(every, key=lambda case: case.requests * case.context)
+    return sorted(every, key=lambda case: case.prompt_tokens)
 
 
 @dataclass(frozen=True)

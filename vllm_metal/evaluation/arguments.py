@@ -3,7 +3,6 @@
 import argparse
 import pydoc_data.topics
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,15 +43,6 @@ def read_text(path: Path | None) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {str(path)!r} cannot be read ({error})") from error
-
-
-def check_files(output: Path | None, plot: Path | None) -> None:
-    """Raises UserError where the figures could not be written when they are there."""
-    for option, path in (("--output", output), ("--plot", plot)):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{option} {str(path)!r} is in no folder that exists")
-    if plot and find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib, which is not installed (extra: eval)")
 
 
 def _at_least(option: str, value: int, least: int, other: str = "") -> None:

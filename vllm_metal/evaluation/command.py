@@ -56,9 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from vllm_metal.machine.blas import load_fast_blas
 
     blas = load_fast_blas()
-    from vllm_metal.evaluation.arguments import check_files, read_text, study_of
+    from vllm_metal.evaluation.arguments import read_text, study_of
     from vllm_metal.evaluation.study import measure
     from vllm_metal.machine.device import select_device
+    from vllm_metal.machine.provenance import check_files
     from vllm_metal.model import model_loader
     from vllm_metal.model.model_binding import ModelBinding
 

@@ -186,9 +186,10 @@ class PageLauncher(Generic[PagesOf]):
         }
         outputs = self._decode_outputs(queries, plan.num_splits)
         merged = outputs.pop("merged", None)
-        matrix = self.matrix if plan.matrix else None
+        kernel = self.kernels.matrix_decode if plan.matrix else self.kernels.decode
+        assert kernel is not None, "these pages have no matrix form"
         partials, states, output = self._launch(
-            (self.kernels.matrix_decode if matrix else None) or self.kernels.decode,
+            kernel,
             constants.inputs(),
             {
                 **shared,
@@ -199,7 +200,7 @@ class PageLauncher(Generic[PagesOf]):
             {
                 **template,
                 "R": plan.rows,
-                "TOKENS": matrix.tile_tokens if matrix else self.gpu.run_tokens,
+                "TOKENS": plan.matrix.tile_tokens if plan.matrix else self.gpu.run_tokens,
                 "SOFTCAP": int(softcap > 0),
             },
             DECODE_SIMDGROUPS,

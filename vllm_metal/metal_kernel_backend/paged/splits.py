@@ -109,8 +109,8 @@ class DecodePlan:
     num_splits: int
     resident: int
     """Threadgroups that a core holds at a time."""
-    matrix: bool
-    """Whether the matrix form runs."""
+    matrix: MatrixForm | None
+    """The matrix form, where it runs."""
 
 
 def plan_decode(
@@ -137,7 +137,7 @@ def plan_decode(
         cut = -(-max(tokens, 1) // step) * step, 1
     else:
         cut = splits(tokens, kv_heads * tiles, gpu.cores * resident, step)
-    return DecodePlan(rows, tiles, *cut, resident, matrix is not None)
+    return DecodePlan(rows, tiles, *cut, resident, matrix)
 
 
 @lru_cache(maxsize=4096)
