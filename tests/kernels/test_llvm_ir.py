@@ -16,6 +16,7 @@ from tests.kernels.launched import LAYOUT, dense_layout, sources
 from tests.kernels.llvm_ir import left_in_memory
 from tests.kernels.metal_text import joined
 from vllm_metal.metal_kernel_backend.dense.layout import DenseLayout
+from vllm_metal.metal_kernel_backend.kernel_library import CudaTarget, MetalTarget
 from vllm_metal.metal_kernel_backend.paged.splits import MatrixForm
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
 from vllm_metal.metal_kernel_backend.turboquant.layout import PageLayout
@@ -68,6 +69,12 @@ def check(texts: list[str]) -> None:
             assert variables == []
 
 
+def matrix_forms(head_size: int) -> list[MatrixForm]:
+    """Those of all targets for pages of that head size, with any number of rows."""
+    of_targets = [MatrixForm.of(target, head_size) for target in (MetalTarget(), CudaTarget())]
+    return [replace(form, least_rows=1) for form in of_targets if form]
+
+
 @pytest.mark.parametrize(("layout", "options"), COVERING)
 def test_a_covering_set(layout, options):
     check(sources(layout, **options))
@@ -78,10 +85,13 @@ def test_a_covering_set(layout, options):
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 192, 256])
 def test_every_pair_of_formats(k_quant, head_size):
     texts = []
-    for v_quant, tokens in product(VALUE_FORMATS, (2, 4)):
+    forms = matrix_forms(head_size)
+    for v_quant in VALUE_FORMATS:
         layout = PageLayout.of(k_quant, v_quant, head_size, 2, 16)
-        texts += sources(layout, run_tokens=tokens, max_rows=4, matrix=None)
-        texts += sources(layout, matrix=MatrixForm(1, 4 * tokens, 6))
+        for tokens in (2, 4):
+            texts += sources(layout, run_tokens=tokens, max_rows=4, matrix=None)
+        for form in forms:
+            texts += sources(layout, matrix=form)
     check(texts)
 
 
