@@ -173,8 +173,7 @@ class SymbolicModel:
     ) -> mx.array:  # [T or 1, 1 or L, vocabulary]
         self.num_forwards += 1
         self._pages.begin_forward(token_ids)
-        metadata = [t.rows if isinstance(t, DecodeMetadata) else t for t in metadata]
-        tokens = np.array(token_ids)
+        metadata, tokens = [getattr(told, "rows", told) for told in metadata], np.array(token_ids)
         digests = np.zeros(tokens.shape, np.int64)
         for row in range(len(tokens)):
             start = self._start(metadata, row)

@@ -20,7 +20,7 @@ from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import gathered_tokens
 from vllm_metal.kv_cache.remedies import MemorySettings
 from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_sizes, cache_layout
-from vllm_metal.kv_cache.workspace import StepMemory, decode_rows, scoring_bytes
+from vllm_metal.kv_cache.workspace import StepMemory, most_decode_rows, scoring_bytes
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
@@ -255,7 +255,7 @@ class MetalWorker(WorkerBase):
         return DecodeForward(step, answers.batched.holds, most_tokens, most_rows)
 
     def _decode_rows(self, max_requests: int) -> int:
-        return decode_rows(max_requests, self.vllm_config.num_speculative_tokens)
+        return most_decode_rows(max_requests, self.vllm_config.num_speculative_tokens)
 
     def _measure_steps(self) -> Callable[[MemorySettings], StepMemory]:
         """Measures forward passes; gives what steps take beside weights and pages.

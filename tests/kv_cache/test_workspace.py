@@ -179,3 +179,10 @@ def test_the_workspace_is_enough_for_prompt_logprobs(make_config, tmp_path, voca
 def _peak_of_process() -> int:
     """Most bytes that this process has had in memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
+
+
+def test_rows_of_drafts_are_rows_of_the_step_up_to_a_bound():
+    assert most_decode_rows(max_requests=8, num_drafts=0) == 8
+    assert most_decode_rows(max_requests=8, num_drafts=4) == 40
+    assert most_decode_rows(max_requests=200, num_drafts=4) == MOST_SHARED_ROWS
+    assert most_decode_rows(max_requests=1000, num_drafts=4) == 1000

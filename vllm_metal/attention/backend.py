@@ -236,7 +236,8 @@ def _divided(array: mx.array, counts: list[int]) -> list[mx.array]:
     """Slices of an array along its first axis; the array itself where there is one count."""
     if len(counts) == 1:
         return [array]
-    return mx.split(array, list(accumulate(counts))[:-1])
+    ends = list(accumulate(counts))
+    return [array[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def _joined(

@@ -36,7 +36,7 @@ _SCORED_COPIES = 4
 """Logits of a piece before and after a soft-cap, in float32, and what a reduction holds."""
 
 
-def decode_rows(max_requests: int, num_drafts: int) -> int:
+def most_decode_rows(max_requests: int, num_drafts: int) -> int:
     """Rows of the largest decode forward: one of each request, and one of each draft.
 
     A step with more rows runs as several forward passes.

@@ -132,9 +132,8 @@ def _by_request(logprobs: Sequence[LogprobsTensors], counts: np.ndarray) -> Logp
     positions = np.arange(len(rows)) - np.repeat(begins, counts)
     chosen = torch.from_numpy(positions * len(counts) + rows)
     joined = LogprobsTensors(
-        *(torch.cat([getattr(part, name) for part in logprobs])[chosen] for name in _FIELDS)
+        torch.cat([part.logprob_token_ids for part in logprobs])[chosen],
+        torch.cat([part.logprobs for part in logprobs])[chosen],
+        torch.cat([part.selected_token_ranks for part in logprobs])[chosen],
     )
     return joined.tolists([*begins.tolist(), len(rows)])
-
-
-_FIELDS = "logprob_token_ids", "logprobs", "selected_token_ranks"

@@ -96,12 +96,11 @@ def _newest_tokens(
     decode_rows, firsts = [s.row for s in segments], [s.first for s in segments]
     newest = rows.token_ids_cpu[decode_rows, firsts]
     if pending is None:
-        drafts = [segment.drafts for segment in segments]
-        tokens = [t for pair in zip(newest, drafts, strict=True) for t in (pair[0], *pair[1])]
-        return mx.array(np.array(tokens, np.int32))
+        known = [(t, *s.drafts) for t, s in zip(newest.tolist(), segments, strict=True)]
+        return mx.array(np.array([t for of_request in known for t in of_request], np.int32))
     tokens, index_of = pending
     indices = [index_of.get(segment.req_id, -1) for segment in segments]
     if indices == list(range(tokens.shape[0])):
         return tokens
-    index, known = mx.array(indices), mx.array(newest)
-    return mx.where(index >= 0, tokens[mx.maximum(index, 0)], known)
+    index = mx.array(indices)
+    return mx.where(index >= 0, tokens[mx.maximum(index, 0)], mx.array(newest))
