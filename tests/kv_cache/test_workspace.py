@@ -12,8 +12,10 @@ from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.kv_cache import workspace
 from vllm_metal.kv_cache.workspace import (
     DECODE_SHARE,
+    MOST_SHARED_ROWS,
     ForwardPeaks,
     StepMemory,
+    most_decode_rows,
     scored_piece_rows,
     scoring_bytes,
 )

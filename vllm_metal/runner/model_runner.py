@@ -153,6 +153,8 @@ class ModelRunner:
             return self._sample_ahead(step, output)
         else:
             gains = self._sample_in_mlx(step)
+        for req_id in step.prompts_with_nans:
+            gains.tokens.pop(req_id, None)
         output.sampled_token_ids = [gains.tokens.get(req_id, []) for req_id in output.req_ids]
         output.logprobs = gains.logprobs
         self._report_nans(output, gains.with_nans + step.prompts_with_nans)
