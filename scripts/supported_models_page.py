@@ -39,8 +39,8 @@ other requests before.
   [reasons below](#why-a-model-is-refused-or-not-checked).
 
 The following is not supported for any model, and refused: LoRA adapters, embeddings and pooling,
-speculative decoding, and images and other multi-modal inputs. Of *text part* models the language
-model is served.
+and images and other multi-modal inputs. Of *text part* models the language model is served.
+[Speculation](speculation.md) is for models without recurrent state that are not *one at a time*.
 
 ## All model files
 

@@ -134,3 +134,5 @@ class Serving:
             output = output.get_output()
         self.outputs.append(output)
         self.scheduler.update_from_output(scheduled, output)
+        if not self._ahead and (drafts := self.worker.take_draft_token_ids()) is not None:
+            self.scheduler.update_draft_token_ids(drafts)

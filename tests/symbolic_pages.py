@@ -167,13 +167,13 @@ class SymbolicModel:
 
     def forward(
         self,
-        token_ids: mx.array,  # [B, L]
+        token_ids: mx.array,  # [T or 1, L]
         metadata: Sequence[GroupMetadata],
         all_rows: bool = False,
-    ) -> mx.array:  # [B, 1 or L, vocabulary]
+    ) -> mx.array:  # [T or 1, 1 or L, vocabulary]
         self.num_forwards += 1
         self._pages.begin_forward(token_ids)
-        tokens = np.array(token_ids)
+        metadata, tokens = [getattr(told, "rows", told) for told in metadata], np.array(token_ids)
         digests = np.zeros(tokens.shape, np.int64)
         for row in range(len(tokens)):
             start = self._start(metadata, row)
@@ -289,7 +289,7 @@ class SymbolicServing(Serving):
         self.worker = ModelRunner(
             config,
             self.model,
-            DecodeForward(self.model.forward, batched=True, most_tokens=1 << 30),
+            DecodeForward(self.model.forward, True, most_tokens=1 << 30, most_rows=1 << 30),
             block_table_sizes(config, planned),
             self.pages.dispatch,
         )

@@ -75,6 +75,7 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "runner/model_runner.py",
         "runner/steps_in_flight.py",
         "runner/request_batch.py",
+        "runner/segments.py",
         "runner/decode_forward.py",
         "runner/forward_inputs.py",
         "kv_cache/groups.py",
@@ -94,8 +95,10 @@ def test_the_decode_step_is_told_through_its_files_in_order():
         "runner/sampler.py",
         "runner/dispatch.py",
         "runner/pending_tokens.py",
+        "runner/acceptance.py",
         "runner/nan_logits.py",
         "scheduler.py",
+        "runner/proposers.py",
     ]
 
 

@@ -17,6 +17,7 @@ MIRRORED_ELSEWHERE = {
 WITHOUT_MODULE = {
     "test_docs.py",
     "test_import_ladder.py",
+    "attention/test_several_new_tokens.py",
     "kernels/test_llvm_ir.py",
     "kernels/test_mlx_text.py",
     "kv_cache/test_memory.py",

@@ -100,8 +100,8 @@ def test_checking_twice_changes_nothing(make_config):
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager is not"),
         ({"watermark_config": WATERMARK}, "--watermark-config is not supported: it needs vLLM's"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "--speculative-config",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 9}},
+            "--speculative-config: num_speculative_tokens 9 is not supported",
         ),
         (
             {

@@ -22,7 +22,7 @@ from vllm_metal.errors import UserError
 from vllm_metal.machine import cache_folder, device, engine_process, torch_accelerator
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
-from vllm_metal.options import check, scheduler_class, structured_outputs
+from vllm_metal.options import check, scheduler_class, speculation, structured_outputs
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -152,8 +152,7 @@ class MetalPlatform(Platform):
         _clear_layers_that_a_preset_skips(vllm_config)
         idle = check.without_effect(vllm_config)
         check.remove_idle_keys(vllm_config)
-        reasons = unsupported(vllm_config)
-        if reasons:
+        if reasons := unsupported(vllm_config):
             raise UserError("This configuration cannot be served", reasons)
         if vllm_config.use_v2_model_runner:
             raise UserError(
@@ -172,6 +171,7 @@ class MetalPlatform(Platform):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         torch_accelerator.disable_cache_release()
         if has_state:
+            speculation.require_attention_alone(vllm_config)
             _disable_prefix_caching(vllm_config)
 
 
@@ -185,7 +185,7 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
         )
     except UserError as error:
         reasons += error.reasons
-    reasons += check.refusals(vllm_config)
+    reasons += check.refusals(vllm_config) + speculation.refusals(vllm_config)
     blocks = vllm_config.cache_config.num_gpu_blocks_override
     if blocks is not None and blocks < 2:
         reasons.append(
@@ -246,7 +246,7 @@ def _check_structure(vllm_config: "VllmConfig", checks_compression: bool) -> boo
 
     Returns:
         Whether the model has recurrent state. vLLM knows which of its own models do, but not which
-        of mlx-lm's. Asked for prefix caching alone, and False where that is off.
+        of mlx-lm's. Asked for prefix caching and speculation, and False where both are off.
 
     Raises:
         UserError: TurboQuant cannot compress the model; the worker would raise the same.
@@ -257,7 +257,7 @@ def _check_structure(vllm_config: "VllmConfig", checks_compression: bool) -> boo
     compresses = config.parse(vllm_config.additional_config, cache.cache_dtype) is not None
     if compresses and checks_compression:
         _check_compression(vllm_config)
-    if not cache.enable_prefix_caching:
+    if not cache.enable_prefix_caching and vllm_config.speculative_config is None:
         return False
     structure = _structure(model)
     from vllm_metal.model.layer_kinds import has_recurrent_state

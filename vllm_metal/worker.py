@@ -19,12 +19,8 @@ from vllm_metal.kv_cache import planner, remedies
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import gathered_tokens
 from vllm_metal.kv_cache.remedies import MemorySettings
-from vllm_metal.kv_cache.spec import (
-    KV_CACHE_LAYOUT,
-    block_table_sizes,
-    cache_layout,
-)
-from vllm_metal.kv_cache.workspace import StepMemory, scoring_bytes
+from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_sizes, cache_layout
+from vllm_metal.kv_cache.workspace import StepMemory, most_decode_rows, scoring_bytes
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
@@ -34,6 +30,7 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_binding import BoundModel, ModelBinding
 from vllm_metal.model_pages import ModelPages
+from vllm_metal.options import speculation
 from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import make_dispatch
 from vllm_metal.runner.model_runner import ModelRunner
@@ -52,7 +49,7 @@ from vllm_metal.startup.result_cache import (
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+    from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 
 logger = init_logger("vllm.metal.worker")
 
@@ -98,6 +95,8 @@ class MetalWorker(WorkerBase):
             dependencies.of_decode_answers(self._prompts),
             lambda: decode_probe.ask(self.binding, self._prompts, self._tracing),
         )
+        if not self.decode_answers.batched.holds:
+            speculation.require_batches(self.vllm_config, self.decode_answers.batched.reason)
         if not self.binding.slices_before_head:
             logger.info("The language-model head runs on every row of a prefill chunk")
 
@@ -168,6 +167,9 @@ class MetalWorker(WorkerBase):
         self, grammar_output: "GrammarOutput | None"
     ) -> "ModelRunnerOutput | AsyncModelRunnerOutput":
         return self.model_runner.sample_tokens(grammar_output)
+
+    def take_draft_token_ids(self) -> "DraftTokenIds | None":
+        return self.model_runner.take_draft_token_ids()
 
     def supports_draft_weight_updates(self) -> bool:
         return False
@@ -260,7 +262,11 @@ class MetalWorker(WorkerBase):
                 name,
                 answers.batched.reason,
             )
-        return DecodeForward(step, answers.batched.holds, most_tokens)
+        most_rows = self._decode_rows(self.scheduler_config.max_num_seqs)
+        return DecodeForward(step, answers.batched.holds, most_tokens, most_rows)
+
+    def _decode_rows(self, max_requests: int) -> int:
+        return most_decode_rows(max_requests, self.vllm_config.num_speculative_tokens)
 
     def _measure_steps(self) -> Callable[[MemorySettings], StepMemory]:
         """Measures forward passes; gives what steps take beside weights and pages.
@@ -272,14 +278,14 @@ class MetalWorker(WorkerBase):
         scheduler, max_model_len = self.scheduler_config, self.model_config.max_model_len
         query_len = min(scheduler.max_num_batched_tokens, max_model_len)
         num_heads = self.model_config.get_num_attention_heads(self.parallel_config)
-        max_requests = scheduler.max_num_seqs
+        max_rows = self._decode_rows(scheduler.max_num_seqs)
         model = binding.bind(KVCache(backends, workspace_probe.NUM_BLOCKS, binding.states))
         prefill, decode = self.results.get(
             FORWARD_PEAKS,
             dependencies.of_forward_peaks(self.vllm_config),
             lambda: (
                 workspace_probe.prefill_peaks(model, query_len, max_model_len),
-                workspace_probe.decode_peaks(model, max_requests, max_model_len),
+                workspace_probe.decode_peaks(model, max_rows, max_model_len),
             ),
         )
         groups = model.kv_cache.groups
@@ -296,7 +302,7 @@ class MetalWorker(WorkerBase):
                 prefill,
                 list(chunks) or [ChunkMemory(query_len, tokens=0, scored_rows=0)],
                 decode,
-                settings.max_num_seqs,
+                self._decode_rows(settings.max_num_seqs),
                 max(1, gathered_tokens(groups, length)),
                 scoring_bytes(query_len, vocab_size, hidden_size),
                 MAX_STEPS if model.kv_cache.stores_through else 1,

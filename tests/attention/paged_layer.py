@@ -116,20 +116,25 @@ class PagedLayer:
         dtype: Types = mx.float32,
         padding: int = 0,
         lens: Sequence[int] | None = None,
-    ) -> mx.array:  # [B, Hq, Dv]
-        """Stores the last token of each request and attends from it.
+        query_lens: Sequence[int] = (),
+    ) -> mx.array:  # [T, Hq, Dv]
+        """Stores the last token of each request, or the last few, and attends from them.
 
         Args:
             padding: block id that fills the unused entries of the block table.
             lens: tokens of each request so far; all of them if not given.
+            query_lens: how many of its last tokens each request stores; one if not given.
         """
         lens = [request.seq_len for request in requests] if lens is None else lens
-        last = [seq_len - 1 for seq_len in lens]
-        metadata, dtypes = self.rows(requests, lens, padding), _each(dtype)
+        metadata, dtypes = self.rows(requests, lens, padding, query_lens), _each(dtype)
+        counts = query_lens or (1,) * len(requests)
 
         def newest(field: str) -> mx.array:
-            arrays = [getattr(request, field) for request in requests]
-            rows = [array[:, i] for array, i in zip(arrays, last, strict=True)]
+            rows = [
+                getattr(request, field)[:, position]
+                for request, seq_len, count in zip(requests, lens, counts, strict=True)
+                for position in range(seq_len - count, seq_len)
+            ]
             return mx.array(np.stack(rows), dtypes[field])
 
         self.kv_cache.store(0, newest("keys"), newest("values"), metadata)
@@ -145,17 +150,23 @@ class PagedLayer:
         return prefill_chunk(self.group, table, start, end - start)
 
     def rows(
-        self, requests: Sequence[Request], lens: Sequence[int], padding: int = 0
+        self,
+        requests: Sequence[Request],
+        lens: Sequence[int],
+        padding: int = 0,
+        query_lens: Sequence[int] = (),
     ) -> DecodeMetadata:
-        """The last of `lens` tokens of each request as one decode step."""
+        """The last of `lens` tokens of each request, or the last few, as one decode step."""
         block_size = self.backend.block_size
         longest = max(-(-seq_len // block_size) for seq_len in lens)
         table = np.full((len(requests), longest), padding, np.int32)
         for row, (request, seq_len) in enumerate(zip(requests, lens, strict=True)):
             block_ids = request.block_ids[: -(-seq_len // block_size)]
             table[row, : len(block_ids)] = block_ids
-        positions = np.array(lens, np.int32) - 1
-        return decode_rows(self.group, table, positions)
+        counts = query_lens or (1,) * len(requests)
+        new = [np.arange(n - count, n) for n, count in zip(lens, counts, strict=True)]
+        positions = np.concatenate(new).astype(np.int32)
+        return decode_rows(self.group, table, positions, query_lens=query_lens)
 
     def expected_decode(
         self, requests: Sequence[Request], lens: Sequence[int] | None = None

@@ -28,6 +28,33 @@ def test_rows_of_a_decode_step_may_be_unequal():
     assert not DecodeMetadata(mx.array([[1]]), mx.array([3]), mx.array([18]), 2, 3).is_ragged
 
 
+def test_requests_with_equally_many_new_tokens_are_a_part():
+    metadata = DecodeMetadata(
+        block_table=mx.array([[1, 2], [3, 0], [4, 0]]),
+        seq_lens=mx.array([17, 3, 16]),
+        slot_mapping=mx.array([32, 49, 50, 78, 79]),
+        offset=mx.array([16, 1, 2, 14, 15]),
+        max_seq_len=17,
+        query_lens=(1, 2, 2),
+    )
+    first, second = metadata.parts
+    assert metadata.parts[0] is first
+    assert (first.query_len, second.query_len) == (1, 2)
+    assert (first.seq_lens.tolist(), second.seq_lens.tolist()) == ([17], [3, 16])
+    assert second.block_table.tolist() == [[3, 0], [4, 0]]
+    assert second.slot_mapping.tolist() == [49, 50, 78, 79]
+    assert second.offset.tolist() == [1, 2, 14, 15]
+    rows = metadata.rows
+    assert rows.seq_lens.tolist() == [17, 2, 3, 15, 16]
+    assert rows.block_table.tolist() == [[1, 2], [3, 0], [3, 0], [4, 0], [4, 0]]
+    assert (rows.query_len, rows.parts) == (1, (rows,))
+
+
+def test_one_new_token_each_is_one_part():
+    metadata = decode_metadata()
+    assert metadata.parts == (metadata,) and metadata.rows is metadata
+
+
 def later(metadata: DecodeMetadata, steps: int, made: "Made") -> mx.array:
     made.times += 1
     return metadata.seq_lens + steps

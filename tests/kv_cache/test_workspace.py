@@ -12,8 +12,10 @@ from vllm_metal.attention.backend import ChunkMemory
 from vllm_metal.kv_cache import workspace
 from vllm_metal.kv_cache.workspace import (
     DECODE_SHARE,
+    MOST_SHARED_ROWS,
     ForwardPeaks,
     StepMemory,
+    most_decode_rows,
     scored_piece_rows,
     scoring_bytes,
 )
@@ -179,3 +181,10 @@ def test_the_workspace_is_enough_for_prompt_logprobs(make_config, tmp_path, voca
 def _peak_of_process() -> int:
     """Most bytes that this process has had in memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
+
+
+def test_rows_of_drafts_are_rows_of_the_step_up_to_a_bound():
+    assert most_decode_rows(max_requests=8, num_drafts=0) == 8
+    assert most_decode_rows(max_requests=8, num_drafts=4) == 40
+    assert most_decode_rows(max_requests=200, num_drafts=4) == MOST_SHARED_ROWS
+    assert most_decode_rows(max_requests=1000, num_drafts=4) == 1000

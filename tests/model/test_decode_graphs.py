@@ -101,6 +101,24 @@ def assert_replay_is_the_step(decoder: Decoder, lens: list[int]) -> None:
         assert mx.allclose(array.astype(mx.float32), before.astype(mx.float32), atol=1e-4)
 
 
+@pytest.mark.parametrize("turboquant", [None, COMPRESSED], ids=["dense", "turboquant"])
+def test_the_number_of_drafts_belongs_to_the_shape(turboquant):
+    """Two requests with three new tokens in all, of either; as if each token came by itself."""
+    decoder, lens = Decoder(turboquant=turboquant), [12, 9]
+    store_somewhere(decoder, lens)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (3, 1))
+    table = decoder.blocks[:4].reshape(2, 2)
+    for query_lens in ((2, 1), (1, 2)) * 3:
+        new = [np.arange(n - count, n) for n, count in zip(lens, query_lens, strict=True)]
+        positions, requests = np.concatenate(new).astype(np.int32), np.repeat([0, 1], query_lens)
+        [apart] = decode_metadata(decoder.kv_cache.groups, [table[requests]], positions)
+        expected = decoder.model.evaluate(mx.array(tokens), [apart])
+        [told] = decode_metadata(decoder.kv_cache.groups, [table], positions, query_lens)
+        logits = decoder.graphs(mx.array(tokens), [told])
+        mx.eval(logits, decoder.kv_cache.arrays)
+        assert difference(logits, expected) < 1e-4
+
+
 def test_a_trace_serves_other_tokens_and_other_lengths():
     """Nothing of the traced step is kept but its operations."""
     decoder = Decoder()
@@ -174,7 +192,7 @@ def test_few_graphs_are_kept(monkeypatch):
     decoder = Decoder()
     for lens in ([1], [9], [17], [9], [25], [9]):
         decoder.run(decoder.graphs, lens, seed=3)
-    assert set(decoder.graphs._graphs) == {((1, 4),), ((1, 2),)}
+    assert set(decoder.graphs._graphs) == {((), (1, 4)), ((), (1, 2))}
 
 
 def test_a_failed_trace_loses_no_page():

@@ -15,7 +15,6 @@ CANNOT_BE_SEEN = {
     REFUSED: {
         "quantization",  # by the platform, which names the method that the checkpoint uses
         "disable_hybrid_kv_cache_manager",  # by the platform: vLLM sets it for some models
-        *("spec_method", "spec_model", "spec_tokens"),  # become `speculative_config`
     },
     NO_EFFECT: {
         # Dropped without their owner, which is refused.

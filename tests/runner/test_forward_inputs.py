@@ -8,6 +8,7 @@ from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
 from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
+from vllm_metal.runner.segments import Kind, Segment
 
 BLOCK = 8
 GROUPS = [AttentionGroup(BLOCK, layers=(0, 1))]
@@ -38,7 +39,12 @@ def batch(make_config) -> RequestBatch:
 
 
 def decode(batch: RequestBatch, rows: list[int], pending=None):
-    token_ids, [metadata] = forward_inputs.decode_inputs(batch.rows, rows, GROUPS, pending)
+    firsts = [int(batch.rows.num_computed_tokens_cpu[row]) for row in rows]
+    segments = [
+        Segment(batch.rows.req_ids[row], row, first, 1, Kind.DECODE)
+        for row, first in zip(rows, firsts, strict=True)
+    ]
+    token_ids, [metadata] = forward_inputs.decode_inputs(batch.rows, segments, GROUPS, pending)
     return token_ids, metadata
 
 
@@ -115,23 +121,55 @@ def test_prefill_of_a_later_chunk(batch):
     assert prefill(batch, "b", 2, 6)[1].block_table.tolist() == [[9]]
 
 
-def test_decode_runs_as_one_forward_where_memory_allows(batch):
-    """Requests of 8, 17 and 3 tokens: three tables of three blocks of 8."""
-    assert forward_inputs.split_decode(batch.rows, [0, 1, 2], GROUPS, 9 * BLOCK) == [[0, 1, 2]]
+def split(groups, most_tokens: int, most_rows: int = 64, drafts: int = 0) -> list[list[int]]:
+    """Rows by forward pass, of requests of 8, 17 and 3 tokens: three tables of three blocks of 8.
 
-
-def test_decode_is_cut_so_that_requests_of_like_length_run_together(batch):
-    assert forward_inputs.split_decode(batch.rows, [0, 1, 2], GROUPS, 9 * BLOCK - 1) == [
-        [1, 0],
-        [2],
+    The request of 17 tokens has `drafts` behind them.
+    """
+    segments = [
+        Segment(name, row, length - 1, 1, Kind.DECODE)
+        for row, (name, length) in enumerate(zip("abc", (8, 17, 3), strict=True))
     ]
-    assert forward_inputs.split_decode(batch.rows, [0, 1, 2], GROUPS, 3 * BLOCK) == [[1], [0, 2]]
+    segments[1] = segments[1]._replace(length=1 + drafts, drafts=(9,) * drafts)
+    parts = forward_inputs.split_decode(segments, groups, most_tokens, most_rows)
+    return [[segment.row for segment in part] for part in parts]
 
 
-def test_a_request_that_is_too_long_runs_alone(batch):
-    assert forward_inputs.split_decode(batch.rows, [0, 1, 2], GROUPS, 1) == [[1], [0], [2]]
+def test_decode_runs_as_one_forward_where_memory_allows():
+    assert split(GROUPS, 9 * BLOCK) == [[0, 1, 2]]
 
 
-def test_recurrent_states_gather_no_tokens(batch):
-    states = [StateGroup((0,), max_tokens=1 << 20)]
-    assert forward_inputs.split_decode(batch.rows, [0, 1, 2], states, 1) == [[0, 1, 2]]
+def test_decode_is_cut_so_that_requests_of_like_length_run_together():
+    assert split(GROUPS, 9 * BLOCK - 1) == [[0, 1], [2]]
+    assert split(GROUPS, 3 * BLOCK) == [[1], [0, 2]]
+
+
+def test_a_request_that_is_too_long_runs_alone():
+    assert split(GROUPS, 1) == [[1], [0], [2]]
+
+
+def test_each_draft_is_a_row():
+    """Requests with as many drafts are neighbours, those with none come first."""
+    assert split(GROUPS, 5 * 3 * BLOCK, drafts=2) == [[0, 2, 1]]
+    assert split(GROUPS, 5 * 3 * BLOCK - 1, drafts=2) == [[0, 1], [2]]
+    assert split(GROUPS, 1 << 20, most_rows=4, drafts=2) == [[0, 1], [2]]
+    assert split(GROUPS, 1 << 20, most_rows=2, drafts=2) == [[1], [0, 2]]
+
+
+def test_recurrent_states_gather_no_tokens():
+    assert split([StateGroup((0,), max_tokens=1 << 20)], 1) == [[0, 1, 2]]
+
+
+def test_drafts_follow_the_newest_token(batch):
+    """As rows of the request at the positions after it; the batch itself does not hold them."""
+    segments = [
+        Segment("c", 2, 2, 1, Kind.DECODE),
+        Segment("b", 1, 16, 3, Kind.DECODE, drafts=(90, 91)),
+    ]
+    token_ids, [metadata] = forward_inputs.decode_inputs(batch.rows, segments, GROUPS, None)
+    assert token_ids.tolist() == [[72], [71], [90], [91]]
+    assert metadata.offset.tolist() == [2, 16, 17, 18]
+    assert metadata.slot_mapping.tolist() == [7 * 8 + 2, 6 * 8, 6 * 8 + 1, 6 * 8 + 2]
+    assert metadata.seq_lens.tolist() == [3, 19]
+    assert metadata.block_table.tolist() == [[7, 0, 0], [9, 4, 6]]
+    assert metadata.query_lens == (1, 3)

@@ -6,6 +6,7 @@ import torch
 from tests.scheduler_outputs import Continued, new_request, scheduler_output
 from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
+from vllm_metal.runner.segments import Kind, Segment
 
 BLOCK = 16
 
@@ -181,3 +182,46 @@ def test_prompts_that_await_their_logprobs(batch):
     assert batch.unscored_prompts == {"a"}
     batch.update(scheduler_output(finished=["a"]))
     assert batch.unscored_prompts == set()
+
+
+def drafted(drafts: dict[str, list[int]], **settings):
+    """A step of some requests with drafts behind their newest tokens."""
+    scheduled = scheduler_output(**settings)
+    scheduled.scheduled_spec_decode_tokens = drafts
+    return scheduled
+
+
+def test_segments_in_the_schedulers_order(batch):
+    """A request goes on with one token and its drafts; all else is a chunk."""
+    start(batch)
+    long = new_request("c", range(40), [7, 8, 9])
+    scheduled = drafted(
+        {"b": [60, 61]},
+        new=[long],
+        continued=[Continued("b", 3, 1, num_scheduled=3), Continued("a", 20, 1)],
+        num_scheduled={"c": 16},
+    )
+    batch.update(scheduled)
+    rows = batch.rows.req_id_to_index
+    by_name = {segment.req_id: segment for segment in batch.segments(scheduled)}
+    assert list(by_name) == list(scheduled.num_scheduled_tokens)
+    assert by_name["a"] == Segment("a", rows["a"], 20, 1, Kind.DECODE)
+    assert by_name["b"] == Segment("b", rows["b"], 3, 3, Kind.DECODE, True, (60, 61))
+    assert by_name["c"] == Segment("c", rows["c"], 0, 16, Kind.CHUNK, samples=False)
+
+
+def test_the_schedulers_padding_is_not_computed(batch):
+    """A request that joins or rejoins with one token left is padded with drafts of -1."""
+    new = new_request("a", range(17), [5, 2], num_computed_tokens=16)
+    scheduled = drafted({"a": [-1, -1]}, new=[new], num_scheduled={"a": 3})
+    batch.update(scheduled)
+    assert batch.segments(scheduled) == [Segment("a", 0, 16, 1, Kind.CHUNK)]
+    batch.append("a", 30)
+    back = Continued("a", 17, 1, new_blocks=[5, 2], resumed=True, num_scheduled=3)
+    scheduled = drafted({"a": [-1, -1]}, continued=[back])
+    batch.update(scheduled)
+    assert batch.segments(scheduled) == [Segment("a", 0, 17, 1, Kind.CHUNK)]
+    batch.append("a", 31)
+    scheduled = drafted({"a": [40, -1]}, continued=[Continued("a", 18, 2, num_scheduled=3)])
+    batch.update(scheduled)
+    assert batch.segments(scheduled) == [Segment("a", 0, 18, 2, Kind.DECODE, True, (40,))]

@@ -4,13 +4,14 @@ A backend belongs to one layer. It holds constants only; the pages belong to
 `vllm_metal.kv_cache.cache.KVCache`, which passes them in and keeps what `store` returns, so that
 MLX can write them in place.
 
-Letters: B requests, T new tokens, Hq query heads, H KV heads, Dk and Dv head sizes, L query
-tokens, S tokens of the longest request, N blocks of a block table.
+Letters: B requests, T new tokens, Q new tokens of a request, Hq query heads, H KV heads, Dk and Dv
+head sizes, L query tokens, S tokens of the longest request, N blocks of a block table.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
 
@@ -56,10 +57,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Rows:
-    """The inputs of one layer's attention in a decode step: one new token of each request."""
+    """The inputs of one layer's attention in a decode step."""
 
     queries: mx.array
-    """[B, Hq, Dk]."""
+    """[T, Hq, Dk], or [B, Q, Hq, Dk] of requests with equally many new tokens."""
     metadata: DecodeMetadata
     scale: float
     """Factor of the scores."""
@@ -157,9 +158,23 @@ class AttentionBackend(ABC):
         value is NaN in the KV heads concerned, and no other output is touched: see `broken_tokens`.
         """
 
+    def decode(self, pages: Pages, rows: Rows) -> mx.array:  # [T, Hq, Dv]
+        """Each query attends over the tokens of its request up to its own, that included.
+
+        Queries of one request share one reading of its context.
+        """
+        parts = rows.metadata.parts
+        counts = [part.slot_mapping.shape[0] for part in parts]
+        outputs = []
+        for part, queries in zip(parts, _divided(rows.queries, counts), strict=True):
+            by_request = queries.reshape(-1, part.query_len, *queries.shape[1:])
+            some = replace(rows, queries=by_request, metadata=part)
+            outputs.append(self.decode_part(pages, some).flatten(0, 1))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
     @abstractmethod
-    def decode(self, pages: Pages, rows: Rows) -> mx.array:  # [B, Hq, Dv]
-        """Each query attends over all tokens of its request, the new one included."""
+    def decode_part(self, pages: Pages, rows: Rows) -> mx.array:  # [B, Q, Hq, Dv]
+        """`decode` for requests with equally many new tokens, the last Q of each."""
 
     @abstractmethod
     def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:  # [Hq, L, Dv]
@@ -168,6 +183,8 @@ class AttentionBackend(ABC):
     @abstractmethod
     def read(self, pages: Pages, metadata: AttentionMetadata) -> tuple[mx.array, mx.array]:
         """Keys [B, H, N * block_size, Dk] and values [B, H, N * block_size, Dv] in the pages.
+
+        B counts the rows of the block table.
 
         What lies beyond a request's length is arbitrary. The elements have any float type.
         """
@@ -186,6 +203,8 @@ class AttentionBackend(ABC):
         requests end in zeros, so that a masked token adds nothing even where an earlier owner of
         its block left a NaN.
         """
+        if isinstance(metadata, DecodeMetadata):
+            metadata = metadata.rows  # the model attends row by row
         context_len = metadata.max_seq_len
         if isinstance(metadata, PrefillMetadata) and not self.reproducible:
             context_len = metadata.context_len
@@ -211,6 +230,14 @@ class AttentionBackend(ABC):
     @abstractmethod
     def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
         """`chunk_memory` where `prefill` attends: what it gathers and scores at a time."""
+
+
+def _divided(array: mx.array, counts: list[int]) -> list[mx.array]:
+    """Slices of an array along its first axis; the array itself where there is one count."""
+    if len(counts) == 1:
+        return [array]
+    ends = list(accumulate(counts))
+    return [array[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def _joined(

@@ -6,7 +6,7 @@ from vllm_metal.attention.metadata import AttentionMetadata, DecodeMetadata
 
 
 def seen_keys(
-    rows: mx.array,  # [L] or [L, 1] positions of queries
+    rows: mx.array,  # L positions of queries, of any shape
     first: int,
     count: int,
     sliding_window: int | None,
@@ -22,7 +22,7 @@ def seen_keys(
 def causal_mask(metadata: AttentionMetadata, window: int | None = None) -> mx.array:
     """The mask for a model that computes attention itself; a backend needs none.
 
-    True where a query sees a key: bool [L, S] for a chunk, [B, 1, 1, S] for decode rows. S counts
+    True where a query sees a key: bool [L, S] for a chunk, [T, 1, 1, S] for decode rows. S counts
     the tokens of the longest request. All layers of a forward pass share it.
 
     Args:
@@ -35,7 +35,7 @@ def causal_mask(metadata: AttentionMetadata, window: int | None = None) -> mx.ar
 
 def _causal_mask(metadata: AttentionMetadata, window: int | None) -> mx.array:
     if isinstance(metadata, DecodeMetadata):
-        seen = seen_keys(metadata.seq_lens - 1, 0, metadata.max_seq_len, window)
+        seen = seen_keys(metadata.rows.seq_lens - 1, 0, metadata.max_seq_len, window)
         return seen[:, None, None, :]
     rows = mx.arange(metadata.context_len, metadata.seq_len)
     return seen_keys(rows, 0, metadata.max_seq_len, window)

@@ -6,7 +6,8 @@ Lengths follow vLLM:
     |<----- context_len ----->|<-------- query_len ------>|
       tokens already in pages     tokens of this forward
 
-Letters: B requests, L query tokens of a prefill chunk, N blocks of the longest request.
+Letters: B requests, T rows of a decode step, L query tokens of a prefill chunk, N blocks of the
+longest request.
 
 Layers are in groups that share a block table, and each group has metadata of its own. In a group
 of sliding-window layers a request begins at the first block that its window touches: `seq_len` and
@@ -15,9 +16,11 @@ of sliding-window layers a request begins at the first block that its window tou
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Self, TypeVar, TypeVarTuple
 
 import mlx.core as mx
+import numpy as np
 
 Derived = TypeVar("Derived")
 Arguments = TypeVarTuple("Arguments")
@@ -51,23 +54,80 @@ class _SharedByLayers:
 
 @dataclass(frozen=True)
 class DecodeMetadata(_SharedByLayers):
-    """One new token for each of B requests, run as one `(B, 1)` forward."""
+    """The new tokens of B requests, run as one `(T, 1)` forward: a row for each new token.
+
+    A request has one new token, or several where drafts are verified. Those are neighbouring rows,
+    at positions that follow each other.
+    """
 
     block_table: mx.array
     """[B, N] int32, block ids of each request; entries beyond its length are any valid ids."""
     seq_lens: mx.array
-    """[B] int32, tokens of each request, the new one included."""
+    """[B] int32, tokens of each request, all its new ones included."""
     slot_mapping: mx.array
-    """[B] int32, where each new token is stored (see `slots`)."""
+    """[T] int32, where each new token is stored (see `slots`)."""
     offset: mx.array | int
-    """Position of the new token: [B] int32, or a plain int when B is 1."""
+    """Position of each new token: [T] int32, or a plain int when T is 1."""
     max_seq_len: int
     """Largest entry of `seq_lens`, or more; just that where `offset` is an int."""
+    query_lens: tuple[int, ...] = ()
+    """New tokens of each request; () where each has one, so that T is B."""
 
     @property
     def is_ragged(self) -> bool:
-        """Whether a request may be shorter than `max_seq_len`."""
+        """Whether a row may see fewer tokens than `max_seq_len`."""
         return not isinstance(self.offset, int)
+
+    @property
+    def query_len(self) -> int:
+        """New tokens of each request, where all have equally many, as in one of the `parts`."""
+        return self.query_lens[0] if self.query_lens else 1
+
+    @property
+    def parts(self) -> "tuple[DecodeMetadata, ...]":
+        """Neighbouring requests with equally many new tokens, which attend in one operation."""
+        return self.once(_parts)
+
+    @property
+    def rows(self) -> "DecodeMetadata":
+        """Each row as a request of its own, for models that attend themselves."""
+        return self.once(_rows)
+
+
+def _parts(metadata: DecodeMetadata) -> tuple[DecodeMetadata, ...]:
+    if len(set(metadata.query_lens)) < 2:
+        return (metadata,)
+    parts, request, row = [], 0, 0
+    for query_lens in (tuple(group) for _, group in groupby(metadata.query_lens)):
+        requests = slice(request, request + len(query_lens))
+        rows = slice(row, row + sum(query_lens))
+        parts.append(
+            DecodeMetadata(
+                metadata.block_table[requests],
+                metadata.seq_lens[requests],
+                metadata.slot_mapping[rows],
+                mx.array(metadata.offset)[rows],
+                metadata.max_seq_len,
+                query_lens,
+            )
+        )
+        request, row = requests.stop, rows.stop
+    return tuple(parts)
+
+
+def _rows(metadata: DecodeMetadata) -> DecodeMetadata:
+    if set(metadata.query_lens) <= {1}:
+        return metadata
+    lens = np.array(metadata.query_lens)
+    request = mx.array(np.repeat(np.arange(len(lens)), lens))
+    later = mx.array(np.concatenate([np.arange(count)[::-1] for count in lens]).astype(np.int32))
+    return DecodeMetadata(
+        metadata.block_table[request],
+        metadata.seq_lens[request] - later,
+        metadata.slot_mapping,
+        metadata.offset,
+        metadata.max_seq_len,
+    )
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,18 @@ from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup, roun
 def decode_metadata(
     groups: Sequence[KVGroup],
     block_tables: Sequence[np.ndarray],  # int32 [B, N] for each group
-    positions: np.ndarray,  # int32 [B], of the new tokens
+    positions: np.ndarray,  # int32 [T], of the new tokens
+    query_lens: Sequence[int] = (),
 ) -> tuple[GroupMetadata, ...]:
-    """The metadata of a `(B, 1)` forward: one new token for each request."""
+    """The metadata of a `(T, 1)` forward: the new tokens of each request, one after the other.
+
+    `query_lens` has their number for each request; () where each has one.
+    """
     offset = _offset(positions)
     return tuple(
         StateMetadata(mx.array(table[:, 0]), begins=False)
         if isinstance(group, StateGroup)
-        else decode_rows(group, table, positions, offset)
+        else decode_rows(group, table, positions, offset, query_lens)
         for group, table in zip(groups, block_tables, strict=True)
     )
 
@@ -68,16 +72,19 @@ def gathered_tokens(groups: Sequence[KVGroup], seq_len: int) -> int:
 def decode_rows(
     group: AttentionGroup,
     table: np.ndarray,  # int32 [B, N]
-    positions: np.ndarray,  # int32 [B], of the new tokens
+    positions: np.ndarray,  # int32 [T], of the new tokens
     offset: mx.array | int | None = None,
+    query_lens: Sequence[int] = (),
 ) -> DecodeMetadata:
     """`decode_metadata` for one group. Groups may share the array `offset` of the positions."""
     offset = _offset(positions) if offset is None else offset
     size = group.block_size
-    slots = compose_slots(table, positions[:, None], size)[:, 0]
-    seq_lens = positions + 1
+    lens = np.array(query_lens or (1,) * len(table))
+    slots = compose_slots(np.repeat(table, lens, axis=0), positions[:, None], size)[:, 0]
+    ends = np.cumsum(lens)
+    seq_lens = positions[ends - 1] + 1
     if group.sliding_window is not None:
-        first = np.maximum(seq_lens - group.sliding_window, 0) // size
+        first = np.maximum(positions[ends - lens] + 1 - group.sliding_window, 0) // size
         seq_lens = seq_lens - first * size
         width = -(-int(seq_lens.max()) // size)
         columns = np.minimum(first[:, None] + np.arange(width), table.shape[1] - 1)
@@ -89,6 +96,7 @@ def decode_rows(
         slot_mapping=mx.array(slots),
         offset=offset,
         max_seq_len=max_seq_len,
+        query_lens=tuple(query_lens),
     )
 
 

@@ -25,11 +25,23 @@ MARGIN = 1 / 16
 """Added to what follows from small forward passes: where phases overlap, it is not quite linear."""
 
 
+MOST_SHARED_ROWS = 256
+"""Rows of a decode forward where requests have several: more do not gain from one reading of the
+weights, and take memory."""
+
 SCORED_PIECE_BYTES, SCORED_PIECE_ROWS = 32 << 20, 256
 """Bounds on the float32 logits of a piece of a prompt chunk whose rows are scored."""
 
 _SCORED_COPIES = 4
 """Logits of a piece before and after a soft-cap, in float32, and what a reduction holds."""
+
+
+def most_decode_rows(max_requests: int, num_drafts: int) -> int:
+    """Rows of the largest decode forward: one of each request, and one of each draft.
+
+    A step with more rows runs as several forward passes.
+    """
+    return min(max_requests * (1 + num_drafts), max(max_requests, MOST_SHARED_ROWS))
 
 
 def scored_piece_rows(vocab_size: int) -> int:

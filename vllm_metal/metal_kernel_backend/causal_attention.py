@@ -39,7 +39,9 @@ class ChunkAttention(AttentionBackend):
 def valid_tokens(
     metadata: DecodeMetadata, block_size: int, sliding_window: int | None = None
 ) -> mx.array:
-    """[B, 1, 1, N * block_size] bool, true where the newest token sees a gathered one.
+    """[B, 1, Q, N * block_size] bool, true where a new token sees a gathered one.
+
+    Each request has the same number Q of new tokens.
 
     All layers of one block size and window share it.
     """
@@ -49,9 +51,10 @@ def valid_tokens(
 def _valid_tokens(
     metadata: DecodeMetadata, block_size: int, sliding_window: int | None
 ) -> mx.array:
-    num_tokens = metadata.block_table.shape[1] * block_size
-    seen = seen_keys(metadata.seq_lens - 1, 0, num_tokens, sliding_window)
-    return seen[:, None, None, :]
+    num_tokens, query_len = metadata.block_table.shape[1] * block_size, metadata.query_len
+    positions = metadata.seq_lens[:, None] - mx.arange(query_len, 0, -1)
+    seen = seen_keys(positions, 0, num_tokens, sliding_window)
+    return seen.reshape(-1, 1, query_len, num_tokens)
 
 
 def causal_attention(
@@ -139,12 +142,12 @@ def _device_type() -> mx.DeviceType:
 
 
 def softmax_with_sinks(
-    scores: mx.array,  # [B, H, G, 1, S]
+    scores: mx.array,  # [B, H, G, Q, S]
     sinks: mx.array | None,  # [H * G]
 ) -> mx.array:
     """Softmax over S; a sink is one more logit of its head, without a value."""
     if sinks is None:
         return mx.softmax(scores, axis=-1)
-    shape = *scores.shape[:-1], 1
-    column = mx.broadcast_to(sinks.astype(scores.dtype).reshape(1, *shape[1:]), shape)
+    heads = sinks.astype(scores.dtype).reshape(1, *scores.shape[1:3], 1, 1)
+    column = mx.broadcast_to(heads, (*scores.shape[:-1], 1))
     return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]

@@ -3,7 +3,8 @@
 A decode step of B requests with N blocks each has the same thousands of operations every time.
 `mx.compile` records them for one (B, N) and replays them with other arrays, which takes a fraction
 of the time that the model's Python code takes, and fuses what is element-wise. The pages go in and
-come out: they have no other holder, so MLX still writes them in place.
+come out: they have no other holder, so MLX still writes them in place. Where drafts are verified,
+the number of new tokens of each request belongs to the shape.
 
 N is rounded up, so that a growing request keeps its graph for a while. A shape is traced when it
 comes a second time; the traces of the last `MAX_GRAPHS` shapes are kept.
@@ -12,6 +13,7 @@ comes a second time; the traces of the last `MAX_GRAPHS` shapes are kept.
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +35,9 @@ MOVES_ELEMENTS = frozenset(
 
 _Graph = Callable[..., tuple[mx.array, TakenArrays]]
 
+_Shapes = tuple[tuple[int, ...], ...]
+"""The new tokens of each request, and the shape of each group's block table."""
+
 
 class DecodeGraphs:
     """The decode forward of a bound model, with its traces.
@@ -47,16 +52,17 @@ class DecodeGraphs:
         self._block_sizes = [
             group.block_size for group in model.kv_cache.groups if isinstance(group, AttentionGroup)
         ]
-        self._graphs: OrderedDict[tuple[tuple[int, ...], ...], _Graph] = OrderedDict()
+        self._graphs: OrderedDict[_Shapes, _Graph] = OrderedDict()
 
     def __call__(
         self,
-        token_ids: mx.array,  # [B, 1]
+        token_ids: mx.array,  # [T, 1]
         metadata: Sequence[GroupMetadata],
-    ) -> mx.array:  # [B, 1, vocabulary]
+    ) -> mx.array:  # [T, 1, vocabulary]
         """As `BoundModel.forward`, of a decode step."""
+        query_lens = _query_lens(metadata)
         token_ids, offset, tables, seq_lens, slots = _inputs(token_ids, metadata)
-        graph = self._graph_of(tuple(table.shape for table in tables))
+        graph = self._graph_of((query_lens, *(table.shape for table in tables)))
         pages = self._kv_cache.take()
         try:
             logits, pages = graph(token_ids, offset, tables, seq_lens, slots, pages)
@@ -73,6 +79,7 @@ class DecodeGraphs:
         anything to compute. CUDA's divides by the number of elements, which ends the process
         (MLX 0.32, `Compiled::eval_gpu` and `get_launch_args`).
         """
+        query_lens = _query_lens(metadata)
         token_ids, offset, *lists = _inputs(token_ids, metadata)
         pages, count = self._kv_cache.take(), len(self._block_sizes)
         found: list[str] = []
@@ -84,7 +91,8 @@ class DecodeGraphs:
         def step(token_ids: mx.array, offset: mx.array, *rest: mx.array) -> list[mx.array]:
             tables, seq_lens, slots = (list(rest[i * count :][:count]) for i in range(3))
             given = TakenArrays(list(rest[3 * count :]), pages.tokens)
-            logits, after = self._step(token_ids, offset, tables, seq_lens, slots, given)
+            arguments = token_ids, offset, tables, seq_lens, slots, given
+            logits, after = self._step(query_lens, *arguments)
             return [logits, *after.regions]
 
         try:
@@ -94,18 +102,20 @@ class DecodeGraphs:
             self._kv_cache.put(pages)
         return found
 
-    def _graph_of(self, shapes: tuple[tuple[int, ...], ...]) -> _Graph:
+    def _graph_of(self, shapes: _Shapes) -> _Graph:
         """The step itself for shapes never seen, its trace from then on."""
         if shapes not in self._graphs:
-            self._graphs[shapes] = mx.compile(self._step)
+            step = partial(self._step, shapes[0])
+            self._graphs[shapes] = mx.compile(step)
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            return self._step
+            return step
         self._graphs.move_to_end(shapes)
         return self._graphs[shapes]
 
     def _step(
         self,
+        query_lens: tuple[int, ...],
         token_ids: mx.array,
         offset: mx.array,
         tables: list[mx.array],
@@ -120,6 +130,7 @@ class DecodeGraphs:
                 slot_mapping=slot_mapping,
                 offset=offset,
                 max_seq_len=table.shape[1] * block_size,
+                query_lens=query_lens,
             )
             for block_size, table, lens, slot_mapping in zip(
                 self._block_sizes, tables, seq_lens, slots, strict=True
@@ -128,6 +139,10 @@ class DecodeGraphs:
         self._kv_cache.put(pages)
         logits = self._model.forward(token_ids, metadata)
         return logits, self._kv_cache.take()
+
+
+def _query_lens(metadata: Sequence[GroupMetadata]) -> tuple[int, ...]:
+    return next(told.query_lens for told in metadata if isinstance(told, DecodeMetadata))
 
 
 def _inputs(

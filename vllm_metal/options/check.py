@@ -80,7 +80,7 @@ def _given(vllm_config: "VllmConfig") -> Iterator[tuple[Option, Any]]:
         value = _value(owner, option.attribute)
         if value in (*option.allowed, *_values_of_the_model(option, vllm_config)):
             continue
-        if option.outcome == APPLIED or value != _default(owner, option.attribute):
+        if option.outcome == APPLIED or value != default_of(owner, option.attribute):
             yield option, value
 
 
@@ -97,14 +97,14 @@ def _owner(option: Option, vllm_config: "VllmConfig") -> Any:
 def _differs(owner: Any, but_for: tuple[str, ...]) -> bool:
     """Whether a part of the configuration has a value that is not the default."""
     names = {field.name for field in dataclasses.fields(owner) if field.init} - set(but_for)
-    return any(getattr(owner, name) != _default(owner, name) for name in names)
+    return any(getattr(owner, name) != default_of(owner, name) for name in names)
 
 
 def _value(owner: Any, attribute: str) -> Any:
     return owner.get(attribute) if isinstance(owner, dict) else getattr(owner, attribute)
 
 
-def _default(owner: Any, attribute: str) -> Any:
+def default_of(owner: Any, attribute: str) -> Any:
     """The default value of a field of one of vLLM's configuration classes; None of anything else,
     such as a key of a dict."""
     fields = {} if isinstance(owner, dict) else {f.name: f for f in dataclasses.fields(owner)}

@@ -13,50 +13,61 @@ from vllm_metal.kv_cache.group_metadata import (
     prefill_metadata,
 )
 from vllm_metal.kv_cache.groups import KVGroup
+from vllm_metal.runner.segments import Segment, in_row_order
 
 
 def split_decode(
-    rows: InputBatch, decode_rows: list[int], groups: Sequence[KVGroup], most_tokens: int
-) -> list[list[int]]:
-    """Decode rows by forward pass, each of which gathers `most_tokens` tokens of a layer at most.
+    segments: Sequence[Segment], groups: Sequence[KVGroup], most_tokens: int, most_rows: int
+) -> list[list[Segment]]:
+    """Decode segments by forward pass, each of which gathers `most_tokens` tokens of a layer.
 
-    All rows run as one pass if that gathers few enough tokens. Otherwise requests of similar
-    lengths run together, the longest first.
+    Each row of a pass counts as one that gathers all tokens of its request, as it does where the
+    model attends itself. All segments run as one pass if they have few enough rows and tokens.
+    Otherwise requests of similar lengths run together, the longest first.
     """
-    lens = rows.num_computed_tokens_cpu[decode_rows] + 1
-    if len(decode_rows) * gathered_tokens(groups, int(lens.max())) <= most_tokens:
-        return [decode_rows]
-    order = np.argsort(-lens, kind="stable")
-    parts = []
-    while len(order):
-        count = max(1, most_tokens // gathered_tokens(groups, int(lens[order[0]])))
-        parts.append([decode_rows[i] for i in order[:count]])
-        order = order[count:]
-    return parts
+
+    def fitting(longest: int) -> int:
+        tokens = gathered_tokens(groups, longest)
+        return min(most_rows, most_tokens // tokens) if tokens else most_rows
+
+    if sum(s.length for s in segments) <= fitting(max(s.end for s in segments)):
+        return [in_row_order(segments)]
+    parts: list[list[Segment]] = []
+    room = num_rows = 0
+    for segment in sorted(segments, key=lambda segment: (-segment.end, segment.row)):
+        if not parts or num_rows + segment.length > room:
+            room, num_rows = fitting(segment.end), 0
+            parts.append([])
+        parts[-1].append(segment)
+        num_rows += segment.length
+    return [in_row_order(part) for part in parts]
 
 
 def decode_inputs(
     rows: InputBatch,
-    decode_rows: list[int],
+    segments: Sequence[Segment],
     groups: Sequence[KVGroup],
     pending: tuple[mx.array, dict[str, int]] | None,
 ) -> tuple[mx.array, tuple[GroupMetadata, ...]]:
-    """Inputs of a `(B, 1)` forward: the newest token of each of `decode_rows`.
+    """Inputs of a `(T, 1)` forward: the newest token of each request, and its drafts after it.
 
     Args:
         rows: vLLM's batch.
-        decode_rows: rows that advance by one token, in the order of the forward's rows.
+        segments: of the requests that decode, in the order of the forward's rows.
         groups: of the KV cache.
         pending: tokens of the previous step that are still being computed, and the index in them
             of each request; they are used lazily.
 
     Returns:
-        token ids [B, 1] and the metadata of each group.
+        token ids [T, 1] and the metadata of each group.
     """
-    positions = rows.num_computed_tokens_cpu[decode_rows]
-    token_ids = _newest_tokens(rows, decode_rows, positions, pending)
+    decode_rows = [segment.row for segment in segments]
+    positions = np.array([p for s in segments for p in range(s.first, s.end)], np.int32)
+    query_lens = tuple(segment.length for segment in segments)
+    token_ids = _newest_tokens(rows, segments, pending)
     tables = [rows.block_table[i].block_table.np[decode_rows] for i in range(len(groups))]
-    return token_ids[:, None], decode_metadata(groups, tables, positions)
+    several = query_lens if max(query_lens) > 1 else ()
+    return token_ids[:, None], decode_metadata(groups, tables, positions, several)
 
 
 def prefill_inputs(
@@ -75,17 +86,21 @@ def prefill_inputs(
 
 def _newest_tokens(
     rows: InputBatch,
-    decode_rows: list[int],
-    positions: np.ndarray,
+    segments: Sequence[Segment],
     pending: tuple[mx.array, dict[str, int]] | None,
-) -> mx.array:  # [B] int32
-    """Tokens at `positions`; those that are pending stay lazy."""
+) -> mx.array:  # [T] int32
+    """The newest token of each request, and its drafts; what is pending stays lazy.
+
+    A step that has drafts is not built before the tokens of the previous one are known.
+    """
+    decode_rows, firsts = [s.row for s in segments], [s.first for s in segments]
+    newest = rows.token_ids_cpu[decode_rows, firsts]
     if pending is None:
-        return mx.array(rows.token_ids_cpu[decode_rows, positions])
+        known = [(t, *s.drafts) for t, s in zip(newest.tolist(), segments, strict=True)]
+        return mx.array(np.array([t for of_request in known for t in of_request], np.int32))
     tokens, index_of = pending
-    indices = [index_of.get(rows.req_ids[row], -1) for row in decode_rows]
+    indices = [index_of.get(segment.req_id, -1) for segment in segments]
     if indices == list(range(tokens.shape[0])):
         return tokens
     index = mx.array(indices)
-    known = mx.array(rows.token_ids_cpu[decode_rows, positions])
-    return mx.where(index >= 0, tokens[mx.maximum(index, 0)], known)
+    return mx.where(index >= 0, tokens[mx.maximum(index, 0)], mx.array(newest))

@@ -1,7 +1,9 @@
 """One step of the engine: scheduled requests in, sampled tokens out.
 
-    execute_model   batch.update -> decode rows as one (B, 1) -> prompt chunks, each (1, L)
-    sample_tokens   logits -> tokens
+    execute_model         batch.update -> segments -> those that decode as one (T, 1)
+                                                   -> prompt chunks, each (1, L)
+    sample_tokens         logits -> tokens
+    take_draft_token_ids  tokens -> drafts, which the scheduler adds to the next step
 
 The order of the forward passes is one of dependence. vLLM offers a block to other requests as soon
 as its last token is scheduled, so a request that joins may read what others write in this very
@@ -13,7 +15,8 @@ A greedy step stays in MLX and is handed back before it is computed (`PendingTok
 schedules the next step and its graph is built on the lazy tokens meanwhile. Where kernels write all
 pages, that step is dispatched at once (`steps_in_flight`). Elsewhere it is dispatched when the
 previous step is finished, so that every page array has one holder and is written in place
-(`kv_cache/cache.py`).
+(`kv_cache/cache.py`). With drafts nothing is handed back early: how far a step has come is known
+when its tokens are, so vLLM schedules the next one then.
 """
 
 from collections.abc import Sequence
@@ -21,10 +24,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 import torch
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
+    DraftTokenIds,
     LogprobsTensors,
     ModelRunnerOutput,
 )
@@ -33,12 +38,15 @@ from vllm.v1.structured_output.utils import apply_grammar_bitmask
 from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.model.model_binding import BoundModel, RowLogits
 from vllm_metal.runner import forward_inputs
+from vllm_metal.runner.acceptance import Gains, greedy_gains, sampled_gains
 from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import Dispatch
 from vllm_metal.runner.nan_logits import are_finite, reporter, rows_in_torch
 from vllm_metal.runner.pending_tokens import PendingTokens
+from vllm_metal.runner.proposers import make_proposer
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.runner.sampler import TorchSampler, greedy, to_torch
+from vllm_metal.runner.segments import Kind, Segment
 from vllm_metal.runner.steps_in_flight import StepsInFlight
 
 if TYPE_CHECKING:
@@ -51,14 +59,17 @@ class _Step:
     """The state that `execute_model` leaves for `sample_tokens`."""
 
     scheduled: "SchedulerOutput"
-    logits: dict[int, mx.array] = field(default_factory=dict)
-    """Row of the batch -> its logits [1, vocabulary], of rows that sample."""
-    decode_rows: list[int] = field(default_factory=list)
-    decode_logits: mx.array | None = None
-    """[B, vocabulary], rows as in `decode_rows`."""
+    logits: list[tuple[list[Segment], mx.array]] = field(default_factory=list)
+    """Of each forward pass: its segments, and the logits [.., vocabulary] of their positions that
+    sample. A segment that decodes and does not sample has one row."""
     prompt_logprobs: dict[str, LogprobsTensors | None] = field(default_factory=dict)
     prompts_with_nans: list[str] = field(default_factory=list)
     """Requests whose prompt logprobs are asked for and cannot be computed."""
+
+    @property
+    def segments(self) -> list[Segment]:
+        """In the order of the logits."""
+        return [segment for segments, _ in self.logits for segment in segments]
 
 
 class ModelRunner:
@@ -91,6 +102,9 @@ class ModelRunner:
         self._report_nans = reporter(vllm_config)
         self._in_flight = StepsInFlight(self.batch)
         self._step: _Step | None = None
+        self._proposer = make_proposer(vllm_config)
+        self._newest: ModelRunnerOutput | None = None
+        """Of the last step, where a proposer goes on from it."""
 
     def execute_model(self, scheduled: "SchedulerOutput") -> ModelRunnerOutput | None:
         """Runs the forward passes of one step; `sample_tokens` follows unless it was empty."""
@@ -104,27 +118,25 @@ class ModelRunner:
             self.kv_cache.copy_blocks(scheduled.kv_cache_block_copies)
         if not scheduled.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        step = _Step(scheduled)
-        chunks = []
-        for req_id, num_scheduled in scheduled.num_scheduled_tokens.items():
-            row = self.batch.rows.req_id_to_index[req_id]
-            if self.batch.decodes(req_id, scheduled):
-                step.decode_rows.append(row)
-            else:
-                chunks.append((req_id, row, num_scheduled))
-        if step.decode_rows:
-            step.decode_logits = self._decode(step, pending)
+        step, segments = _Step(scheduled), self.batch.segments(scheduled)
+        decodes = [segment for segment in segments if segment.kind is Kind.DECODE]
+        chunks = [segment for segment in segments if segment.kind is Kind.CHUNK]
+        if decodes:
+            self._decode(step, decodes, pending)
             if chunks:  # then nothing is in flight: no chunk runs ahead
-                self.kv_cache.evaluate(step.decode_logits)
+                self.kv_cache.evaluate(*(logits for _, logits in step.logits))
         for chunk in chunks:
-            self._prefill(step, *chunk)
+            self._prefill(step, chunk)
         self._step = step
         return None
 
     def sample_tokens(
         self, grammar: "GrammarOutput | None"
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
-        """Samples one token for every request whose known tokens are all computed."""
+        """Samples a token for every request whose known tokens are all computed.
+
+        And one more for each draft that is confirmed (`acceptance`).
+        """
         step, self._step = self._step, None
         if step is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -134,8 +146,28 @@ class ModelRunner:
             prompt_logprobs_dict=step.prompt_logprobs,
         )
         if self.batch.samples_in_torch or grammar is not None:
-            return self._sample_in_torch(step, grammar, output)
-        return self._sample_in_mlx(step, output)
+            gains = self._sample_in_torch(step, grammar)
+        elif not step.logits:
+            gains = Gains({}, [])
+        elif self._returns_pending:
+            return self._sample_ahead(step, output)
+        else:
+            gains = self._sample_in_mlx(step)
+        for req_id in step.prompts_with_nans:
+            gains.tokens.pop(req_id, None)
+        output.sampled_token_ids = [gains.tokens.get(req_id, []) for req_id in output.req_ids]
+        output.logprobs = gains.logprobs
+        self._report_nans(output, gains.with_nans + step.prompts_with_nans)
+        self._newest = output
+        return output
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Drafts of the tokens that follow the last step's; None where nothing is proposed."""
+        newest, self._newest = self._newest, None
+        if self._proposer is None or newest is None:
+            return None
+        drafts = self._proposer.propose(self.batch, newest.sampled_token_ids)
+        return DraftTokenIds(newest.req_ids, drafts)
 
     # Forward passes, in the order of a step.
 
@@ -156,10 +188,11 @@ class ModelRunner:
             and all(count == 1 for count in scheduled.num_scheduled_tokens.values())
         )
 
-    def _prefill(self, step: _Step, req_id: str, row: int, num_scheduled: int) -> None:
+    def _prefill(self, step: _Step, segment: Segment) -> None:
         """One prompt chunk; evaluated at once, since each write of pages wants its own turn."""
+        req_id, num_scheduled = segment.req_id, segment.length
         token_ids, metadata = forward_inputs.prefill_inputs(
-            self.batch.rows, row, num_scheduled, self.kv_cache.groups
+            self.batch.rows, segment.row, num_scheduled, self.kv_cache.groups
         )
         if req_id in self.batch.unscored_prompts:
             chunk = self.bound_model.forward_to_head(token_ids, metadata)
@@ -168,60 +201,45 @@ class ModelRunner:
             self._score_prompt(step, req_id, num_scheduled, chunk)
         else:
             logits = self.bound_model.forward(token_ids, metadata).squeeze(0)
-        if self.batch.is_complete(req_id, num_scheduled):
-            step.logits[row] = logits[-1:]
-            self.kv_cache.evaluate(step.logits[row])
+        if segment.samples:
+            step.logits.append(([segment], logits[-1:]))
+            self.kv_cache.evaluate(step.logits[-1][1])
         else:
             del logits  # what is not computed still holds arrays that are written next
             self.kv_cache.evaluate()
 
-    def _decode(self, step: _Step, pending: PendingTokens | None) -> mx.array:
-        """Logits [B, vocabulary] of the decode rows, lazily where the rows run as one forward.
-
-        Leaves `step.decode_rows` in the order of the logits.
-        """
+    def _decode(self, step: _Step, segments: list[Segment], pending: PendingTokens | None) -> None:
+        """The segments that decode: lazily where they run as one forward pass."""
         rows, groups = self.batch.rows, self.kv_cache.groups
-        step.decode_rows.sort()
-        parts = self.decode.parts(rows, step.decode_rows, groups)
-        logits = []
+        parts = self.decode.parts(segments, groups)
         for part in parts:
             token_ids, metadata = forward_inputs.decode_inputs(
                 rows, part, groups, (pending.tokens, pending.index) if pending else None
             )
-            logits.append(self.decode.run(token_ids, metadata)[:, -1])
+            logits = self.decode.run(token_ids, metadata)[:, -1]
+            step.logits.append((part, logits))
             if len(parts) > 1 or self.kv_cache.shares_arrays:
                 self._in_flight.finish()
-                self.kv_cache.evaluate(logits[-1])
-        step.decode_rows = [row for part in parts for row in part]
-        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+                self.kv_cache.evaluate(logits)
 
     # Sampling.
 
-    def _sample_in_mlx(
-        self, step: _Step, output: ModelRunnerOutput
-    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
-        rows = self.batch.rows
-        parts, sampled = [], []
-        if step.decode_logits is not None:
-            parts.append(step.decode_logits)
-            sampled += [rows.req_ids[row] for row in step.decode_rows]
-        for row, logits in step.logits.items():
-            parts.append(logits)
-            sampled.append(rows.req_ids[row])
-        if not parts:
-            output.sampled_token_ids = [[] for _ in output.req_ids]
-            self._report_nans(output, step.prompts_with_nans)
-            return output
+    def _most_likely(self, step: _Step) -> tuple[list[Segment], mx.array, mx.array]:
+        """Segments that sample, and of all their sampled positions the most likely token and
+        whether one can be chosen, lazily."""
+        parts, segments = [logits for _, logits in step.logits], step.segments
         logits = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         tokens, finite = greedy(logits), are_finite(logits)
-        positions = {
-            req_id: self.batch.append(req_id, PLACEHOLDER)
-            for req_id in sampled
-            if self._samples(step, req_id)
-        }
-        if len(positions) < len(sampled):
-            chosen = mx.array([i for i, r in enumerate(sampled) if r in positions])
+        if not all(segment.samples for segment in segments):
+            rows = (segment.samples for segment in segments for _ in range(segment.num_rows))
+            chosen = mx.array([row for row, samples in enumerate(rows) if samples], mx.int32)
             tokens, finite = tokens[chosen], finite[chosen]
+        return [segment for segment in segments if segment.samples], tokens, finite
+
+    def _sample_ahead(self, step: _Step, output: ModelRunnerOutput) -> PendingTokens:
+        """Starts the evaluation, and leaves a placeholder for the token of each request."""
+        segments, tokens, finite = self._most_likely(step)
+        positions = {s.req_id: self.batch.append(s.req_id, PLACEHOLDER) for s in segments}
         if not self.kv_cache.stores_through:
             self._in_flight.finish()
         wait = self._dispatch(tokens, finite, self.kv_cache.arrays)
@@ -229,42 +247,34 @@ class ModelRunner:
             tokens, finite, wait, positions, output, step.prompts_with_nans, self._report_nans
         )
         self._in_flight.add(pending)
-        if self._returns_pending:
-            return pending
-        self._in_flight.finish()
-        return pending.get_output()
+        return pending
 
-    def _sample_in_torch(
-        self, step: _Step, grammar: "GrammarOutput | None", output: ModelRunnerOutput
-    ) -> ModelRunnerOutput:
-        rows = self.batch.rows
-        self._in_flight.finish()
-        parts = [([row], logits) for row, logits in step.logits.items()]
-        if step.decode_logits is not None:
-            parts.append((step.decode_rows, step.decode_logits))
-        logits, with_nans = rows_in_torch(parts, rows, self.kv_cache.evaluate)
-        with_nans += step.prompts_with_nans
-        if grammar is not None:
-            apply_grammar_bitmask(step.scheduled, grammar, rows, logits)
-        incomplete = [
-            row
-            for row, req_id in enumerate(rows.req_ids)
-            if req_id in with_nans or not self._samples(step, req_id)
-        ]
-        sampled = self._sampler.sample(logits, rows, incomplete)
-        output.sampled_token_ids = sampled.sampled_token_ids.tolist()
-        for row in incomplete:
-            output.sampled_token_ids[row] = []
-        if sampled.logprobs_tensors is not None:
-            output.logprobs = sampled.logprobs_tensors.tolists()
-        for req_id, token_ids in zip(output.req_ids, output.sampled_token_ids, strict=True):
+    def _sample_in_mlx(self, step: _Step) -> Gains:
+        segments, tokens, finite = self._most_likely(step)
+        self._dispatch(tokens, finite, self.kv_cache.arrays)()
+        gains = greedy_gains(segments, np.array(tokens).tolist(), np.array(finite).tolist())
+        for req_id, token_ids in gains.tokens.items():
             for token_id in token_ids:
                 self.batch.append(req_id, token_id)
-        self._report_nans(output, with_nans)
-        return output
+        return gains
 
-    def _samples(self, step: _Step, req_id: str) -> bool:
-        return self.batch.is_complete(req_id, step.scheduled.num_scheduled_tokens[req_id])
+    def _sample_in_torch(self, step: _Step, grammar: "GrammarOutput | None") -> Gains:
+        rows = self.batch.rows
+        self._in_flight.finish()
+        given = step.scheduled.scheduled_spec_decode_tokens
+        counts = [1 + len(given.get(req_id, ())) for req_id in rows.req_ids]
+        ends = np.cumsum(counts)  # one row of each request, and one of each draft, as vLLM has them
+        first_rows = ends - counts
+        parts = [
+            ([first_rows[s.row] + i for s in segments for i in range(s.num_rows)], logits)
+            for segments, logits in step.logits
+        ]
+        shape = int(ends[-1]), rows.vocab_size
+        logits, finite = rows_in_torch(parts, shape, self.kv_cache.evaluate)
+        if grammar is not None:
+            apply_grammar_bitmask(step.scheduled, grammar, rows, logits)
+        sampling = [segment for segment in step.segments if segment.samples]
+        return sampled_gains(sampling, first_rows, logits, finite, self.batch, self._sampler)
 
     def _score_prompt(self, step: _Step, req_id: str, num_scheduled: int, chunk: RowLogits) -> None:
         """Scores a prompt chunk, whose last row must be finite, too, for its scores to count."""

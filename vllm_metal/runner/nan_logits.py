@@ -18,7 +18,6 @@ from vllm_metal.runner.sampler import to_torch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.worker.gpu_input_batch import InputBatch
 
 Report = Callable[[ModelRunnerOutput, Sequence[str]], None]
 """Names requests to the scheduler, in the output of their step."""
@@ -34,27 +33,25 @@ def are_finite(logits: mx.array) -> mx.array:  # [R, vocabulary] -> [R] bool
 
 def rows_in_torch(
     parts: Iterable[tuple[Sequence[int], mx.array]],
-    rows: "InputBatch",
+    shape: tuple[int, int],
     evaluate: Callable[..., None],
-) -> tuple[torch.Tensor, list[str]]:
-    """Logits [rows, vocabulary] of the batch, float32, and the requests whose are not finite.
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Logits as float32 of this `shape`, rows and vocabulary, and which rows are finite: [R] bool.
 
     Rows without logits are zeros, and so are those that are not finite.
 
     Args:
-        parts: rows of the batch and their logits [R, vocabulary].
-        rows: vLLM's batch.
+        parts: numbers of rows and their logits [.., vocabulary].
+        shape: of the result.
         evaluate: computes arrays and writes the pages.
     """
-    logits, with_nans = torch.zeros(rows.num_reqs, rows.vocab_size), []
+    logits, are_sound = torch.zeros(shape), np.ones(shape[0], bool)
     for numbers, part in parts:
         finite = are_finite(part)
         evaluate(part, finite)
-        for row, is_finite in zip(numbers, np.array(finite), strict=True):
-            if not is_finite:
-                with_nans.append(rows.req_ids[row])
+        are_sound[list(numbers)] = np.array(finite)
         logits[list(numbers)] = to_torch(mx.where(finite[:, None], part, 0))
-    return logits, with_nans
+    return logits, are_sound
 
 
 def reporter(vllm_config: "VllmConfig") -> Report:

@@ -5,6 +5,7 @@ This file applies a `SchedulerOutput` to it, and writes sampled tokens back.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_metal.kv_cache.spec import BlockTableSize
 from vllm_metal.runner.sampler import custom_processors, needs_torch
+from vllm_metal.runner.segments import Kind, Segment
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -79,19 +81,30 @@ class RequestBatch:
         self.rows.condense()
         self.rows.refresh_metadata()
 
-    def decodes(self, req_id: str, scheduled: "SchedulerOutput") -> bool:
-        """Whether a request goes on with one token after its prompt.
+    def segments(self, scheduled: "SchedulerOutput") -> list[Segment]:
+        """What this step computes of each request, in the scheduler's order.
 
-        One that joins or rejoins in this step does not, however few tokens are left to compute:
-        the blocks it was given may be written in this step.
+        A request decodes if it goes on with one token after its prompt, and the drafts behind that.
+        One that joins or rejoins in this step does not, however few tokens are left to compute: the
+        blocks it was given may be written in this step. Its drafts are the scheduler's padding, -1,
+        and are not computed.
         """
+        return [self._segment(req_id, scheduled) for req_id in scheduled.num_scheduled_tokens]
+
+    def _segment(self, req_id: str, scheduled: "SchedulerOutput") -> Segment:
         row = self.rows.req_id_to_index[req_id]
-        computed = self.rows.num_computed_tokens_cpu[row]
-        return (
-            scheduled.num_scheduled_tokens[req_id] == 1
-            and computed >= self.requests[req_id].num_prompt_tokens
+        first = int(self.rows.num_computed_tokens_cpu[row])
+        given = scheduled.scheduled_spec_decode_tokens.get(req_id, ())
+        known = scheduled.num_scheduled_tokens[req_id] - len(given)
+        samples = self.is_complete(req_id, known)
+        if (
+            known == 1
+            and first >= self.requests[req_id].num_prompt_tokens
             and req_id not in scheduled.scheduled_cached_reqs.resumed_req_ids
-        )
+        ):
+            drafts = tuple(takewhile(lambda token: token != PLACEHOLDER, given))
+            return Segment(req_id, row, first, 1 + len(drafts), Kind.DECODE, samples, drafts)
+        return Segment(req_id, row, first, known, Kind.CHUNK, samples)
 
     def is_complete(self, req_id: str, num_scheduled: int) -> bool:
         """Whether this step computes the last known token of the request, so that it samples."""

@@ -67,6 +67,7 @@ def of_forward_peaks(vllm_config: "VllmConfig") -> dict[str, Any]:
         "max_model_len": vllm_config.model_config.max_model_len,
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
         "max_num_seqs": scheduler.max_num_seqs,
+        "num_speculative_tokens": vllm_config.num_speculative_tokens,
     }
 
 

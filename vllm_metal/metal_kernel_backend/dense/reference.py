@@ -63,15 +63,16 @@ class DensePages(DenseAttention):
         array[units] = new.reshape(tokens, -1, unit)
         return Pages(array.reshape(pages.array.shape))
 
-    def decode(self, pages: Pages, rows: Rows) -> mx.array:
+    def decode_part(self, pages: Pages, rows: Rows) -> mx.array:
         queries, metadata = rows.queries, rows.metadata
         keys, values = (part.astype(queries.dtype) for part in self.read(pages, metadata))
         mask = valid_tokens(metadata, self.block_size, self.shape.sliding_window)
         if self._shared:  # what another layer left may read as NaN, and 0 * NaN is NaN
-            values = mx.where(mask.swapaxes(2, 3), values, 0)
+            seen = mask.any(axis=2, keepdims=True)
+            values = mx.where(seen.swapaxes(2, 3), values, 0)
         return mx.fast.scaled_dot_product_attention(
-            queries[:, :, None, :], keys, values, scale=rows.scale, mask=mask, sinks=rows.sinks
-        )[:, :, 0, :]
+            queries.swapaxes(1, 2), keys, values, scale=rows.scale, mask=mask, sinks=rows.sinks
+        ).swapaxes(1, 2)
 
     def prefill(self, pages: Pages, chunk: Chunk) -> mx.array:
         keys, values = self.fetch(pages, chunk.keys[None], chunk.values[None], chunk.metadata)

@@ -49,11 +49,11 @@ class KernelAttention(ChunkAttention):
         arguments = pages.array, keys, values, slots, self.constants
         return Pages(pages.array, self.launcher.store(*arguments, pages.token))
 
-    def decode(self, pages: Pages, rows: Rows) -> mx.array:
+    def decode_part(self, pages: Pages, rows: Rows) -> mx.array:
         metadata = rows.metadata
         return self.launcher.decode(
             pages.array,
-            rows.queries[:, None],
+            rows.queries,
             metadata.once(_block_table),
             metadata.once(_seq_lens),
             self.constants,
@@ -62,7 +62,7 @@ class KernelAttention(ChunkAttention):
             _token(pages),
             rows.sinks,
             self.shape.sliding_window or 0,
-        )[:, 0]
+        )
 
     def prefill_with_context(self, pages: Pages, chunk: Chunk) -> mx.array:
         _, count = self._visible(chunk.metadata)

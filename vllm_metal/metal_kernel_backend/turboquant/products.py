@@ -42,10 +42,10 @@ class PackedVectors:
 
     def products(
         self,
-        queries: mx.array,  # [B, H, G, 1, L]
+        queries: mx.array,  # [B, H, G, Q, L]
         halfwords: mx.array,  # uint16 [B, H, 1, S, D * bits / 16]
         levels: mx.array | None = None,  # uint16 [B, H, 1, S, D / 16]
-    ) -> mx.array:  # [B, H, G, 1, S]
+    ) -> mx.array:  # [B, H, G, Q, S]
         """Dot products of the points with queries whose columns are those of `rows`."""
         points = self._points(halfwords)
         if levels is not None:
@@ -62,9 +62,9 @@ class PackedVectors:
 
     def weighted_sum(
         self,
-        weights: mx.array,  # [B, H, G, 1, S]
+        weights: mx.array,  # [B, H, G, Q, S]
         halfwords: mx.array,  # uint16 [B, H, 1, S, D * bits / 16]
-    ) -> mx.array:  # [B, H, G, 1, L]
+    ) -> mx.array:  # [B, H, G, Q, L]
         """Sums of the points under weights, to be multiplied with `rows`."""
         sums = [weights @ points for points in self._points(halfwords)]
         return sums[0] if len(sums) == 1 else mx.concatenate(sums, axis=-1)

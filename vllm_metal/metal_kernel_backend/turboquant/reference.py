@@ -65,16 +65,16 @@ class TurboQuantReference(TurboQuantAttention):
         indices = metadata.once(_slot_indices, self._slots)
         return Pages(self._slots.store(pages.array, packed, indices))
 
-    def decode(self, pages: Pages, rows: Rows) -> mx.array:
+    def decode_part(self, pages: Pages, rows: Rows) -> mx.array:
         metadata, sinks = rows.metadata, rows.sinks
         indices = metadata.once(_head_page_indices, self._slots)
         head_pages = self._slots.head_pages(pages.array, indices)
         scales = self._slots.scales_and_biases(head_pages)  # [B, H, 1, 1, S] each
         key_scales, *biases, value_scales = scales
-        batch, num_heads, size = rows.queries.shape
-        queries = rows.queries.astype(mx.float32)
-        queries = queries.reshape(batch, self.shape.num_kv_heads, -1, 1, size)
-        rotated = queries @ self._query_matrices  # [B, H, G, 1, L]
+        batch, query_len, num_heads, size = rows.queries.shape
+        queries = rows.queries.astype(mx.float32).swapaxes(1, 2)
+        queries = queries.reshape(batch, self.shape.num_kv_heads, -1, query_len, size)
+        rotated = queries @ self._query_matrices  # [B, H, G, Q, L]
         keys = self._slots.key_halfwords(head_pages), self._slots.key_levels(head_pages)
         scores = self._keys.products(rotated, *keys) * key_scales
         if biases:
@@ -88,7 +88,8 @@ class TurboQuantReference(TurboQuantAttention):
         weights = softmax_with_sinks(scores, sinks) * value_scales
         weights = mx.where(seen, weights, 0)  # the scale of a token not seen may be a NaN
         out = self._values.weighted_sum(weights, self._slots.value_halfwords(head_pages))
-        return (out @ self._output_matrix).reshape(batch, num_heads, -1).astype(rows.queries.dtype)
+        out = (out @ self._output_matrix).reshape(batch, num_heads, query_len, -1)
+        return out.swapaxes(1, 2).astype(rows.queries.dtype)
 
     def prefill_with_context(self, pages: Pages, chunk: Chunk) -> mx.array:
         keys, values = self._stored(pages, chunk.metadata)  # [1, H, S, D] each
