@@ -133,5 +133,5 @@ def test_a_request_that_is_too_long_runs_alone(batch):
 
 
 def test_recurrent_states_gather_no_tokens(batch):
-    states = [StateGroup((0,), max_tokens=1 << 20)]
+    states = [StateGroup((0,), 1 << 20)]
     assert forward_inputs.split_decode(batch.rows, [0, 1, 2], states, 1) == [[0, 1, 2]]

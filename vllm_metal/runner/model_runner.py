@@ -220,7 +220,7 @@ class ModelRunner:
             if self._samples(step, req_id)
         }
         if len(positions) < len(sampled):
-            chosen = mx.array([i for i, r in enumerate(sampled) if r in positions])
+            chosen = mx.array([i for i, r in enumerate(sampled) if r in positions], mx.int32)
             tokens, finite = tokens[chosen], finite[chosen]
         if not self.kv_cache.stores_through:
             self._in_flight.finish()
