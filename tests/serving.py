@@ -60,6 +60,9 @@ class Serving:
         """vLLM's scheduler over the planned blocks, as the engine's core sets it up."""
         planned = generate_scheduler_kv_cache_config([planned])
         config.cache_config.num_gpu_blocks = planned.num_blocks
+        config.cache_config.block_size = min(
+            group.kv_cache_spec.block_size for group in planned.kv_cache_groups
+        )
         block_size, hash_block_size = resolve_kv_cache_block_sizes(planned, config)
         self.scheduler = config.scheduler_config.get_scheduler_cls()(
             vllm_config=config,

@@ -249,17 +249,17 @@ class SymbolicModel:
     def _run_state(
         self, index: int, told: StateMetadata, row: int, start: int | None, tokens: list[int]
     ) -> list[int]:
-        block = int(np.array(told.block_ids)[row])
+        read, write = (int(np.array(ids)[row]) for ids in (told.read_ids, told.write_ids))
         digest, position = 0, -1
         if not told.begins:
-            position = start - 1 if start is not None else self._last_position(block, index)
-            digest = self._pages.read(block, 0, index, position).digest
+            position = start - 1 if start is not None else self._last_position(read, index)
+            digest = self._pages.read(read, 0, index, position).digest
         digests = []
         for token in tokens:
             digest = extended(digest, token)
             digests.append(digest)
         last = position + len(tokens)
-        self._pages.write(block, 0, Entry(index, last, tokens[-1], digest))
+        self._pages.write(write, 0, Entry(index, last, tokens[-1], digest))
         return digests
 
     def _last_position(self, block: int, index: int) -> int:

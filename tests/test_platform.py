@@ -30,6 +30,7 @@ class Unchanged:
 ARCHITECTURE = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "mamba": "MambaForCausalLM",
+    "rwkv7": "RWKV7ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
 
@@ -195,21 +196,29 @@ def test_page_types_that_are_served(make_config, dtype):
     assert make_config(kv_cache_dtype=dtype).cache_config.cache_dtype == dtype
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_next", "mamba"])
-def test_prefix_caching_is_off_where_there_is_recurrent_state(
-    make_config, tmp_path, said, model_type
-):
+@pytest.mark.parametrize("model_type", ["qwen3_next", "rwkv7"])
+def test_recurrent_states_are_kept_for_prefixes(make_config, tmp_path, said, model_type):
+    """By default, also for a model that vLLM takes for a Llama."""
     folder = str(save_checkpoint(tmp_path, model_type, architectures=[ARCHITECTURE[model_type]]))
+    cache = make_config(model=folder).cache_config
+    assert cache.enable_prefix_caching
+    assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("align", 16)
+    assert said == []
+
+
+def test_states_alone_are_kept_where_the_user_asks(make_config, tmp_path):
+    """vLLM's own default for a model that it knows to be without attention is off."""
+    folder = str(save_checkpoint(tmp_path, "mamba", architectures=[ARCHITECTURE["mamba"]]))
+    assert not make_config(model=folder).cache_config.enable_prefix_caching
     cache = make_config(model=folder, enable_prefix_caching=True).cache_config
-    assert not cache.enable_prefix_caching
-    assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("none", 128)
-    assert f"Prefix caching is off: {folder} has recurrent state" in said
+    assert cache.enable_prefix_caching and cache.mamba_cache_mode == "align"
 
 
 def test_prefix_caching_is_on_elsewhere(make_config, tmp_path, said):
     architecture = ARCHITECTURE["gemma3_text"]
     folder = str(save_checkpoint(tmp_path, "gemma3_text", architectures=[architecture]))
-    assert make_config(model=folder).cache_config.enable_prefix_caching
+    cache = make_config(model=folder, mamba_cache_mode="align").cache_config
+    assert cache.enable_prefix_caching and cache.mamba_cache_mode == "none"
     assert said == []
 
 

@@ -22,7 +22,13 @@ from vllm_metal.errors import UserError
 from vllm_metal.machine import cache_folder, device, engine_process, torch_accelerator
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
-from vllm_metal.options import check, scheduler_class, speculation, structured_outputs
+from vllm_metal.options import (
+    check,
+    scheduler_class,
+    speculation,
+    state_caching,
+    structured_outputs,
+)
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -172,7 +178,7 @@ class MetalPlatform(Platform):
         torch_accelerator.disable_cache_release()
         if has_state:
             speculation.require_attention_alone(vllm_config)
-            _disable_prefix_caching(vllm_config)
+        state_caching.set_state_caching(vllm_config, has_state)
 
 
 def unsupported(vllm_config: "VllmConfig") -> list[str]:
@@ -273,15 +279,6 @@ def _check_compression(vllm_config: "VllmConfig") -> None:
 
     binding = ModelBinding(structure)
     ModelPages.of(vllm_config, binding.layers, binding.states, neutral_constants(binding.layers))
-
-
-def _disable_prefix_caching(vllm_config: "VllmConfig") -> None:
-    """For recurrent models: a block has a request's newest state, not that at a prefix's end."""
-    cache, model = vllm_config.cache_config, vllm_config.model_config
-    cache.enable_prefix_caching = False
-    cache.mamba_cache_mode = "none"
-    cache.mamba_block_size = model.max_model_len
-    logger.info("Prefix caching is off: %s has recurrent state", model.model)
 
 
 def _structure(model: "ModelConfig") -> "nn.Module":

@@ -89,6 +89,8 @@ class MetalWorker(WorkerBase):
         self.weights = model_loader.weight_bytes(model)
         self.binding = ModelBinding(model)
         self.model_pages = self._make_cache()
+        # vLLM's scheduler has the same object, and reads it when it is made.
+        self.cache_config.prefix_match_unit = self.model_pages.match_unit
         self._prompts = self._probe_prompts()
         self.decode_answers = self.results.get(
             DECODE_ANSWERS,

@@ -17,6 +17,7 @@ class Kind:
     """A pool that holds one request of 96 tokens and little more, of dense pages; None where a
     request has all that it will ever need from its beginning."""
     caches_prefixes: bool = True
+    """Whether it does so by default; where False, vLLM does if it is asked to."""
     no_turboquant: str = ""
     """Why TurboQuant refuses it, where it does."""
     changes: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -33,7 +34,6 @@ class Kind:
         return folder
 
 
-NO_PREFIXES = {"caches_prefixes": False}
 FOUR_BITS = {"quantization": {"group_size": 32, "bits": 4}}
 THREE_LAYERS = {
     "hidden_size": 64,
@@ -59,11 +59,11 @@ KINDS = [
     Kind("olmo3", "Olmo3ForCausalLM", 16),
     Kind("gpt_oss", "GptOssForCausalLM", 16),
     # hybrids with a gated delta net and with Mamba; recurrent state only
-    Kind("qwen3_next", "Qwen3NextForCausalLM", **NO_PREFIXES),
-    Kind("jamba", "JambaForCausalLM", **NO_PREFIXES),
-    Kind("falcon_h1", "FalconH1ForCausalLM", 8, **NO_PREFIXES),
-    Kind("granitemoehybrid", "GraniteMoeHybridForCausalLM", **NO_PREFIXES),
-    Kind("mamba", "MambaForCausalLM", None, no_turboquant=NOTHING, **NO_PREFIXES),
+    Kind("qwen3_next", "Qwen3NextForCausalLM"),
+    Kind("jamba", "JambaForCausalLM"),
+    Kind("falcon_h1", "FalconH1ForCausalLM", 8),
+    Kind("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    Kind("mamba", "MambaForCausalLM", None, caches_prefixes=False, no_turboquant=NOTHING),
     # shared keys and values; afm7 is unknown to vLLM and decodes one request at a time
     Kind("afm7", "AFMForCausalLM"),
     # head sizes by layer, in windows and full attention: with shared layers, and with experts

@@ -127,7 +127,7 @@ def shared_cache(num_blocks: int) -> KVCache:
     groups = (
         AttentionGroup(BLOCK, layers=(0,)),
         AttentionGroup(BLOCK, layers=(1,), sliding_window=8),
-        StateGroup((0,), max_tokens=100),
+        StateGroup((0,), 100),
     )
     region = Region(backends[0].page_size_bytes, layers=(0, 1), states=(0,))
     return KVCache(backends, num_blocks, [STATE], CacheLayout(groups, (region,)))
@@ -138,7 +138,7 @@ def test_layers_that_share_bytes_keep_to_their_blocks():
     assert cache.shares_arrays and cache.nbytes == 6 * cache.backends[0].page_size_bytes
     metadata = [decode_metadata([3], blocks_each=1), decode_metadata([9], blocks_each=1)]
     metadata[1] = replace(metadata[1], block_table=mx.array([[2]]), slot_mapping=mx.array([40]))
-    state = StateMetadata(mx.array([4]), begins=True)
+    state = StateMetadata(mx.array([4]), mx.array([4]), begins=True)
     cache.begin_forward((*metadata, state))
     for layer in range(2):
         cache.store(layer, *kv(1, seed=layer), metadata[layer])
@@ -166,7 +166,7 @@ def test_shared_bytes_are_written_in_place():
     before = mx.get_active_memory()
     for step in range(1, 31):
         rows = decode_metadata([step, step + 3], blocks_each=4)
-        state = StateMetadata(mx.array([4000, 4001]), begins=step == 1)
+        state = StateMetadata(mx.array([4000, 4001]), mx.array([4000, 4001]), begins=step == 1)
         cache.begin_forward((rows, rows, state))
         outs, out = [], query
         for layer, backend in enumerate(cache.backends):

@@ -62,7 +62,7 @@ def test_float32_pages_count_as_they_are():
 
 def test_the_ratio_compares_requests_over_all_groups():
     """A state takes its block with dense and with compressed layers alike."""
-    groups = AttentionGroup(16, layers=(0,)), StateGroup((0,), max_tokens=4096)
+    groups = AttentionGroup(16, layers=(0,)), StateGroup((0,), 4096)
     compressed = AttentionGroup(64, layers=(0,)), groups[1]
     dense = Capacity(0, 100, 16, groups)
     assert Capacity(0, 100, 64, compressed).ratio(dense, 128) == (8 + 1) / (2 + 1)
@@ -73,7 +73,7 @@ def test_tokens_of_all_requests_in_the_layer_that_holds_most():
     groups = (
         AttentionGroup(16, layers=(0,)),
         AttentionGroup(40, layers=(1,)),
-        StateGroup((0,), max_tokens=4096),
+        StateGroup((0,), 4096),
     )
     assert Capacity(1050, 100, 16, groups).pooled_tokens == 10 * 40
     assert Capacity(1050, 100, 16).pooled_tokens == 160
@@ -83,7 +83,7 @@ def test_groups_draw_from_one_pool():
     groups = (
         AttentionGroup(16, layers=(0,)),
         AttentionGroup(16, layers=(1,), sliding_window=33),
-        StateGroup((0,), max_tokens=4096),
+        StateGroup((0,), 4096),
     )
     capacity = Capacity(1050, 100, 16, groups, step_tokens=8)
     assert capacity.blocks_for(16) == 1 + 2 + 1
@@ -95,6 +95,6 @@ def test_groups_draw_from_one_pool():
 
 
 def test_requests_of_states_alone_are_of_any_length():
-    capacity = Capacity(1000, 100, 512, (StateGroup((0, 1), max_tokens=512),))
+    capacity = Capacity(1000, 100, 512, (StateGroup((0, 1), 512),), max_model_len=512)
     assert capacity.requests(512) == 9
     assert capacity.tokens == 9 * 512

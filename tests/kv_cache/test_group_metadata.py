@@ -11,7 +11,7 @@ from vllm_metal.kv_cache.groups import AttentionGroup, StateGroup
 
 FULL = AttentionGroup(8, layers=(0,))
 WINDOW = AttentionGroup(4, layers=(1,), sliding_window=6)
-STATES = StateGroup((0,), max_tokens=100)
+STATES = StateGroup((0,), 100)
 GROUPS = (FULL, WINDOW, STATES)
 TABLE = np.arange(20, 28, dtype=np.int32)
 """Of a window group: blocks of 4 tokens at positions 0, 4, 8, ..."""
@@ -42,7 +42,7 @@ def test_decode_of_a_window_begins_at_the_first_block_that_it_touches():
     assert window.max_seq_len == 6
     assert window.slot_mapping.tolist() == [24 * 4 + 1, 40 * 4 + 3]
     assert full.offset.tolist() == window.offset.tolist() == [17, 3]
-    assert states.block_ids.tolist() == [9, 8]
+    assert states.read_ids.tolist() == states.write_ids.tolist() == [9, 8]
     assert not states.begins
 
 

@@ -28,4 +28,4 @@ def test_a_separate_layout_has_a_group_for_each_kind_and_shares_nothing():
 def test_groups_describe_themselves():
     assert AttentionGroup(16, layers=(0, 1)).describe() == "2 layers (16 tokens)"
     assert AttentionGroup(8, (0,), sliding_window=4).describe() == "1 layers (8 tokens, window 4)"
-    assert StateGroup((0, 1), max_tokens=8).describe() == "2 states"
+    assert StateGroup((0, 1), 8).describe() == "2 states"

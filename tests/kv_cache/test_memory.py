@@ -136,7 +136,7 @@ def test_bytes_planned_are_bytes_held(model, setting, make_config):
     assert len(block_table_sizes(config, planned)) == len(cache.groups)
     for group in cache.groups:
         if isinstance(group, StateGroup):
-            assert group.max_tokens == 128
+            assert group.block_size == 128
             continue
         assert {backends[layer].block_size for layer in group.layers} <= {group.block_size}
         windows = {backends[layer].shape.sliding_window for layer in group.layers}

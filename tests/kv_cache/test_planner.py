@@ -116,8 +116,8 @@ def test_the_report_of_a_compressed_cache_compares_with_a_dense_one():
 
 def test_the_ratio_is_that_of_the_whole_cache():
     """Compressed layers beside a state as large as ten of their blocks: not their own ratio."""
-    groups = AttentionGroup(64, layers=(0,)), StateGroup((0,), max_tokens=4096)
-    dense_groups = AttentionGroup(16, layers=(0,)), StateGroup((0,), max_tokens=4096)
+    groups = AttentionGroup(64, layers=(0,)), StateGroup((0,), 4096)
+    dense_groups = AttentionGroup(16, layers=(0,)), StateGroup((0,), 4096)
     blocks = Capacity(100 * MIB, MIB, 64, groups)
     dense = Capacity(100 * MIB, MIB, 16, dense_groups)
     summary = CacheSummary(1, 1, 0.25, 1.0, 1)

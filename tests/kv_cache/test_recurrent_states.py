@@ -26,7 +26,10 @@ class Cache:
 
     def begin(self, blocks: list[int], others: list[int], begins: bool = False) -> None:
         """Blocks of the requests in either group of states."""
-        metadata = [None, *(StateMetadata(mx.array(b), begins) for b in (blocks, others))]
+        metadata = [
+            None,
+            *(StateMetadata(mx.array(b), mx.array(b), begins) for b in (blocks, others)),
+        ]
         self.states.begin_forward(metadata)
 
     def run(self, blocks: list[int], others: list[int], value: float, begins: bool = False) -> None:

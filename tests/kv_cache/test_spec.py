@@ -183,8 +183,8 @@ def test_states_share_the_pages_of_attention(make_config):
     layout = cache_layout(plan(make_config(), specs))
     assert layout.groups == (
         AttentionGroup(BLOCK, layers=(0, 1)),
-        StateGroup((0, 2), max_tokens=128),
-        StateGroup((1, 3), max_tokens=128),
+        StateGroup((0, 2), 128),
+        StateGroup((1, 3), 128),
     )
     page = backends[0].page_size_bytes
     assert layout.regions == (Region(page, (0,), (0, 1)), Region(page, (1,), (2, 3)))

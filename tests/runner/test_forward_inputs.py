@@ -157,7 +157,7 @@ def test_each_draft_is_a_row():
 
 
 def test_recurrent_states_gather_no_tokens():
-    assert split([StateGroup((0,), max_tokens=1 << 20)], 1) == [[0, 1, 2]]
+    assert split([StateGroup((0,), 1 << 20)], 1) == [[0, 1, 2]]
 
 
 def test_drafts_follow_the_newest_token(batch):

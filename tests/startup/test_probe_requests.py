@@ -57,7 +57,7 @@ def test_no_block_has_two_owners(model_type, apart):
     assert requests.fit is True
     _, metadata = requests.decode_inputs([0, 1, 2])
     blocks = [
-        (group.block_ids if isinstance(group, StateMetadata) else group.block_table[:, 0]).tolist()
+        (group.read_ids if isinstance(group, StateMetadata) else group.block_table[:, 0]).tolist()
         for group in metadata
     ]
     owners = blocks if not apart else [blocks[0] + blocks[1]]

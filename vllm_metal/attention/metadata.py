@@ -164,10 +164,16 @@ AttentionMetadata = DecodeMetadata | PrefillMetadata
 
 @dataclass(frozen=True)
 class StateMetadata:
-    """The blocks that hold the recurrent states of the requests."""
+    """The blocks that hold the recurrent states of the requests.
 
-    block_ids: mx.array
-    """[B] int32, the one block of each request."""
+    A state that the prefix cache keeps is never written again. So a forward pass may read the state
+    of a request in one block and write the new one to another.
+    """
+
+    read_ids: mx.array
+    """[B] int32, the block of each request's state before this forward pass."""
+    write_ids: mx.array
+    """[B] int32, the block that gets the state after it; often the same."""
     begins: bool
     """Whether this forward begins the request, so that there is no state yet."""
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.errors import UserError
 from vllm_metal.kv_cache.capacity import CacheSummary, Capacity, has_one_group
+from vllm_metal.kv_cache.planner import format_bytes
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
@@ -48,6 +49,13 @@ class Row:
     """Longest request: `tokens`, bounded by the model's own length."""
     requests: float
     """Requests of `max_model_len` tokens that fit at the same time."""
+    match_tokens: int | None
+    """Cached prefixes are found at multiples of so many tokens; None where the model has no
+    recurrent state, so that they are found at the end of every block."""
+    state_bytes: int
+    """Bytes that the recurrent states of one cached prefix take; 0 where there are none."""
+    kept_states: int
+    """Cached prefixes whose states fit beside one request of `max_model_len` tokens."""
     kld: float | None
     """Measured mean KL divergence in nats; None for dense pages, and for pairs not measured."""
 
@@ -66,42 +74,60 @@ def table(
     Raises:
         NeedsVLLM: see there.
     """
-    layers, states = binding.layers, binding.states
-    holds = _capacity_of(binding, page_bytes, block_size, max_model_len)
+    pages_of = _pages_of(binding, page_bytes, block_size, max_model_len)
     rows: list[Row] = []
     dense: Capacity | None = None
     for pair in (None, *SHOWN_PAIRS):
         turboquant = None if pair is None else TurboQuantConfig(pair)
         try:
-            backends = make_backends(
-                layers, block_size, mx.float16, turboquant, neutral_constants(layers), states
-            )
+            backends, capacity = pages_of(turboquant)
         except UserError as refusal:
             return rows, refusal
-        capacity = holds(backends)
         dense = dense or capacity
         rows.append(_row(backends, pair, capacity, dense, max_model_len, longest))
     return rows, None
 
 
-def _capacity_of(
+_PagesOf = Callable[[TurboQuantConfig | None], tuple[Sequence[AttentionBackend], Capacity]]
+"""The pages of the layers with these formats, dense with None, and what they hold.
+
+Raises:
+    UserError: TurboQuant cannot compress the model.
+"""
+
+
+def _pages_of(
     binding: ModelBinding, page_bytes: int, block_size: int, max_model_len: int
-) -> Callable[[Sequence[AttentionBackend]], Capacity]:
-    """Gives what `page_bytes` hold in the pages of these backends."""
-    if has_one_group(binding.layers, binding.states):
-        return lambda backends: Capacity.of_one_group(backends, page_bytes)
+) -> _PagesOf:
+    layers, states = binding.layers, binding.states
+    constants = neutral_constants(layers)
+    if has_one_group(layers, states):
+
+        def one_group(
+            turboquant: TurboQuantConfig | None,
+        ) -> tuple[Sequence[AttentionBackend], Capacity]:
+            backends = make_backends(layers, block_size, mx.float16, turboquant, constants)
+            return backends, Capacity.of_one_group(backends, page_bytes)
+
+        return one_group
     if sys.modules.get("torch", sys) is None:
         raise NeedsVLLM
     from vllm_metal.model_pages import ModelPages
+    from vllm_metal.options.state_caching import set_state_caching
 
     vllm_config = _quiet_config()
     vllm_config.cache_config.block_size = block_size
+    set_state_caching(vllm_config, bool(states))
 
-    def capacity(backends: Sequence[AttentionBackend]) -> Capacity:
-        pages = ModelPages(vllm_config, backends, binding.states)
-        return pages.capacity(page_bytes, max_model_len)
+    def grouped(
+        turboquant: TurboQuantConfig | None,
+    ) -> tuple[Sequence[AttentionBackend], Capacity]:
+        pages = ModelPages.with_pages(
+            vllm_config, layers, states, mx.float16, turboquant, constants
+        )
+        return pages.backends, pages.capacity(page_bytes, max_model_len)
 
-    return capacity
+    return grouped
 
 
 def _quiet_config() -> "VllmConfig":
@@ -134,6 +160,9 @@ def _row(
         tokens=capacity.tokens,
         max_context=min(capacity.tokens, longest or capacity.tokens),
         requests=round(capacity.requests(max_model_len), 2),
+        match_tokens=capacity.match_tokens,
+        state_bytes=capacity.kept_state_bytes,
+        kept_states=0 if capacity.match_tokens is None else capacity.kept_states(max_model_len),
         kld=loss.kld if pair and (loss := measured_loss(pair)) else None,
     )
 
@@ -162,12 +191,25 @@ def render(rows: Sequence[Row], max_model_len: int) -> str:
         )
         for line in (heads, *lines)
     )
+    if kept := _kept_states(rows):
+        text += f"\n\n{kept}"
     if measured := measured_models():
         text += (
             f"\n\nKLD: mean KL divergence from dense pages, measured on {', '.join(measured)}; "
             "other models lose more or less"
         )
     return text
+
+
+def _kept_states(rows: Sequence[Row]) -> str:
+    """What the prefix cache keeps of a model with recurrent state, in words."""
+    lines = [
+        f"    {row.k_quant}/{row.v_quant}: found at multiples of {row.match_tokens:,} tokens, "
+        f"{format_bytes(row.state_bytes)} of states each, room for {row.kept_states:,}"
+        for row in rows
+        if row.match_tokens is not None
+    ]
+    return "\n".join(["prefixes in the cache, beside one request:", *lines] if lines else [])
 
 
 def measured_models() -> list[str]:

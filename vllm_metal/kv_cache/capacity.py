@@ -5,7 +5,7 @@ The start-up report, the check for too little memory and `vllm-metal plan` ask h
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
 from vllm_metal.attention.state_shape import StateShape
@@ -27,6 +27,11 @@ class Capacity:
     """Groups that draw blocks of their own from the pool; by default one of full attention."""
     step_tokens: int = 0
     """Tokens that a request may hold in addition to a window while a step runs."""
+    max_model_len: int = 0
+    """Tokens of the longest request: what a request may have where all layers are recurrent."""
+    match_tokens: int | None = None
+    """Prefixes of a model with recurrent state are found at multiples of so many tokens; None where
+    there is no such state, or no prefix caching."""
 
     @classmethod
     def of_one_group(cls, backends: Sequence[AttentionBackend], page_bytes: int) -> "Capacity":
@@ -39,12 +44,39 @@ class Capacity:
         return max(0, self.page_bytes // self.bytes_per_block)
 
     @property
+    def spare_blocks(self) -> int:
+        """Blocks that have to be free for copies (`StateGroup.spare_blocks`)."""
+        return sum(group.spare_blocks for group in self._state_groups)
+
+    @property
+    def usable_blocks(self) -> int:
+        """Blocks that requests can hold: without the null block and those for copies."""
+        return max(0, self.num_blocks - 1 - self.spare_blocks)
+
+    def blocks_needed(self, num_tokens: int) -> int:
+        """Blocks of the smallest pool in which a request of `num_tokens` tokens runs."""
+        return 1 + self.spare_blocks + self.blocks_for(num_tokens)
+
+    def without_kept_states(self) -> "Capacity":
+        """The same bytes, where no prefixes are cached."""
+        groups = tuple(
+            replace(group, blocks_held=1, spare_blocks=0)
+            if isinstance(group, StateGroup)
+            else group
+            for group in self.groups
+        )
+        return replace(self, groups=groups, match_tokens=None)
+
+    @property
     def tokens(self) -> int:
         """Length of the one request that fills all blocks."""
-        usable = max(0, self.num_blocks - 1)
+        usable = self.usable_blocks
         if not self.groups:
             return usable * self.block_size
-        lengths = range(usable * max(map(_most_tokens, self.groups)) + 1)
+        sizes = [group.block_size for group in self.groups if isinstance(group, AttentionGroup)]
+        if not sizes:
+            return usable // self.blocks_for(1) * self.max_model_len
+        lengths = range(usable * max(sizes) + 1)
         return max(0, bisect_right(lengths, usable, key=self.blocks_for) - 1)
 
     @property
@@ -55,7 +87,7 @@ class Capacity:
 
     def requests(self, max_model_len: int) -> float:
         """How many requests of `max_model_len` tokens fit."""
-        return max(0, self.num_blocks - 1) / self.blocks_for(max_model_len)
+        return self.usable_blocks / self.blocks_for(max_model_len)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks of one request of `num_tokens` tokens, over all groups."""
@@ -66,6 +98,21 @@ class Capacity:
         """Bytes of one request of `num_tokens` tokens."""
         return self.blocks_for(num_tokens) * self.bytes_per_block
 
+    @property
+    def kept_state_bytes(self) -> int:
+        """Bytes that the states after one prefix take in the prefix cache: a block of each group
+        of states. The keys and values of the prefix come in addition."""
+        return len(self._state_groups) * self.bytes_per_block
+
+    def kept_states(self, max_model_len: int) -> int:
+        """Prefixes whose states fit beside one request of `max_model_len` tokens."""
+        free = self.num_blocks - 1 - self.blocks_for(max_model_len)
+        return max(0, free) // len(self._state_groups)
+
+    @property
+    def _state_groups(self) -> list[StateGroup]:
+        return [group for group in self.groups if isinstance(group, StateGroup)]
+
     def ratio(self, dense: "Capacity", max_model_len: int) -> float:
         """How many times more requests of `max_model_len` tokens fit than in `dense` pages.
 
@@ -75,16 +122,11 @@ class Capacity:
 
     def _blocks_of(self, group: KVGroup, num_tokens: int) -> int:
         if isinstance(group, StateGroup):
-            return 1
+            return group.blocks_held
         if group.sliding_window is None:
             return -(-num_tokens // group.block_size)
         held = min(group.sliding_window - 1 + self.step_tokens, num_tokens)
         return -(-held // group.block_size) + 1  # a window may begin inside a block
-
-
-def _most_tokens(group: KVGroup) -> int:
-    """Tokens of a request that one block covers at most."""
-    return group.block_size if isinstance(group, AttentionGroup) else group.max_tokens or 0
 
 
 def has_one_group(layers: Sequence[LayerShape], states: Sequence[StateShape]) -> bool:

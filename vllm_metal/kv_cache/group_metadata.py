@@ -18,6 +18,9 @@ from vllm_metal.attention.metadata import (
 from vllm_metal.attention.slots import compose_slots
 from vllm_metal.kv_cache.groups import AttentionGroup, KVGroup, StateGroup, rounded_blocks
 
+_NO_LIMIT = np.iinfo(np.int32).max
+"""Tokens in a block that holds the state of a request of any length."""
+
 
 def decode_metadata(
     groups: Sequence[KVGroup],
@@ -31,7 +34,7 @@ def decode_metadata(
     """
     offset = _offset(positions)
     return tuple(
-        StateMetadata(mx.array(table[:, 0]), begins=False)
+        state_rows(group, table, positions)
         if isinstance(group, StateGroup)
         else decode_rows(group, table, positions, offset, query_lens)
         for group, table in zip(groups, block_tables, strict=True)
@@ -46,7 +49,7 @@ def prefill_metadata(
 ) -> tuple[GroupMetadata, ...]:
     """The metadata of a `(1, L)` forward: tokens start .. start + query_len - 1 of a request."""
     return tuple(
-        StateMetadata(mx.array(table[:1]), begins=start == 0)
+        state_chunk(group, table, start, query_len)
         if isinstance(group, StateGroup)
         else prefill_chunk(group, table, start, query_len)
         for group, table in zip(groups, block_tables, strict=True)
@@ -119,6 +122,41 @@ def prefill_chunk(
         query_len=query_len,
         skipped=first * size,
     )
+
+
+def state_rows(
+    group: StateGroup,
+    table: np.ndarray,  # int32 [B, N]
+    positions: np.ndarray,  # int32 [B], of the new tokens
+) -> StateMetadata:
+    """`decode_metadata` for one group of recurrent states."""
+    rows = np.arange(len(positions))
+    return _read_and_write(
+        table[rows, _entry(group, positions - 1)], table[rows, _entry(group, positions)], False
+    )
+
+
+def state_chunk(
+    group: StateGroup,
+    table: np.ndarray,  # int32 [N]
+    start: int,
+    query_len: int,
+) -> StateMetadata:
+    """`prefill_metadata` for one group of recurrent states."""
+    last = np.array([start - 1, start + query_len - 1])
+    read, write = table[_entry(group, last)]
+    return _read_and_write(np.array([read]), np.array([write]), begins=start == 0)
+
+
+def _entry(group: StateGroup, positions: np.ndarray) -> np.ndarray:
+    """Entry of the block table that has the state after the token at each position."""
+    return np.maximum(positions, 0) // (group.block_size or _NO_LIMIT)
+
+
+def _read_and_write(read: np.ndarray, write: np.ndarray, begins: bool) -> StateMetadata:
+    read_ids = mx.array(read)
+    same = np.array_equal(read, write)
+    return StateMetadata(read_ids, read_ids if same else mx.array(write), begins)
 
 
 def _offset(positions: np.ndarray) -> mx.array | int:

@@ -37,11 +37,22 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class StateGroup:
-    """Recurrent states with one block table: a request has one block, whatever its length."""
+    """Recurrent states with one block table.
+
+    Where prefixes are cached, entry p of the table is the block with the state after
+    (p + 1) * `block_size` tokens, or with the newest state if it is the last entry. All other
+    entries may be vLLM's null block: states in between are not kept.
+    """
 
     states: tuple[int, ...]
-    max_tokens: int | None = None
-    """Tokens of the longest request; None where nothing limits it."""
+    block_size: int | None = None
+    """Tokens from one entry of the block table to the next; None where one block holds the newest
+    state of a request, whatever its length."""
+    blocks_held: int = 1
+    """Blocks that a running request holds: its newest state, and where prefixes are cached also the
+    state that the running step reads."""
+    spare_blocks: int = 0
+    """Blocks that have to be free besides, for copies of those in which a cached prefix ends."""
 
     def describe(self) -> str:
         """Text for reports, to stand after a number of groups."""

@@ -131,4 +131,26 @@ def _block_rows(
         ("per request", f"{format_bytes(capacity.bytes_for(max_model_len))} at max_model_len"),
         ("blocks", f"{capacity.num_blocks:,} of {format_bytes(capacity.bytes_per_block)}"),
         ("groups", " + ".join(f"{count} of {kind}" for kind, count in kinds.items())),
+        *_kept_state_rows(capacity, max_model_len),
+    ]
+
+
+def _kept_state_rows(capacity: Capacity, max_model_len: int) -> list[tuple[str, str]]:
+    """What the prefix cache keeps of a model with recurrent state."""
+    if capacity.match_tokens is None:
+        return []
+    found = f"found at multiples of {capacity.match_tokens:,} tokens"
+    if capacity.match_tokens >= max_model_len:
+        found = (
+            f"never found: they end at multiples of {capacity.match_tokens:,} tokens, and "
+            f"max_model_len is {max_model_len:,}"
+        )
+    kept = capacity.kept_states(max_model_len)
+    return [
+        ("prefixes", found),
+        (
+            "kept states",
+            f"{format_bytes(capacity.kept_state_bytes)} for each prefix, beside its tokens; "
+            f"room for {kept:,} beside one request of max_model_len",
+        ),
     ]

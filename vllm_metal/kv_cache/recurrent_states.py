@@ -1,7 +1,8 @@
 """Recurrent states in blocks of the KV cache: read before a forward pass, written after it.
 
-A state is a few arrays of fixed size for each request. Its bytes lie in the one block that the
-request has in the state's group, array after array, as halfwords.
+A state is a few arrays of fixed size for each request. Its bytes lie in one block of the state's
+group, array after array, as halfwords. A step may read a state in one block and write the new one
+to another, so that the first remains for the prefix cache; no state is copied for that.
 
 Letters: B requests.
 """
@@ -44,7 +45,7 @@ class RecurrentStates:
         self._regions = list(regions)
         self._region_of = {state: region for states, region in regions for state in states}
         self._blocks: dict[int, mx.array] = {}
-        """[B] int32, where each state of the running forward pass lies."""
+        """[B] int32, where the running forward pass writes each state."""
         self._old: dict[int, StateArrays] = {}
         self._new: dict[int, mx.array] = {}
         """[B, halfwords] of each state, to be written."""
@@ -60,9 +61,9 @@ class RecurrentStates:
             requests = metadata[group]
             assert isinstance(requests, StateMetadata)
             for state in states:
-                self._blocks[state] = requests.block_ids
+                self._blocks[state] = requests.write_ids
                 if not requests.begins:
-                    self._old[state] = self._read(state, requests.block_ids)
+                    self._old[state] = self._read(state, requests.read_ids)
         if self._old:
             finish(self._old)  # so that nothing but its region holds an array
 

@@ -106,7 +106,7 @@ def require(settings: MemorySettings, plan_of: PlanOf) -> MemoryPlan:
         return plan
     length = settings.max_model_len
     request = capacity.bytes_for(length)
-    needed = request + capacity.bytes_per_block
+    needed = capacity.blocks_needed(length) * capacity.bytes_per_block
     term, size = max(_terms(plan, needed).items(), key=lambda item: item[1])
     remedies = list(_remedies(settings, plan_of, plan, capacity, term))
     raise UserError(
@@ -126,15 +126,21 @@ def require(settings: MemorySettings, plan_of: PlanOf) -> MemoryPlan:
 def _require_blocks(settings: MemorySettings, capacity: Capacity) -> None:
     blocks, length = settings.num_gpu_blocks_override, settings.max_model_len
     length = 1 if settings.fits_length else length
-    needed = 1 + -(-capacity.bytes_for(length) // capacity.bytes_per_block)
+    needed = capacity.blocks_needed(length)
     if blocks is not None and blocks < needed:
         raise UserError(
             f"--num-gpu-blocks-override {blocks} is too small",
             [
-                f"one request of {length} tokens needs {needed - 1} blocks, and vLLM keeps one",
+                f"one request of {length} tokens needs {needed - 1} blocks"
+                f"{_copies(capacity)}, and vLLM keeps one",
                 f"remedy: --num-gpu-blocks-override {needed} or more, or leave the option out",
             ],
         )
+
+
+def _copies(capacity: Capacity) -> str:
+    spare = capacity.spare_blocks
+    return f" ({spare} of them for copies of blocks in which a cached prefix ends)" * bool(spare)
 
 
 _WEIGHTS = "the weights"
@@ -174,8 +180,9 @@ def _remedies(
         return _fits(changed, holds, USEFUL_LENGTH)
 
     if settings.kv_cache_memory_bytes is not None:
-        needed = capacity.bytes_for(settings.max_model_len) + capacity.bytes_per_block
+        needed = capacity.blocks_needed(settings.max_model_len) * capacity.bytes_per_block
         yield from _length(settings, helps)
+        yield from _no_prefix_caching(settings, capacity)
         yield f"--kv-cache-memory-bytes {needed} or more"
         return
     found = {
@@ -189,6 +196,7 @@ def _remedies(
     if term == _OTHERS:
         yield "end other programs"
     yield from options
+    yield from _no_prefix_caching(settings, capacity)
     if term == _WEIGHTS or not options:
         yield "a smaller model, or weights that mlx_lm.convert has quantised to fewer bits"
 
@@ -238,6 +246,12 @@ def _chunk_and_length(settings: MemorySettings, helps: Callable[..., bool]) -> I
 
 def _options(changes: dict[str, int]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+
+
+def _no_prefix_caching(settings: MemorySettings, capacity: Capacity) -> Iterator[str]:
+    """Helps a model with recurrent state, of which a request then holds half as many blocks."""
+    if _fits(settings, capacity.without_kept_states(), USEFUL_LENGTH):
+        yield "--no-enable-prefix-caching"
 
 
 def _utilization(settings: MemorySettings, helps: Callable[..., bool]) -> Iterator[str]:

@@ -28,6 +28,7 @@ from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, KVGroup, Reg
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
 KV_CACHE_LAYOUT = "LBNHC"
 """vLLM's name for one region per layer, block-major inside it."""
@@ -68,6 +69,25 @@ class TurboQuantSlidingWindowSpec(_Formats, SlidingWindowSpec):
     """A sliding window over compressed pages."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeptStateSpec(MambaSpec):
+    """A recurrent state whose blocks the prefix cache keeps (vLLM's mode "align").
+
+    vLLM admits a request only if there are free blocks for all that it will hold and for what it
+    copies first. Where a prefix ends inside of blocks, the request gets copies of these blocks, one
+    in each group. vLLM's own spec leaves these out, and a request would wait for ever in a pool
+    that holds it but not the copies.
+    """
+
+    spare_blocks: int = 0
+    """Blocks for such copies: this group's own, and its share of those of attention groups."""
+
+    def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
+        """Bytes that have to be free for the states of one request."""
+        copies = self.spare_blocks * self.page_size_bytes
+        return super().max_memory_usage_bytes(vllm_config) + copies
+
+
 def layer_name(layer: int) -> str:
     """Name of an attention layer towards vLLM."""
     return f"layers.{layer}"
@@ -83,6 +103,7 @@ def kv_cache_specs(
     dtype: torch.dtype,
     states: Sequence[StateShape] = (),
     max_model_len: int = 0,
+    state_block_size: int | None = None,
 ) -> dict[str, KVCacheSpec]:
     """One spec for each layer and each recurrent state.
 
@@ -90,7 +111,10 @@ def kv_cache_specs(
         backends: one for each attention layer.
         dtype: element type of the model.
         states: shapes of the recurrent states.
-        max_model_len: tokens that the one block of a recurrent state is said to hold.
+        max_model_len: tokens that the one block of a recurrent state is said to hold where no
+            prefixes of such a model are cached.
+        state_block_size: tokens between two states that the prefix cache may keep; None where it
+            keeps none.
     """
     page_bytes = max(
         [state.page_bytes for state in states] + [b.page_size_bytes for b in backends], default=0
@@ -99,13 +123,28 @@ def kv_cache_specs(
         layer_name(layer): _attention_spec(backend, dtype) for layer, backend in enumerate(backends)
     }
     for i, state in enumerate(states):
-        specs[state_name(i)] = MambaSpec(
-            block_size=max_model_len,
+        kind = KeptStateSpec if state_block_size else MambaSpec
+        specs[state_name(i)] = kind(
+            block_size=state_block_size or max_model_len,
             shapes=((state.page_bytes,),),
             dtypes=(torch.uint8,),
             page_size_padded=page_bytes if page_bytes > state.page_bytes else None,
+            mamba_cache_mode="align" if state_block_size else "none",
         )
     return specs
+
+
+def with_spare_blocks(
+    vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec]
+) -> dict[str, KVCacheSpec]:
+    """The same specs, with room for copies of the blocks in which prefixes end."""
+    groups = _groups(vllm_config, specs)
+    states = sum(isinstance(group.kv_cache_spec, MambaSpec) for group in groups)
+    copied = -(-len(groups) // states)
+    return {
+        name: replace(spec, spare_blocks=copied) if isinstance(spec, KeptStateSpec) else spec
+        for name, spec in specs.items()
+    }
 
 
 def _attention_spec(backend: AttentionBackend, dtype: torch.dtype) -> KVCacheSpec:
@@ -146,7 +185,11 @@ def cache_layout(planned: KVCacheConfig) -> CacheLayout:
         spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
         layers, states = _numbers(group.layer_names)
         if states:
-            groups.append(StateGroup(states, max_tokens=spec.block_size))
+            assert isinstance(spec, MambaSpec)
+            held, spare = 1, 0
+            if isinstance(spec, KeptStateSpec):
+                held, spare = 2, spec.spare_blocks
+            groups.append(StateGroup(states, spec.block_size, held, spare))
             continue
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
         groups.append(AttentionGroup(spec.block_size, layers, window))
@@ -167,22 +210,40 @@ def cache_layout(planned: KVCacheConfig) -> CacheLayout:
     return CacheLayout(tuple(groups), tuple(regions))
 
 
-def capacity(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec], page_bytes: int) -> Capacity:
+def capacity(
+    vllm_config: "VllmConfig",
+    specs: dict[str, KVCacheSpec],
+    page_bytes: int,
+    max_model_len: int = 0,
+) -> Capacity:
     """What fits in `page_bytes`, by vLLM's own grouping of the layers.
 
     It works before vLLM has settled the layout, too, as in the process that serves `/metrics`.
     """
-    vllm_config = copy(vllm_config)
-    vllm_config.cache_config = copy(vllm_config.cache_config)
-    vllm_config.cache_config.kv_cache_layout = KV_CACHE_LAYOUT
-    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    vllm_config = _with_layout(vllm_config)
+    groups = _groups(vllm_config, specs)
     layout = cache_layout(get_kv_cache_config_from_groups(vllm_config, groups, 1 << 50))
     bytes_per_block = sum(region.page_bytes for region in layout.regions)
     block_size = next(iter(iter_layer_specs(groups[0].kv_cache_spec))).block_size
     if len(layout.groups) == 1 and is_full_attention_spec(groups[0].kv_cache_spec):
         return Capacity(page_bytes, bytes_per_block, block_size)
     step_tokens = vllm_config.max_in_flight_tokens
-    return Capacity(page_bytes, bytes_per_block, block_size, layout.groups, step_tokens)
+    return Capacity(
+        page_bytes, bytes_per_block, block_size, layout.groups, step_tokens, max_model_len
+    )
+
+
+def _with_layout(vllm_config: "VllmConfig") -> "VllmConfig":
+    """A copy for vLLM's planner, which asks for a layout that is settled."""
+    vllm_config = copy(vllm_config)
+    vllm_config.cache_config = copy(vllm_config.cache_config)
+    vllm_config.cache_config.kv_cache_layout = KV_CACHE_LAYOUT
+    return vllm_config
+
+
+def _groups(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec]) -> "list[KVCacheGroupSpec]":
+    """vLLM's grouping of the layers."""
+    return get_kv_cache_groups(_with_layout(vllm_config), dict(specs))
 
 
 @dataclass(frozen=True)
@@ -190,7 +251,7 @@ class BlockTableSize:
     """The block table of one KV group, as vLLM's `InputBatch` holds it."""
 
     block_size: int
-    """Tokens that a block covers; all tokens of a request where the layers are recurrent."""
+    """Tokens from one entry of the table to the next."""
     num_blocks: int
     """Blocks of the longest request, freed ones included."""
 

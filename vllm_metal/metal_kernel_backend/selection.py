@@ -8,7 +8,7 @@ from functools import cache
 import mlx.core as mx
 
 from vllm_metal.attention.backend import AttentionBackend, LayerShape
-from vllm_metal.attention.page_sizes import PageSize, TokenBytes, page_sizes
+from vllm_metal.attention.page_sizes import PageSize, StateCaching, TokenBytes, page_sizes
 from vllm_metal.attention.state_shape import StateShape
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.dense.fused import DenseFused, obstacle
@@ -35,6 +35,7 @@ def make_backends(
     turboquant: TurboQuantConfig | None,
     calibrate: Calibrate,
     states: Sequence[StateShape] = (),
+    caching: StateCaching | None = None,
 ) -> list[AttentionBackend]:
     """One backend for each layer.
 
@@ -45,6 +46,7 @@ def make_backends(
         turboquant: formats, and the layers to leave dense; None: all dense.
         calibrate: asked for the constants where a layer is compressed.
         states: recurrent states that share pages with the layers.
+        caching: how prefixes are cached beside states; None where they are not.
 
     Raises:
         UserError: a layer that is to be compressed cannot be; gives every reason.
@@ -54,7 +56,7 @@ def make_backends(
         TokenBytes(shape.num_kv_heads * _slot_size(shape, pair, dense_dtype), shape.sliding_window)
         for shape, pair in zip(shapes, formats, strict=True)
     ]
-    pages = page_sizes(layers, [state.page_bytes for state in states], block_size)
+    pages = page_sizes(layers, [state.page_bytes for state in states], block_size, caching)
     kinds = {
         (replace(shape, sliding_window=None), pair)
         for shape, pair in zip(shapes, formats, strict=True)

@@ -64,8 +64,12 @@ def of_forward_peaks(vllm_config: "VllmConfig") -> dict[str, Any]:
         "additional_config": vllm_config.additional_config,
         "kv_cache_dtype": cache.cache_dtype,
         "block_size": cache.block_size,
+        "mamba_cache_mode": cache.mamba_cache_mode,
+        "prefix_match_unit": cache.prefix_match_unit,
         "max_model_len": vllm_config.model_config.max_model_len,
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
+        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
         "max_num_seqs": scheduler.max_num_seqs,
         "num_speculative_tokens": vllm_config.num_speculative_tokens,
     }

@@ -75,7 +75,7 @@ def collect_key_samples(
     kv_cache = KVCache(backends, 1 + num_blocks, binding.states)
     table, slots = mx.arange(1, 1 + num_blocks)[None], mx.arange(BLOCK_SIZE, BLOCK_SIZE + length)
     chunk = PrefillMetadata(table, slots, 0, length, skipped=offset)
-    states = StateMetadata(mx.array([1]), begins=True)
+    states = StateMetadata(mx.array([1]), mx.array([1]), begins=True)
     metadata: list[GroupMetadata] = [
         states if isinstance(group, StateGroup) else chunk for group in kv_cache.groups
     ]
