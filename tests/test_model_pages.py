@@ -66,3 +66,34 @@ def test_no_engine_and_no_model_is_needed(make_config):
     pages = mx.float16, TurboQuantConfig(parse_pair("q8_0/q3_0")), neutral_constants([FULL])
     assert ModelPages.with_pages(config, [FULL], [], *pages).ratio(100) == 256 / 92
     assert config.cache_config.kv_cache_layout is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"skip_layers": [0]}], ids=["all compressed", "one dense"]
+)
+@pytest.mark.parametrize("state", [STATE, StateShape(((500, 100),), (mx.float32,))], ids=str)
+def test_states_are_kept_at_the_ends_of_the_smallest_block(compressing, settings, state):
+    """vLLM's scheduler ends chunks there; at any other place it would serve wrong states."""
+    compressing.additional_config = TURBOQUANT | settings
+    compressing.cache_config.mamba_cache_mode = "align"
+    pages = cache_of(compressing, [FULL] * 3, [state] * 2)
+    smallest = min(backend.block_size for backend in pages.backends)
+    specs = pages.specs(4096)
+    assert {specs[f"states.{i}"].block_size for i in range(2)} == {smallest}
+    assert min(spec.block_size for spec in specs.values()) == smallest
+    assert pages.match_unit == pages.match_tokens
+    assert smallest % pages.match_unit == 0 and 8 <= pages.match_unit <= 64
+
+
+def test_where_prefixes_are_found(make_config):
+    config = make_config()
+    assert cache_of(config, [FULL], [STATE]).match_tokens is None  # states are not kept
+    config.cache_config.mamba_cache_mode = "align"
+    assert cache_of(config, [FULL]).match_tokens is None  # no states
+    window = cache_of(config, [FULL, WINDOW], [STATE])
+    assert window.match_unit is None and window.match_tokens == window.state_block_size
+    alone = cache_of(config, [], [STATE])
+    assert (alone.match_unit, alone.match_tokens, alone.state_block_size) == (None, 16, 16)
+    config.cache_config.prefix_match_unit = 24
+    given = cache_of(config, [FULL], [STATE])
+    assert (given.match_unit, given.match_tokens) == (24, 24) and given.state_block_size % 24 == 0

@@ -98,3 +98,17 @@ def test_requests_of_states_alone_are_of_any_length():
     capacity = Capacity(1000, 100, 512, (StateGroup((0, 1), 512),), max_model_len=512)
     assert capacity.requests(512) == 9
     assert capacity.tokens == 9 * 512
+
+
+def test_kept_states_take_blocks_of_the_pool():
+    """Two groups of states: a request holds two blocks of each, and copies need two more."""
+    states = [StateGroup((i,), 64, blocks_held=2, spare_blocks=2) for i in range(2)]
+    capacity = Capacity(2050, 100, 64, (AttentionGroup(64, layers=(0,)), *states))
+    assert capacity.blocks_for(128) == 2 + 4
+    assert capacity.blocks_needed(128) == 1 + 4 + 6
+    assert capacity.requests(128) == (20 - 1 - 4) / 6
+    assert capacity.tokens == (20 - 1 - 4 - 4) * 64
+    assert capacity.kept_state_bytes == 200
+    assert capacity.kept_states(128) == (20 - 1 - 6) // 2
+    alone = capacity.without_kept_states()
+    assert alone.blocks_for(128) == 2 + 2 and alone.blocks_needed(128) == 5

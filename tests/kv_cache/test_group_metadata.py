@@ -71,3 +71,31 @@ def test_a_chunk_in_a_window_keeps_what_its_first_token_sees():
     assert window.slot_mapping.tolist() == [23 * 4 + 2, 23 * 4 + 3, 24 * 4, 24 * 4 + 1, 24 * 4 + 2]
     assert not states.begins
     assert prefill_metadata(GROUPS, tables, 0, 5)[2].begins
+
+
+KEPT = StateGroup((0,), block_size=8, blocks_held=2)
+KEPT_TABLE = np.array([0, 0, 7, 13], np.int32)
+"""States after 24 tokens, and the newest of up to 32; the first two are not kept."""
+
+
+def test_a_chunk_reads_the_state_before_it_and_writes_the_one_at_its_end():
+    for start, query_len, read, write in [
+        (24, 8, 7, 13),  # after a kept state, which stays
+        (24, 1, 7, 13),
+        (26, 3, 13, 13),
+        (23, 1, 7, 7),  # that completes the block
+        (16, 9, 0, 13),
+    ]:
+        [states] = prefill_metadata([KEPT], [KEPT_TABLE], start, query_len)
+        assert (states.read_ids.tolist(), states.write_ids.tolist()) == ([read], [write])
+        assert not states.begins
+    [states] = prefill_metadata([KEPT], [KEPT_TABLE], 0, 24)
+    assert states.begins and states.write_ids.tolist() == [7]
+
+
+def test_each_row_of_a_decode_reads_and_writes_states_of_its_own():
+    table = np.stack([KEPT_TABLE, np.array([4, 5, 0, 0], np.int32)])
+    [states] = decode_metadata([KEPT], [table], np.array([24, 8], np.int32))
+    assert (states.read_ids.tolist(), states.write_ids.tolist()) == ([7, 4], [13, 5])
+    [states] = decode_metadata([KEPT], [table], np.array([25, 15], np.int32))
+    assert states.read_ids is states.write_ids and states.read_ids.tolist() == [13, 5]

@@ -124,3 +124,21 @@ def test_the_ratio_is_that_of_the_whole_cache():
     rows = rows_of(report(plan(), ["turboquant"], summary, blocks, dense, 1024))
     assert rows["ratio"].startswith(f"{(64 + 1) / (16 + 1):.2f}x ")
     assert rows["per request"] == "17.00 MiB at max_model_len"
+
+
+@pytest.mark.parametrize(
+    ("match_tokens", "found"),
+    [
+        (64, "found at multiples of 64 tokens"),
+        (1088, "never found: they end at multiples of 1,088 tokens, and max_model_len is 1,024"),
+    ],
+)
+def test_the_report_says_what_a_kept_state_takes(match_tokens, found):
+    groups = AttentionGroup(64, layers=(0,)), StateGroup((0,), 64, 2, 2), StateGroup((1,), 64, 2, 2)
+    blocks = Capacity(100 * MIB, MIB, 64, groups, match_tokens=match_tokens)
+    rows = rows_of(report(plan(), ["dense"], CacheSummary(1, 0, 1, 1, 1), blocks, blocks, 1024))
+    assert rows["prefixes"] == found
+    assert rows["kept states"] == (
+        "2.00 MiB for each prefix, beside its tokens; room for 39 beside one request of "
+        "max_model_len"
+    )

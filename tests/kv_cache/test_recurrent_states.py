@@ -92,3 +92,21 @@ def test_a_state_that_a_model_forgets_to_set_is_an_error():
     cache.begin([2], [3], begins=True)
     with pytest.raises(AssertionError, match="not set an array"):
         cache.states.keep(0, [None, None, mx.zeros((1, 4))])
+
+
+def test_a_state_is_read_in_one_block_and_written_to_another():
+    cache = Cache()
+    cache.run([2], [3], 7.0, begins=True)
+    old, new = mx.array([2]), mx.array([5])
+    other = StateMetadata(mx.array([3]), mx.array([6]), False)
+    metadata = [None, StateMetadata(old, new, False), other]
+    cache.states.begin_forward(metadata)
+    assert cache.states.old(0)[0][0, 0, 0].item() == 7
+    cache.states.keep(0, [mx.full((1, 2, 3), 8.0), None, mx.full((1, 4), 8.0, mx.bfloat16)])
+    for state in (1, 2):
+        cache.states.keep(state, [mx.full((1, 5), 8.0)])
+    mx.eval(cache.states.kept)
+    cache.states.write()
+    for block, value in ((2, 7), (5, 8)):
+        cache.begin([block], [3])
+        assert cache.states.old(0)[0][0, 0, 0].item() == value
