@@ -1,7 +1,6 @@
 """The vLLM platform: device facts, refusals and defaults.
 
-Runs in every process that vLLM starts, also in those that never load a model, so MLX is not
-imported here.
+Runs in every process that vLLM starts, so MLX is not imported here.
 """
 
 import json
@@ -22,7 +21,7 @@ from vllm_metal.errors import UserError
 from vllm_metal.machine import cache_folder, device, engine_process, torch_accelerator
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
-from vllm_metal.options import check, scheduler_class, structured_outputs
+from vllm_metal.options import check, kv_store, scheduler_class, structured_outputs
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -171,6 +170,7 @@ class MetalPlatform(Platform):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         torch_accelerator.disable_cache_release()
+        kv_store.set_connector(vllm_config, has_state)
         if has_state:
             _disable_prefix_caching(vllm_config)
 
@@ -185,7 +185,7 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
         )
     except UserError as error:
         reasons += error.reasons
-    reasons += check.refusals(vllm_config)
+    reasons += check.refusals(vllm_config) + kv_store.refusals(vllm_config)
     blocks = vllm_config.cache_config.num_gpu_blocks_override
     if blocks is not None and blocks < 2:
         reasons.append(

@@ -9,11 +9,9 @@ step. Requests that go on decoding read nothing but what earlier steps wrote: th
 Prompt chunks follow in the scheduler's order, in which whoever fills a block precedes whoever was
 given it.
 
-A greedy step stays in MLX and is handed back before it is computed (`PendingTokens`): vLLM
-schedules the next step and its graph is built on the lazy tokens meanwhile. Where kernels write all
-pages, that step is dispatched at once (`steps_in_flight`). Elsewhere it is dispatched when the
-previous step is finished, so that every page array has one holder and is written in place
-(`kv_cache/cache.py`).
+A greedy step is handed back before MLX has computed it (`PendingTokens`): vLLM schedules the next
+step meanwhile, and its graph is built on the lazy tokens. `steps_in_flight` and `kv_cache/cache.py`
+say when it is dispatched.
 """
 
 from collections.abc import Sequence
@@ -25,12 +23,14 @@ import torch
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
+    KVConnectorOutput,
     LogprobsTensors,
     ModelRunnerOutput,
 )
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_metal.kv_cache.spec import BlockTableSize
+from vllm_metal.kv_store.transfers import PageTransfers
 from vllm_metal.model.model_binding import BoundModel, RowLogits
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.decode_forward import DecodeForward
@@ -51,6 +51,8 @@ class _Step:
     """The state that `execute_model` leaves for `sample_tokens`."""
 
     scheduled: "SchedulerOutput"
+    transferred: KVConnectorOutput | None = None
+    """What vLLM's scheduler is told about pages on disk."""
     logits: dict[int, mx.array] = field(default_factory=dict)
     """Row of the batch -> its logits [1, vocabulary], of rows that sample."""
     decode_rows: list[int] = field(default_factory=list)
@@ -70,6 +72,7 @@ class ModelRunner:
         decode: how it decodes.
         block_tables: sizes for each KV group.
         dispatch: starts the evaluation of a step.
+        transfers: keeps pages on disk; None where none are kept.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class ModelRunner:
         decode: DecodeForward,
         block_tables: Sequence[BlockTableSize],
         dispatch: Dispatch,
+        transfers: PageTransfers | None = None,
     ):
         self.bound_model = model  # not `model`: there vLLM expects a torch module
         self.kv_cache = model.kv_cache
@@ -88,7 +92,8 @@ class ModelRunner:
         config = vllm_config.model_config
         self._sampler = TorchSampler(config.logprobs_mode, config.use_fp64_gumbel)
         self._dispatch = dispatch
-        self._report_nans = reporter(vllm_config)
+        self._transfers = transfers
+        self._report_nans = reporter(vllm_config, transfers.discard if transfers else None)
         self._in_flight = StepsInFlight(self.batch)
         self._step: _Step | None = None
 
@@ -97,14 +102,17 @@ class ModelRunner:
         self._in_flight.finish(but=1)
         if not self._can_run_ahead(scheduled):
             self._in_flight.finish()
+        transferred = None
+        if self._transfers is not None:
+            transferred = self._transfers.begin_step(scheduled, self._in_flight.finish)
         pending = self._in_flight.newest
         self.batch.update(scheduled)
         if scheduled.kv_cache_block_copies:
             self._in_flight.finish()
             self.kv_cache.copy_blocks(scheduled.kv_cache_block_copies)
         if not scheduled.total_num_scheduled_tokens:
-            return EMPTY_MODEL_RUNNER_OUTPUT
-        step = _Step(scheduled)
+            return ModelRunnerOutput.with_kv_conn_output_only(transferred)
+        step = _Step(scheduled, transferred)
         chunks = []
         for req_id, num_scheduled in scheduled.num_scheduled_tokens.items():
             row = self.batch.rows.req_id_to_index[req_id]
@@ -132,12 +140,17 @@ class ModelRunner:
             req_ids=list(self.batch.rows.req_ids),
             req_id_to_index=dict(self.batch.rows.req_id_to_index),
             prompt_logprobs_dict=step.prompt_logprobs,
+            kv_connector_output=step.transferred,
         )
         if self.batch.samples_in_torch or grammar is not None:
             return self._sample_in_torch(step, grammar, output)
         return self._sample_in_mlx(step, output)
 
-    # Forward passes, in the order of a step.
+    def close(self) -> None:
+        """Ends the steps in flight, and writes to disk what is kept there."""
+        self._in_flight.finish()
+        if self._transfers is not None:
+            self._transfers.close()
 
     def _can_run_ahead(self, scheduled: "SchedulerOutput") -> bool:
         """Whether this step needs no token of the previous one on the host.
@@ -194,8 +207,6 @@ class ModelRunner:
                 self.kv_cache.evaluate(logits[-1])
         step.decode_rows = [row for part in parts for row in part]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
-
-    # Sampling.
 
     def _sample_in_mlx(
         self, step: _Step, output: ModelRunnerOutput
