@@ -15,7 +15,7 @@ LADDER = [
     ["machine", "options"],
     ["attention"],
     ["kv_cache", "metal_kernel_backend"],
-    ["config", "model"],
+    ["config", "kv_store", "model"],
     ["model_pages"],
     ["runner", "startup"],
     ["benchmark", "commands", "evaluation"],

@@ -16,6 +16,7 @@ from vllm_metal.metal_kernel_backend.turboquant.formats import (
     FormatPair,
     parse_pair,
 )
+from vllm_metal.options import kv_store
 
 DENSE_DTYPES = ("auto", "float16", "bfloat16")
 """Values of `--kv-cache-dtype` that select dense pages; `auto` is the model's type."""
@@ -49,11 +50,13 @@ def parse(additional_config: object, cache_dtype: str) -> TurboQuantConfig | Non
             [f"additional_config: {additional_config!r} is not a JSON object"],
         )
     given = dict(additional_config or {})
+    allowed_keys = ", ".join((*_CHECKS, *kv_store.KEYS))
     reasons = [
-        f"additional_config: unknown key {key!r} (allowed keys: {', '.join(_CHECKS)})"
+        f"additional_config: unknown key {key!r} (allowed keys: {allowed_keys})"
         for key in given
-        if key not in _CHECKS
+        if key not in (*_CHECKS, *kv_store.KEYS)
     ]
+    reasons += kv_store.problems(given, "additional_config")
     for key, check in _CHECKS.items():
         if key in given and (problem := check(given[key])):
             reasons.append(f"additional_config: {key}: {problem}")

@@ -1,7 +1,6 @@
 """The vLLM platform: device facts, refusals and defaults.
 
-Runs in every process that vLLM starts, also in those that never load a model, so MLX is not
-imported here.
+Runs in every process that vLLM starts, so MLX is not imported here.
 """
 
 import json
@@ -24,6 +23,7 @@ from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.model import checkpoint_refusals
 from vllm_metal.options import (
     check,
+    kv_store,
     scheduler_class,
     speculation,
     state_caching,
@@ -176,6 +176,7 @@ class MetalPlatform(Platform):
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         torch_accelerator.disable_cache_release()
+        kv_store.set_connector(vllm_config, has_state)
         if has_state:
             speculation.require_attention_alone(vllm_config)
         state_caching.set_state_caching(vllm_config, has_state)
@@ -191,7 +192,8 @@ def unsupported(vllm_config: "VllmConfig") -> list[str]:
         )
     except UserError as error:
         reasons += error.reasons
-    reasons += check.refusals(vllm_config) + speculation.refusals(vllm_config)
+    for part in (check, kv_store, speculation):
+        reasons += part.refusals(vllm_config)
     blocks = vllm_config.cache_config.num_gpu_blocks_override
     if blocks is not None and blocks < 2:
         reasons.append(

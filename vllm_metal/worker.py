@@ -21,6 +21,7 @@ from vllm_metal.kv_cache.group_metadata import gathered_tokens
 from vllm_metal.kv_cache.remedies import MemorySettings
 from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_sizes, cache_layout
 from vllm_metal.kv_cache.workspace import StepMemory, most_decode_rows, scoring_bytes
+from vllm_metal.kv_store.connector import StoreHandshake, handshake, make_transfers
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
@@ -74,11 +75,8 @@ class MetalWorker(WorkerBase):
         config = self.model_config
         source = model_loader.ModelSource.of(config)
         folder = model_loader.model_folder(source.model, source.revision)
-        depends_on = dependencies.of_server(
-            folder,
-            source.config().written,
-            config.dtype,
-            self.metal_device,
+        self._of_server = depends_on = dependencies.of_server(
+            folder, source.config().written, config.dtype, self.metal_device
         )
         kept = startup_cache_folder()
         self.results = ResultCache(kept, depends_on)
@@ -133,6 +131,7 @@ class MetalWorker(WorkerBase):
         mx.set_cache_limit(self.plan.workspace)
         mx.set_memory_limit(mx.get_active_memory() + self.plan.workspace)
         self._block_tables = block_table_sizes(self.vllm_config, kv_cache_config)
+        self.transfers = make_transfers(self.vllm_config, self.kv_cache, self._of_server)
         # Graphs from here on belong to the stream that this sets.
         self._dispatch = make_dispatch(self.kv_cache.stores_through)
         logger.info(
@@ -156,6 +155,7 @@ class MetalWorker(WorkerBase):
             self._decode_forward(model, most_tokens),
             self._block_tables,
             self._dispatch,
+            self.transfers,
         )
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
@@ -196,7 +196,15 @@ class MetalWorker(WorkerBase):
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Nothing was given away."""
 
+    def get_kv_connector_handshake_metadata(
+        self,
+    ) -> "dict[tuple[int, int], StoreHandshake] | None":
+        """What the scheduler's half of the store of pages needs; None where there is none."""
+        return handshake(self.transfers)
+
     def shutdown(self) -> None:
+        if getattr(self, "model_runner", None) is not None:  # a start that fails has none
+            self.model_runner.close()
         self.model_runner = None  # type: ignore[assignment]
 
     def _make_cache(self) -> ModelPages:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from vllm_metal.attention.backend import AttentionBackend, Pages
 from vllm_metal.attention.metadata import AttentionMetadata, GroupMetadata, StateMetadata
@@ -158,6 +159,33 @@ class KVCache:
         for region in self._regions:
             region.copy(sources, destinations)
         finish(self.arrays)
+
+    def block_bytes(self, group: int) -> int:
+        """Bytes of one block of a group of attention layers: a page of each of its layers."""
+        return sum(region.page_bytes for region in self._regions_of_group(group))
+
+    def read_blocks(self, group: int, blocks: Sequence[int]) -> np.ndarray:
+        """A copy of the bytes of some blocks of a group, [blocks, `block_bytes`] uint8.
+
+        Only where no step is in flight: see `StepsInFlight.finish`.
+        """
+        regions = self._regions_of_group(group)
+        return np.concatenate([region.read(list(blocks)) for region in regions], axis=1)
+
+    def write_blocks(self, group: int, blocks: Sequence[int], content: np.ndarray) -> None:
+        """Writes what `read_blocks` has read, maybe in another process; only as it reads."""
+        start = 0
+        for region in self._regions_of_group(group):
+            end = start + region.page_bytes
+            region.write(list(blocks), content[:, start:end])
+            start = end
+        finish(self.arrays)
+
+    def _regions_of_group(self, group: int) -> list[RegionMemory]:
+        """In the order of the group's layers."""
+        found = self.groups[group]
+        assert isinstance(found, AttentionGroup)
+        return [self._region_of_layer[layer] for layer in found.layers]
 
     def _all_store_through(self, layers: Sequence[int]) -> bool:
         return all(self.backends[layer].stores_through for layer in layers)

@@ -1,6 +1,7 @@
 """The memory of one region: an array with the pages of its blocks one after another."""
 
 import mlx.core as mx
+import numpy as np
 
 
 class RegionMemory:
@@ -16,6 +17,7 @@ class RegionMemory:
         [dtype] = dtypes if len(dtypes) == 1 else {mx.uint16}
         self.array = mx.zeros((num_blocks, page_bytes // dtype.size), dtype)
         self.dtype = dtype
+        self.page_bytes = page_bytes
         self.writer: int | None = None
         """The layer that wrote last in this forward pass."""
 
@@ -32,6 +34,18 @@ class RegionMemory:
         blocks = self.array[mx.array(sources)]
         finish(blocks)  # read before the write, or MLX copies the whole array
         self.array[mx.array(destinations)] = blocks
+
+    def read(self, blocks: list[int]) -> np.ndarray:
+        """The bytes of some blocks, [blocks, page bytes] uint8: a copy."""
+        rows = self.array[mx.array(blocks)].view(mx.uint8)
+        finish(rows)
+        return np.array(rows)
+
+    def write(self, blocks: list[int], pages: np.ndarray) -> None:
+        """Writes bytes as `read` gives them, in place; the caller evaluates the array."""
+        rows = mx.array(np.ascontiguousarray(pages)).view(self.dtype)
+        finish(rows)
+        self.array[mx.array(blocks)] = rows
 
 
 def finish(*arrays) -> None:

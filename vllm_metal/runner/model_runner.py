@@ -30,12 +30,14 @@ from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
     DraftTokenIds,
+    KVConnectorOutput,
     LogprobsTensors,
     ModelRunnerOutput,
 )
 from vllm.v1.structured_output.utils import apply_grammar_bitmask
 
 from vllm_metal.kv_cache.spec import BlockTableSize
+from vllm_metal.kv_store.transfers import PageTransfers
 from vllm_metal.model.model_binding import BoundModel, RowLogits
 from vllm_metal.runner import forward_inputs
 from vllm_metal.runner.acceptance import Gains, greedy_gains, sampled_gains
@@ -59,6 +61,8 @@ class _Step:
     """The state that `execute_model` leaves for `sample_tokens`."""
 
     scheduled: "SchedulerOutput"
+    transferred: KVConnectorOutput | None = None
+    """What vLLM's scheduler is told about pages on disk."""
     logits: list[tuple[list[Segment], mx.array]] = field(default_factory=list)
     """Of each forward pass: its segments, and the logits [.., vocabulary] of their positions that
     sample. A segment that decodes and does not sample has one row."""
@@ -81,6 +85,7 @@ class ModelRunner:
         decode: how it decodes.
         block_tables: sizes for each KV group.
         dispatch: starts the evaluation of a step.
+        transfers: keeps pages on disk; None where none are kept.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class ModelRunner:
         decode: DecodeForward,
         block_tables: Sequence[BlockTableSize],
         dispatch: Dispatch,
+        transfers: PageTransfers | None = None,
     ):
         self.bound_model = model  # not `model`: there vLLM expects a torch module
         self.kv_cache = model.kv_cache
@@ -99,7 +105,8 @@ class ModelRunner:
         config = vllm_config.model_config
         self._sampler = TorchSampler(config.logprobs_mode, config.use_fp64_gumbel)
         self._dispatch = dispatch
-        self._report_nans = reporter(vllm_config)
+        self._transfers = transfers
+        self._report_nans = reporter(vllm_config, transfers.discard if transfers else None)
         self._in_flight = StepsInFlight(self.batch)
         self._step: _Step | None = None
         self._proposer = make_proposer(vllm_config)
@@ -111,14 +118,17 @@ class ModelRunner:
         self._in_flight.finish(but=1)
         if not self._can_run_ahead(scheduled):
             self._in_flight.finish()
+        transferred = None
+        if self._transfers is not None:
+            transferred = self._transfers.begin_step(scheduled, self._in_flight.finish)
         pending = self._in_flight.newest
         self.batch.update(scheduled)
         if scheduled.kv_cache_block_copies:
             self._in_flight.finish()
             self.kv_cache.copy_blocks(scheduled.kv_cache_block_copies)
         if not scheduled.total_num_scheduled_tokens:
-            return EMPTY_MODEL_RUNNER_OUTPUT
-        step, segments = _Step(scheduled), self.batch.segments(scheduled)
+            return ModelRunnerOutput.with_kv_conn_output_only(transferred)
+        step, segments = _Step(scheduled, transferred), self.batch.segments(scheduled)
         decodes = [segment for segment in segments if segment.kind is Kind.DECODE]
         chunks = [segment for segment in segments if segment.kind is Kind.CHUNK]
         if decodes:
@@ -144,6 +154,7 @@ class ModelRunner:
             req_ids=list(self.batch.rows.req_ids),
             req_id_to_index=dict(self.batch.rows.req_id_to_index),
             prompt_logprobs_dict=step.prompt_logprobs,
+            kv_connector_output=step.transferred,
         )
         if self.batch.samples_in_torch or grammar is not None:
             gains = self._sample_in_torch(step, grammar)
@@ -169,7 +180,11 @@ class ModelRunner:
         drafts = self._proposer.propose(self.batch, newest.sampled_token_ids)
         return DraftTokenIds(newest.req_ids, drafts)
 
-    # Forward passes, in the order of a step.
+    def close(self) -> None:
+        """Ends the steps in flight, and writes to disk what is kept there."""
+        self._in_flight.finish()
+        if self._transfers is not None:
+            self._transfers.close()
 
     def _can_run_ahead(self, scheduled: "SchedulerOutput") -> bool:
         """Whether this step needs no token of the previous one on the host.

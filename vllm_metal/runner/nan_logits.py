@@ -54,10 +54,16 @@ def rows_in_torch(
     return logits, are_sound
 
 
-def reporter(vllm_config: "VllmConfig") -> Report:
+def reporter(
+    vllm_config: "VllmConfig", discard: Callable[[Sequence[str]], None] | None = None
+) -> Report:
     """The function that names requests to the scheduler of this configuration.
 
     It raises RuntimeError if that is the user's own: such a request would never end.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        discard: told the same requests, since what they have written must not be kept.
     """
     ends_them = ends_requests(vllm_config)
 
@@ -69,6 +75,8 @@ def reporter(vllm_config: "VllmConfig") -> Report:
                 "request with an error"
             )
         if req_ids:
+            if discard is not None:
+                discard(req_ids)
             output.num_nans_in_logits = dict.fromkeys(req_ids, 1)
 
     return report

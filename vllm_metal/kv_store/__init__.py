@@ -1,0 +1,1 @@
+"""Pages of the KV cache on disk, which survive a restart."""
