@@ -181,6 +181,17 @@ class MetalWorker(WorkerBase):
     def list_loras(self) -> set[int]:
         return set()
 
+    def sleep(self, level: int = 1) -> None:
+        """Lets requests wait, as vLLM's scheduler has begun to; no memory is freed."""
+        mx.clear_cache()
+        logger.warning(
+            "Asleep until /wake_up: requests wait. Weights and pages keep their memory, since CPU "
+            "and GPU share it; end the server to free it"
+        )
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Nothing was given away."""
+
     def shutdown(self) -> None:
         self.model_runner = None  # type: ignore[assignment]
 
