@@ -21,7 +21,7 @@ from tiny_architectures import STAND_INS, config_of, tiny_model
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.selection import make_backends
-from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
+from vllm_metal.metal_kernel_backend.turboquant.calibration import TEXT, calibrate
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.model_binding import ModelBinding
@@ -133,7 +133,8 @@ def _check_turboquant(model: nn.Module, binding: ModelBinding, reference: Logits
     def constants() -> Sequence[Any]:
         return calibrate(
             lambda token_ids, offset: collect_key_samples(binding, token_ids, offset),
-            lambda text: [octet % VOCABULARY for octet in text.encode()],
+            [],
+            [octet % VOCABULARY for octet in TEXT.encode()],
             CALIBRATION_TOKENS,
         )
 

@@ -208,7 +208,7 @@ def packed_codes() -> Picture:
 
 def measured_loss() -> Picture:
     """Loss against stored bits, for our formats and block-affine ones."""
-    figures = json.loads(MEASURED.read_text())["pairs"]
+    figures = json.loads(MEASURED.read_text())["runs"][0]["pairs"]
     rows = [(name, row["bits_per_element"], row["kld"]) for name, row in figures.items()]
     words = "; ".join(f"{name}: {bits:.2f} bits, {kld:.4f}" for name, bits, kld in rows)
     picture = Picture(

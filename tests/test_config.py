@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from vllm.config.cache import CacheDType
 
-from vllm_metal.config import DEFAULT_FORMATS, PRESETS, dense_dtype, parse
+from vllm_metal.config import DEFAULT_FORMATS, dense_dtype, parse
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.presets import PRESETS, VLLM_PRESETS
 
 
 def refusal(additional_config, cache_dtype: str = "auto") -> str:
@@ -55,13 +56,25 @@ def test_every_value_format_is_taken():
         assert config.formats == (DEFAULT_FORMATS.key, format)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", VLLM_PRESETS)
 def test_vllms_presets(preset):
-    assert preset in CacheDType.__args__
     config = parse(None, preset)
-    assert config.formats == PRESETS[preset]
+    assert (config.formats, config.preset) == (VLLM_PRESETS[preset], preset)
     assert parse({"turboquant": True}, preset) == config
     assert parse({"skip_layers": [1]}, preset).skip_layers == (1,)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_of_the_additional_config(preset):
+    config = parse({"preset": preset}, "auto")
+    assert (config.formats, config.preset) == (PRESETS[preset], preset)
+    assert parse({"turboquant": True, "preset": preset}, "auto") == config
+    assert parse({"preset": preset, "skip_layers": [1]}, "auto").skip_layers == (1,)
+
+
+def test_formats_by_their_bits():
+    config = parse({"turboquant": True, "k_quant": "4bit", "v_quant": "3bit"}, "auto")
+    assert str(config.formats) == "q4_0/q3_0" and config.preset is None
 
 
 def test_the_value_is_frozen_and_equal_in_every_process():
@@ -75,11 +88,20 @@ def test_the_value_is_frozen_and_equal_in_every_process():
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"turbo_quant": True}, "unknown key 'turbo_quant' (allowed keys: turboquant, k_quant"),
+        (
+            {"turbo_quant": True},
+            "unknown key 'turbo_quant' (allowed keys: turboquant, preset, k_quant",
+        ),
         ({"turboquant": "yes"}, "turboquant: 'yes' is not true or false"),
         ({"turboquant": 1}, "turboquant: 1 is not true or false"),
         ({"turboquant": True, "k_quant": "q7_0"}, "k_quant: 'q7_0' is not known (allowed: "),
         ({"turboquant": True, "v_quant": 3}, "v_quant: 3 is not known"),
+        ({"preset": "k7v2"}, "preset: 'k7v2' is not known (allowed: turboquant_k8v4, "),
+        ({"preset": 2.5}, "preset: 2.5 is not known (allowed: turboquant_k8v4, "),
+        ({"preset": ["k4v2"]}, "preset: ['k4v2'] is not known"),
+        ({"turboquant": True, "k_quant": "k4v2"}, 'write "preset": "k4v2" in its place'),
+        ({"turboquant": True, "v_quant": "2.5bit"}, "v_quant: '2.5bit' names a pair of formats"),
+        ({"turboquant": True, "k_quant": "7bit"}, "uint8, 2bit, 3bit, 4bit, 5bit, 6bit, 8bit)"),
         ({"turboquant": True, "v_quant": ["q3_0"]}, "v_quant: ['q3_0'] is not known"),
         ({"turboquant": True, "skip_layers": 3}, "skip_layers: 3 is not a list"),
         ({"turboquant": True, "skip_layers": [-1]}, "skip_layers: [-1] is not a list"),
@@ -110,6 +132,18 @@ def test_keys_of_two_bits_need_a_yes(k_quant):
 def test_a_preset_and_other_formats_contradict(given):
     text = refusal(given, "turboquant_k8v4")
     assert "--kv-cache-dtype turboquant_k8v4 already selects k_quant q8_0 and v_quant q4_0" in text
+
+
+@pytest.mark.parametrize("more", [{"turboquant": False}, {"k_quant": "q8_0"}, {"v_quant": "4bit"}])
+def test_a_preset_of_the_additional_config_contradicts_other_formats(more):
+    text = refusal({"preset": "k4v2"} | more)
+    assert "preset 'k4v2' already selects k_quant q4_0 and v_quant q2_0" in text
+
+
+def test_two_presets_contradict_each_other():
+    text = refusal({"preset": "k4v2"}, "turboquant_k8v4")
+    assert "--kv-cache-dtype turboquant_k8v4 already selects k_quant q8_0" in text
+    assert "additional_config: preset 'k4v2' already selects k_quant q4_0" in text
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp8", "int8_per_token_head", "nvfp4"])

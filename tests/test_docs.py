@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_metal.config import PRESETS, parse
+from vllm_metal.config import parse
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.turboquant.formats import KEY_FORMATS, VALUE_FORMATS
+from vllm_metal.metal_kernel_backend.turboquant.presets import PRESETS, VLLM_PRESETS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -146,7 +147,7 @@ def test_lines_are_no_longer_than_those_of_the_code():
 def test_the_first_pages_show_the_measurement():
     figures = json.loads(
         (ROOT / "vllm_metal/metal_kernel_backend/turboquant/measured_loss.json").read_text()
-    )["pairs"]
+    )["runs"][0]["pairs"]
     for page in (ROOT / "README.md", DOCS / "index.md"):
         rows = re.findall(r"^\| `(\w+/\w+)` \| ([\d.]+)x \| (\S+) % \|$", page.read_text(), re.M)
         assert len(rows) == 3, page
@@ -202,6 +203,7 @@ def test_the_settings_are_those_of_the_code():
 def test_the_presets_are_those_of_the_code():
     page = " ".join((DOCS / "turboquant.md").read_text().split())
     named = dict(re.findall(r"`(turboquant_\w+)` means `(\w+/\w+)`", page))
-    assert named == {
-        preset: f"{pair.key.name}/{pair.value.name}" for preset, pair in PRESETS.items()
-    }
+    assert named == {preset: str(pair) for preset, pair in VLLM_PRESETS.items()}
+    settings = (DOCS / "configuration.md").read_text()
+    [row] = re.findall(r"^\| `preset` \| (.*?) \|", settings, re.M)
+    assert re.findall(r"`([\w.]+)`", row) == list(PRESETS)

@@ -11,10 +11,10 @@ from vllm.platforms.interface import Platform
 
 from tests.tiny_models import config_of, save_checkpoint
 from vllm_metal import platform
-from vllm_metal.config import PRESETS
 from vllm_metal.errors import UserError
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
 from vllm_metal.machine.device import DEVICE_VARIABLE
+from vllm_metal.metal_kernel_backend.turboquant.presets import VLLM_PRESETS
 from vllm_metal.platform import MetalPlatform, unsupported
 
 WATERMARK = {"key": 1}
@@ -152,7 +152,7 @@ def test_the_second_runner_is_refused(make_config, monkeypatch):
     assert "Model Runner V2 is not supported" in refusal(make_config)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", VLLM_PRESETS)
 def test_presets_are_served(make_config, said, preset):
     """vLLM adds the first and the last layers to those that are skipped."""
     config = make_config(kv_cache_dtype=preset, skip_tokenizer_init=False)

@@ -13,21 +13,20 @@ from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import (
     KEY_FORMATS,
     VALUE_FORMATS,
+    Format,
     FormatPair,
     parse_pair,
+)
+from vllm_metal.metal_kernel_backend.turboquant.presets import (
+    PRESETS,
+    VLLM_PRESETS,
+    allowed_formats,
+    format_by_name,
 )
 from vllm_metal.options import kv_store
 
 DENSE_DTYPES = ("auto", "float16", "bfloat16")
 """Values of `--kv-cache-dtype` that select dense pages; `auto` is the model's type."""
-
-PRESETS = {
-    "turboquant_k8v4": parse_pair("q8_0/q4_0"),
-    "turboquant_4bit_nc": parse_pair("q4_0/q4_0"),
-    "turboquant_k3v4_nc": parse_pair("q3_0/q4_0"),
-    "turboquant_3bit_nc": parse_pair("q3_0/q3_0"),
-}
-"""Values of `--kv-cache-dtype` that vLLM has for compressed pages, and their formats here."""
 
 DEFAULT_FORMATS = parse_pair("q8_0/q3_0")
 LOSSY_KEY_BITS = 2
@@ -60,16 +59,18 @@ def parse(additional_config: object, cache_dtype: str) -> TurboQuantConfig | Non
     for key, check in _CHECKS.items():
         if key in given and (problem := check(given[key])):
             reasons.append(f"additional_config: {key}: {problem}")
-    preset = PRESETS.get(cache_dtype)
-    if preset is None and cache_dtype not in DENSE_DTYPES:
-        allowed = ", ".join((*DENSE_DTYPES, *PRESETS))
+    named = _named_pairs(given, cache_dtype)
+    if cache_dtype not in (*DENSE_DTYPES, *VLLM_PRESETS):
+        allowed = ", ".join((*DENSE_DTYPES, *VLLM_PRESETS))
         reasons.append(f"--kv-cache-dtype {cache_dtype} is not supported (allowed: {allowed})")
-    enabled = given.get("turboquant", preset is not None)
-    if preset and (enabled is False or "k_quant" in given or "v_quant" in given):
-        reasons.append(
-            f"--kv-cache-dtype {cache_dtype} already selects k_quant {preset.key.name} and v_quant "
-            f"{preset.value.name}: give the formats in one place only"
-        )
+    enabled = given.get("turboquant", bool(named) or "preset" in given)
+    formats_given = [key for key in ("k_quant", "v_quant") if key in given]
+    for option, pair in named.items():
+        if enabled is False or formats_given or len(named) > 1:
+            reasons.append(
+                f"{option} already selects k_quant {pair.key.name} and v_quant "
+                f"{pair.value.name}: give the formats in one place only"
+            )
     if not enabled and (idle := [key for key in given if key in _CHECKS and key != "turboquant"]):
         reasons.append(
             f'additional_config: {", ".join(idle)}: no effect without "turboquant": true'
@@ -78,10 +79,10 @@ def parse(additional_config: object, cache_dtype: str) -> TurboQuantConfig | Non
         raise UserError("The KV cache settings are not valid", reasons)
     if not enabled:
         return None
-    default = preset or DEFAULT_FORMATS
+    default = next(iter(named.values()), DEFAULT_FORMATS)
     formats = FormatPair(
-        KEY_FORMATS[given["k_quant"]] if "k_quant" in given else default.key,
-        VALUE_FORMATS[given["v_quant"]] if "v_quant" in given else default.value,
+        format_by_name(given.get("k_quant"), KEY_FORMATS) or default.key,
+        format_by_name(given.get("v_quant"), VALUE_FORMATS) or default.value,
     )
     if formats.key.bits <= LOSSY_KEY_BITS and not given.get("allow_lossy"):
         raise UserError(
@@ -93,9 +94,20 @@ def parse(additional_config: object, cache_dtype: str) -> TurboQuantConfig | Non
         )
     return TurboQuantConfig(
         formats,
+        preset=given.get("preset") or (cache_dtype if named else None),
+        accepts_loss=given.get("allow_lossy", False),
         reproducible=given.get("reproducible", False),
         **_skip_settings(given.get("skip_layers", [])),
     )
+
+
+def _named_pairs(given: Mapping[str, Any], cache_dtype: str) -> dict[str, FormatPair]:
+    """The pairs that are named as a whole, by the option that names each."""
+    options = {
+        f"--kv-cache-dtype {cache_dtype}": VLLM_PRESETS.get(cache_dtype),
+        f"additional_config: preset {given.get('preset')!r}": _preset(given.get("preset")),
+    }
+    return {option: pair for option, pair in options.items() if pair is not None}
 
 
 def dense_dtype(cache_dtype: str, model_dtype: Any) -> Any:
@@ -108,13 +120,25 @@ def _check_bool(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"{value!r} is not true or false"
 
 
-def _check_format(formats: Mapping[str, Any]) -> Callable[[Any], str | None]:
+def _check_format(formats: Mapping[str, Format]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        if isinstance(value, str) and value in formats:
+        if format_by_name(value, formats) is not None:
             return None
-        return f"{value!r} is not known (allowed: {', '.join(formats)})"
+        if _preset(value) is not None:
+            return f'{value!r} names a pair of formats: write "preset": "{value}" in its place'
+        return f"{value!r} is not known (allowed: {allowed_formats(formats)})"
 
     return check
+
+
+def _preset(value: Any) -> FormatPair | None:
+    return PRESETS.get(value) if isinstance(value, str) else None
+
+
+def _check_preset(value: Any) -> str | None:
+    if _preset(value) is not None:
+        return None
+    return f"{value!r} is not known (allowed: {', '.join(PRESETS)})"
 
 
 def _check_skip_layers(value: Any) -> str | None:
@@ -135,6 +159,7 @@ def _skip_settings(value: list[int] | dict[str, int]) -> dict[str, Any]:
 
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "turboquant": _check_bool,
+    "preset": _check_preset,
     "k_quant": _check_format(KEY_FORMATS),
     "v_quant": _check_format(VALUE_FORMATS),
     "skip_layers": _check_skip_layers,

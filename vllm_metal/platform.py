@@ -231,7 +231,7 @@ def _clear_layers_that_a_preset_skips(vllm_config: "VllmConfig") -> None:
     a pair of formats, and the layers that stay dense are the user's choice.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    if model is None or cache.cache_dtype not in config.PRESETS:
+    if model is None or cache.cache_dtype not in config.VLLM_PRESETS:
         return
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -25,9 +26,9 @@ from vllm_metal.kv_store.connector import StoreHandshake, handshake, make_transf
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
-from vllm_metal.metal_kernel_backend.turboquant import measured_loss
-from vllm_metal.metal_kernel_backend.turboquant.calibration import TEXT, KeyConstants, calibrate
-from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
+from vllm_metal.metal_kernel_backend.turboquant import presets
+from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_binding import BoundModel, ModelBinding
 from vllm_metal.model_pages import ModelPages
@@ -36,14 +37,13 @@ from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import make_dispatch
 from vllm_metal.runner.model_runner import ModelRunner
 from vllm_metal.runner.steps_in_flight import MAX_STEPS
-from vllm_metal.startup import decode_probe, dependencies, workspace_probe
+from vllm_metal.startup import compression, decode_probe, dependencies, workspace_probe
 from vllm_metal.startup.crash_marker import CrashMarker
-from vllm_metal.startup.key_samples import collect_key_samples
 from vllm_metal.startup.probe_requests import probe_prompts
+from vllm_metal.startup.prompt_beginning import Encode
 from vllm_metal.startup.result_cache import (
     DECODE_ANSWERS,
     FORWARD_PEAKS,
-    KEY_CONSTANTS,
     ResultCache,
 )
 
@@ -210,34 +210,26 @@ class MetalWorker(WorkerBase):
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
         if turboquant is not None:
-            self._log_loss(turboquant.formats)
-        binding = self.binding
-        return ModelPages.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
-
-    @staticmethod
-    def _log_loss(formats: FormatPair) -> None:
-        if text := measured_loss.warning(formats):
-            logger.warning("TurboQuant: %s", text)
-        elif loss := measured_loss.measured_loss(formats):
-            logger.info("TurboQuant %s, measured loss: %s", formats, loss)
+            sizes = [layer.head_size for layer in self.binding.layers]
+            text = presets.describe(turboquant, self.model_config.model, *sizes[:1])
+            logger.info("TurboQuant %s", text)
+        binding, constants = self.binding, cache(self._calibrate)
+        pages = ModelPages.of(self.vllm_config, binding.layers, binding.states, constants)
+        if turboquant is not None:
+            self._check_loss(turboquant, constants())
+        return pages
 
     def _calibrate(self) -> list[KeyConstants]:
-        """Constants of the keys: of an earlier start, or from a text that the model reads now."""
-        max_model_len = self.model_config.max_model_len
-        encode = cached_tokenizer_from_config(self.model_config).encode
+        encode, length = self._encode, self.model_config.max_model_len
+        return compression.key_constants(self.binding, encode, length, self.results)
 
-        def measure() -> list[KeyConstants]:
-            started = time.perf_counter()
-            constants = calibrate(
-                lambda token_ids, offset: collect_key_samples(self.binding, token_ids, offset),
-                encode,
-                max_model_len,
-            )
-            logger.info("TurboQuant keys calibrated in %.1f s", time.perf_counter() - started)
-            return constants
+    def _check_loss(self, turboquant: TurboQuantConfig, constants: list[KeyConstants]) -> None:
+        served = self.vllm_config, self.binding, self._encode, constants
+        compression.check_loss(*served, turboquant, self.results)
 
-        depends_on = dependencies.of_key_constants(encode(TEXT), max_model_len)
-        return self.results.get(KEY_CONSTANTS, depends_on, measure)
+    @property
+    def _encode(self) -> Encode:
+        return cached_tokenizer_from_config(self.model_config).encode
 
     def _probe_prompts(self) -> list[list[int]]:
         """Prompts that begin as the tokenizer begins one."""

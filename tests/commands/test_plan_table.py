@@ -7,10 +7,10 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_models import config_of, save_checkpoint, save_tokenizer
 from vllm_metal.commands import plan_table
-from vllm_metal.commands.plan_table import Row, measured_models, table
+from vllm_metal.commands.plan_table import Row, table
 from vllm_metal.errors import UserError
 from vllm_metal.metal_kernel_backend.selection import neutral_constants
-from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS, Loss
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_binding import ModelBinding
 from vllm_metal.model_pages import ModelPages
@@ -106,12 +106,27 @@ def test_a_model_that_turboquant_refuses_has_its_dense_line_and_the_reason(tmp_p
     assert "TurboQuant cannot compress this model" in str(refusal) and reason in str(refusal)
 
 
-def test_the_model_that_the_losses_were_measured_on():
-    assert measured_models() == ["SmolLM2-135M-Instruct"]
+def test_each_loss_has_the_model_that_it_was_measured_on(llama, monkeypatch):
+    """That of the model itself, or else of one with its head size."""
+    asked = []
+
+    def nearest(pair, model, head_size):
+        asked.append((model, head_size))
+        return Loss("measured", 64, 0.25, 1.1) if str(pair) == "q8_0/q3_0" else None
+
+    monkeypatch.setattr(plan_table, "measured_loss", nearest)
+    rows, _ = table(llama, BYTES, 16, 8192, None, "hub/model")
+    assert set(asked) == {("hub/model", 64)}
+    found = {(row.k_quant, row.v_quant): (row.kld, row.kld_model) for row in rows}
+    assert found["q8_0", "q3_0"] == (0.25, "measured")
+    assert set(found.values()) == {(0.25, "measured"), (None, None)}
 
 
 def test_the_text(llama):
     lines = plan_table.render(list(rows_of(llama).values()), 8192).splitlines()
-    assert lines[0].split() == "keys values bits ratio tokens longest x 8,192 KLD".split()
+    head = "keys values bits ratio tokens longest x 8,192 KLD measured on"
+    assert lines[0].split() == head.split()
     assert lines[1].split()[:4] == ["dense", "float16", "16.00", "1.00x"]
-    assert lines[-1].startswith("KLD: mean KL divergence from dense pages, measured on SmolLM2")
+    assert lines[1].split()[-2:] == ["-", "-"]
+    assert lines[2].split()[-1] == "SmolLM2-135M-Instruct"
+    assert lines[-2].startswith("KLD: mean KL divergence from dense pages")

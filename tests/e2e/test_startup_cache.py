@@ -8,6 +8,7 @@ from tests.serving import loaded_worker
 from tests.tiny_models import save_checkpoint, save_tokenizer
 from vllm_metal import worker as worker_module
 from vllm_metal.machine.cache_folder import STARTUP_CACHE_VARIABLE
+from vllm_metal.startup import compression
 from vllm_metal.worker import MetalWorker
 
 
@@ -26,8 +27,12 @@ def make_compressed(make_config, tmp_path, monkeypatch):
     return make
 
 
-OF_THE_MODEL = ["key_constants", "decode_answers"]
+OF_THE_MODEL = ["key_constants", "compression_loss", "decode_answers"]
 """Results that do not depend on the server's limits."""
+
+
+OF_ANY_FORMAT = ["key_constants", "decode_answers"]
+"""Of these, what does not depend on the formats."""
 
 
 def measured_before(worker: MetalWorker) -> list[str]:
@@ -45,17 +50,18 @@ def test_a_second_start_measures_nothing(make_compressed, monkeypatch, tmp_path)
     first = loaded_worker(make_compressed())
     assert measured_before(first) == []
     names = {path.name.split("-")[0] for path in (tmp_path / "cache/vllm_metal/startup").iterdir()}
-    assert names == {"key_constants", "decode_answers", "forward_peaks"}
+    assert names == {*OF_THE_MODEL, "forward_peaks"}
 
     def unwanted(*_):
         raise AssertionError("measured although it was kept")
 
-    monkeypatch.setattr(worker_module, "calibrate", unwanted)
+    monkeypatch.setattr(compression, "calibrate", unwanted)
+    monkeypatch.setattr(compression.loss_check, "measure_loss", unwanted)
     monkeypatch.setattr(worker_module.workspace_probe, "prefill_peaks", unwanted)
     monkeypatch.setattr(worker_module.workspace_probe, "decode_peaks", unwanted)
     monkeypatch.setattr(worker_module.decode_probe, "ask", unwanted)
     second = loaded_worker(make_compressed())
-    assert measured_before(second) == ["key_constants", "decode_answers", "forward_peaks"]
+    assert measured_before(second) == [*OF_THE_MODEL, "forward_peaks"]
     assert second.decode_answers == first.decode_answers
     assert constants_of(second) == constants_of(first)
     assert second.step_memory == first.step_memory
@@ -65,7 +71,7 @@ def test_a_second_start_measures_nothing(make_compressed, monkeypatch, tmp_path)
 def test_formats_share_the_constants_and_not_the_memory(make_compressed):
     measured_before(loaded_worker(make_compressed()))
     other = {"turboquant": True, "k_quant": "q4_0", "v_quant": "q4_0"}
-    assert measured_before(loaded_worker(make_compressed(additional_config=other))) == OF_THE_MODEL
+    assert measured_before(loaded_worker(make_compressed(additional_config=other))) == OF_ANY_FORMAT
     assert measured_before(loaded_worker(make_compressed(additional_config={}))) == [
         "decode_answers"
     ]
@@ -79,7 +85,7 @@ def test_formats_share_the_constants_and_not_the_memory(make_compressed):
         pytest.param({"block_size": 32}, OF_THE_MODEL, marks=pytest.mark.nightly),
         pytest.param({"max_num_seqs": 4}, OF_THE_MODEL, marks=pytest.mark.nightly),
         pytest.param({"max_num_batched_tokens": 32}, OF_THE_MODEL, marks=pytest.mark.nightly),
-        ({"additional_config": {"turboquant": True, "skip_layers": [0]}}, OF_THE_MODEL),
+        ({"additional_config": {"turboquant": True, "skip_layers": [0]}}, OF_ANY_FORMAT),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ import pytest
 
 from tests.tiny_models import VOCABULARY, tiny_model
 from vllm_metal.errors import UserError
+from vllm_metal.evaluation import study
 from vllm_metal.evaluation.study import Study, measure
 from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.model.model_binding import ModelBinding
@@ -57,3 +58,30 @@ def test_a_text_is_as_long_as_every_part_needs():
         "The text has 0 tokens; needed: 90 for 3 windows of 30, 95 for the long window, "
         "93 for the needle test"
     )
+
+
+def test_every_text_begins_as_a_prompt_does(monkeypatch):
+    """Windows, the long one, haystacks and the rows of the calibration; none is longer for it."""
+    read: list[list[int]] = []
+    compared, calibrated, searched = study.compare, study.calibrate, study.find_needles
+
+    def compare(binding, dense, candidates, windows, progress):
+        read.extend(map(list, windows))
+        return compared(binding, dense, candidates, windows, progress)
+
+    def calibrate(collect, beginning, text, max_model_len):
+        read.append([*beginning])
+        return calibrated(collect, beginning, text, max_model_len)
+
+    def find_needles(*arguments):
+        read.append([*arguments[-1]])
+        return searched(*arguments)
+
+    for replacement in (compare, calibrate, find_needles):
+        monkeypatch.setattr(study, replacement.__name__, replacement)
+    text = encode("the quick brown fox " * 40)
+    binding = ModelBinding(tiny_model("qwen3"))
+    plan = Study([parse_pair("q8_0/q8_0")], (), 2, 40, 60, haystacks=(600,))
+    measure(plan, binding, text, encode, lambda _: "", lambda _: None, [91, 92])
+    assert all(tokens[:2] == [91, 92] for tokens in read)
+    assert sorted(map(len, read)) == [2, 2, 2, 2, 40, 40, 60]

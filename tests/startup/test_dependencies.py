@@ -7,8 +7,11 @@ import mlx.core as mx
 import pytest
 
 from vllm_metal.machine.device import Device
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
+from vllm_metal.metal_kernel_backend.turboquant.formats import parse_pair
 from vllm_metal.startup import dependencies
 from vllm_metal.startup.dependencies import (
+    of_compression_loss,
     of_forward_peaks,
     of_key_constants,
     of_server,
@@ -40,7 +43,7 @@ def server(
 
 def test_the_same_is_the_same(folder):
     assert server(folder) == server(folder)
-    assert of_key_constants([1, 2], 5) == of_key_constants([1, 2], 5)
+    assert of_key_constants([3], [1, 2], 5) == of_key_constants([3], [1, 2], 5)
     assert server(folder, device=replace(GPU, memory_in_use=5)) == server(folder)
 
 
@@ -180,7 +183,14 @@ def test_forward_peaks(make_config, settings):
 def test_key_constants():
     found = [
         of_key_constants(*each)
-        for each in (([1, 23], 5), ([12, 3], 5), ([1, 23, 4], 5), ([1, 23], 6))
+        for each in (
+            ([], [1, 23], 5),
+            ([], [12, 3], 5),
+            ([], [1, 23, 4], 5),
+            ([], [1, 23], 6),
+            ([1], [23], 5),
+            ([1], [1, 23], 5),
+        )
     ]
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
@@ -192,3 +202,17 @@ def test_decode_answers():
         tuple(map(tuple, prompts))
     )
     assert dependencies.of_decode_answers(prompts) != dependencies.of_decode_answers([[2, 3], [4]])
+
+
+def test_the_loss_depends_on_formats_dense_layers_and_their_type():
+    pairs = [parse_pair("q8_0/q3_0"), parse_pair("q4_0/q3_0"), parse_pair("q8_0/q4_0")]
+    plain = TurboQuantConfig(pairs[0])
+    different = [TurboQuantConfig(pair) for pair in pairs]
+    different += [TurboQuantConfig(pairs[0], boundary=1)]
+    found = [of_compression_loss(config, 4, "float16") for config in different]
+    found.append(of_compression_loss(plain, 4, "bfloat16"))
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+    same = TurboQuantConfig(pairs[0], preset="k8v3", accepts_loss=True, skip_layers=())
+    assert of_compression_loss(same, 4, "float16") == found[0]
+    ends = TurboQuantConfig(pairs[0], skip_layers=(0, 3))
+    assert of_compression_loss(ends, 4, "float16") == found[3]

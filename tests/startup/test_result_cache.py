@@ -1,6 +1,7 @@
 """What is kept on disk comes back bit for bit, or is measured anew."""
 
 import json
+import math
 import multiprocessing
 import os
 import stat
@@ -13,7 +14,9 @@ from vllm_metal.kv_cache.workspace import ForwardPeaks
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.startup import result_cache
 from vllm_metal.startup.decode_probe import Answer, DecodeAnswers
+from vllm_metal.startup.loss_check import CompressionLoss
 from vllm_metal.startup.result_cache import (
+    COMPRESSION_LOSS,
     DECODE_ANSWERS,
     FORWARD_PEAKS,
     KEY_CONSTANTS,
@@ -265,3 +268,11 @@ def test_old_files_are_deleted(folder):
     assert len(left) == MOST_FILES
     assert left >= {f"forward_peaks-{age}" for age in range(MOST_FILES - 1)}
     get(folder)
+
+
+def test_the_loss_comes_back(folder):
+    """Also one that is infinite."""
+    for kld in (0.125, math.inf):
+        loss, depends_on = CompressionLoss(kld, 0.75, 256), {"kld": str(kld)}
+        ResultCache(folder, SERVER).get(COMPRESSION_LOSS, depends_on, lambda loss=loss: loss)
+        assert ResultCache(folder, SERVER).get(COMPRESSION_LOSS, depends_on, unwanted) == loss

@@ -113,7 +113,7 @@ def _end_with_plan(args: argparse.Namespace) -> None:
 
 
 def _print_plan(args: argparse.Namespace) -> int:
-    from vllm_metal.commands.plan_table import measured_models, render, table
+    from vllm_metal.commands.plan_table import render, table
     from vllm_metal.model import model_loader
     from vllm_metal.model.model_binding import ModelBinding
     from vllm_metal.model.weight_size import WeightSize, weight_size
@@ -128,7 +128,8 @@ def _print_plan(args: argparse.Namespace) -> int:
     if plan.page_bytes <= 0:
         raise UserError(f"{args.model!r} leaves no memory for the KV cache", _lines(plan, weights))
     longest = getattr(model.args, "max_position_embeddings", None)
-    rows, refusal = table(binding, plan.page_bytes, args.block_size, args.max_model_len, longest)
+    length, block_size = args.max_model_len, args.block_size
+    rows, refusal = table(binding, plan.page_bytes, block_size, length, longest, args.model)
     if args.json:
         facts = {
             "device": asdict(plan.device),
@@ -137,7 +138,6 @@ def _print_plan(args: argparse.Namespace) -> int:
             "workspace": WORKSPACE,
             "kv_cache_bytes": plan.page_bytes,
             "formats": [asdict(row) for row in rows],
-            "kld_measured_on": measured_models(),
             "turboquant_refused": refusal.reasons if refusal else None,
         }
         print(json.dumps(facts, indent=2))

@@ -20,7 +20,11 @@ from vllm_metal.kv_cache.planner import format_bytes
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
-from vllm_metal.metal_kernel_backend.turboquant.measured_loss import SHOWN_PAIRS, measured_loss
+from vllm_metal.metal_kernel_backend.turboquant.measured_loss import (
+    SHOWN_PAIRS,
+    Loss,
+    measured_loss,
+)
 from vllm_metal.model.model_binding import ModelBinding
 
 if TYPE_CHECKING:
@@ -58,6 +62,8 @@ class Row:
     """Cached prefixes whose states fit beside one request of `max_model_len` tokens."""
     kld: float | None
     """Measured mean KL divergence in nats; None for dense pages, and for pairs not measured."""
+    kld_model: str | None
+    """The model that it was measured on: this one, or the nearest of those that were measured."""
 
 
 def table(
@@ -66,10 +72,19 @@ def table(
     block_size: int,
     max_model_len: int,
     longest: int | None,
+    model: str = "",
 ) -> tuple[list[Row], UserError | None]:
     """A row for dense pages and for every shown pair, in the order of their bytes.
 
     Where TurboQuant refuses the model, the row of dense pages alone and the refusal.
+
+    Args:
+        binding: the model's structure.
+        page_bytes: bytes for pages.
+        block_size: tokens of a block.
+        max_model_len: tokens of the requests that are counted.
+        longest: tokens of the longest request that the model can read; None: not known.
+        model: its name or folder, by which a measured loss of the same model is found.
 
     Raises:
         NeedsVLLM: see there.
@@ -84,7 +99,8 @@ def table(
         except UserError as refusal:
             return rows, refusal
         dense = dense or capacity
-        rows.append(_row(backends, pair, capacity, dense, max_model_len, longest))
+        loss = pair and measured_loss(pair, model, layers[0].head_size if layers else None)
+        rows.append(_row(backends, pair, loss, capacity, dense, max_model_len, longest))
     return rows, None
 
 
@@ -146,6 +162,7 @@ def _quiet_config() -> "VllmConfig":
 def _row(
     backends: Sequence[AttentionBackend],
     pair: FormatPair | None,
+    loss: Loss | None,
     capacity: Capacity,
     dense: Capacity,
     max_model_len: int,
@@ -163,13 +180,17 @@ def _row(
         match_tokens=capacity.match_tokens,
         state_bytes=capacity.kept_state_bytes,
         kept_states=0 if capacity.match_tokens is None else capacity.kept_states(max_model_len),
-        kld=loss.kld if pair and (loss := measured_loss(pair)) else None,
+        kld=loss.kld if loss else None,
+        kld_model=loss.model if loss else None,
     )
 
 
 def render(rows: Sequence[Row], max_model_len: int) -> str:
-    """The table as text, and below it what its losses were measured on."""
-    heads = ("keys", "values", "bits", "ratio", "tokens", "longest", f"x {max_model_len:,}", "KLD")
+    """The table as text, with the model that each loss was measured on."""
+    heads = (
+        *("keys", "values", "bits", "ratio", "tokens", "longest", f"x {max_model_len:,}"),
+        *("KLD", "measured on"),
+    )
     lines = [
         (
             row.k_quant,
@@ -180,23 +201,25 @@ def render(rows: Sequence[Row], max_model_len: int) -> str:
             f"{row.max_context:,}",
             f"{row.requests:.1f}",
             "-" if row.kld is None else f"{row.kld:.4f}",
+            row.kld_model or "-",
         )
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
     text = "\n".join(
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.rjust(width) if 2 <= i < 8 else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in (heads, *lines)
     )
     if kept := _kept_states(rows):
         text += f"\n\n{kept}"
-    if measured := measured_models():
+    if any(row.kld is not None for row in rows):
         text += (
-            f"\n\nKLD: mean KL divergence from dense pages, measured on {', '.join(measured)}; "
-            "other models lose more or less"
+            "\n\nKLD: mean KL divergence from dense pages, in nats, on the model that is named "
+            "beside it.\nOther models lose more or less: a server measures its own loss when it "
+            "starts"
         )
     return text
 
@@ -210,9 +233,3 @@ def _kept_states(rows: Sequence[Row]) -> str:
         if row.match_tokens is not None
     ]
     return "\n".join(["prefixes in the cache, beside one request:", *lines] if lines else [])
-
-
-def measured_models() -> list[str]:
-    """The models that the losses of the table were measured on."""
-    losses = map(measured_loss, SHOWN_PAIRS)
-    return sorted({loss.model for loss in losses if loss is not None})

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_metal.machine.provenance import check_files
     from vllm_metal.model import model_loader
     from vllm_metal.model.model_binding import ModelBinding
+    from vllm_metal.startup.prompt_beginning import prompt_beginning
 
     study, text = study_of(args), read_text(args.text)
     check_files(args.output, args.plot)
@@ -76,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     def decode(token_ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(token_ids)))
 
-    measured = measure(study, ModelBinding(model), encode(text), encode, decode, progress_line())
+    beginning = prompt_beginning(tokenizer.encode)
+    texts = encode(text), encode, decode
+    measured = measure(study, ModelBinding(model), *texts, progress_line(), beginning)
     print(file=sys.stderr)
     figures = describe(study, Path(args.model).name, args.text, blas) | measured
     print(table(figures["pairs"]))

@@ -47,6 +47,7 @@ def find_needles(
     encode: Encode,
     decode: Decode,
     haystacks: Sequence[int],
+    beginning: Sequence[int] = (),
 ) -> list[Needle]:
     """Asks for every needle of every haystack.
 
@@ -57,6 +58,7 @@ def find_needles(
         encode: text to token ids, without special tokens.
         decode: token ids to text.
         haystacks: context lengths.
+        beginning: tokens before the text, as before the prompts of a server.
 
     Raises:
         ValueError: a haystack does not hold the sentences, or the text is shorter than it.
@@ -65,7 +67,7 @@ def find_needles(
     questions = [encode(f"\n{beginning}") for beginning, _ in NEEDLES]
     room = max(map(len, questions)) + ANSWER_TOKENS
     for length in haystacks:
-        haystack = _haystack(hay, length, encode)
+        haystack = [*beginning, *_haystack(hay, length - len(beginning), encode)]
         sequence = PagedSequence(binding, backends, len(haystack) + room)
         for _ in sequence.prefill(haystack):
             pass

@@ -18,7 +18,7 @@ from vllm_metal.evaluation.fidelity import compare
 from vllm_metal.evaluation.needle import Decode, Encode, Needle, find_needles
 from vllm_metal.kv_cache.capacity import DENSE_BITS
 from vllm_metal.metal_kernel_backend.selection import make_backends, neutral_constants
-from vllm_metal.metal_kernel_backend.turboquant.calibration import calibrate
+from vllm_metal.metal_kernel_backend.turboquant.calibration import TEXT, calibrate
 from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model.model_binding import ModelBinding
@@ -66,6 +66,7 @@ def measure(
     encode: Encode,
     decode: Decode,
     progress: Progress,
+    beginning: Sequence[int] = (),
 ) -> dict:
     """Runs the study.
 
@@ -76,18 +77,26 @@ def measure(
         encode: text to token ids, without special tokens.
         decode: token ids to text.
         progress: told what is being run.
+        beginning: tokens that every text begins with, as prompts of a server do; they count among
+            the tokens of a window.
 
     Returns:
-        `dense_perplexity` and, under `pairs`, the figures of each candidate.
+        `head_size` of the first layer, `dense_perplexity` and, under `pairs`, the figures of each
+        candidate.
 
     Raises:
         UserError: the text is too short.
     """
     study.require(len(token_ids))
     stride = len(token_ids) // study.windows
-    windows = [token_ids[i * stride :][: study.window_tokens] for i in range(study.windows)]
+
+    def window(start: int, length: int) -> list[int]:
+        return [*beginning, *token_ids[start:]][:length]
+
+    windows = [window(i * stride, study.window_tokens) for i in range(study.windows)]
     dense = _backends(binding, None, neutral_constants(binding.layers))
-    candidates = _candidates(study, binding, encode, study.max_model_len or study.window_tokens)
+    longest = study.max_model_len or study.window_tokens
+    candidates = _candidates(study, binding, encode, beginning, longest)
     fidelity, perplexity = compare(binding, dense, candidates, windows, progress)
     results = {}
     for name, make in candidates.items():
@@ -98,28 +107,38 @@ def measure(
         results[name]["attention_error"] = attention_error(binding, make(), windows[0])
     if study.long_window_tokens:
         length = study.long_window_tokens
-        candidates = _candidates(study, binding, encode, study.max_model_len or length)
-        fidelity, _ = compare(binding, dense, candidates, [token_ids[:length]], progress)
+        longest = study.max_model_len or length
+        candidates = _candidates(study, binding, encode, beginning, longest)
+        fidelity, _ = compare(binding, dense, candidates, [window(0, length)], progress)
         for name in candidates:
             results[name]["long_window_kld"] = fidelity[name].summary()["kld"]
     if study.haystacks:
 
         def find(backends: Sequence[AttentionBackend]) -> list[Needle]:
-            return find_needles(binding, backends, token_ids, encode, decode, study.haystacks)
+            texts = encode, decode, study.haystacks
+            return find_needles(binding, backends, token_ids, *texts, beginning)
 
         progress("needles: dense")
         expected = find(dense)
         for name, make in candidates.items():
             progress(f"needles: {name}")
             results[name] |= _needle_figures(find(make()), expected)
-    return {"dense_perplexity": perplexity, "pairs": results}
+    head_sizes = [shape.head_size for shape in binding.layers]
+    return {"head_size": head_sizes[0], "dense_perplexity": perplexity, "pairs": results}
 
 
 def _candidates(
-    study: Study, binding: ModelBinding, encode: Encode, max_model_len: int
+    study: Study,
+    binding: ModelBinding,
+    encode: Encode,
+    beginning: Sequence[int],
+    max_model_len: int,
 ) -> dict[str, Make]:
     constants = calibrate(
-        lambda ids, offset: collect_key_samples(binding, ids, offset), encode, max_model_len
+        lambda ids, offset: collect_key_samples(binding, ids, offset),
+        beginning,
+        encode(TEXT),
+        max_model_len,
     )
 
     def compressed(pair: FormatPair) -> Make:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import vllm_metal
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.device import Device
+from vllm_metal.metal_kernel_backend.turboquant.config import TurboQuantConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,11 +51,25 @@ def of_server(
     }
 
 
-def of_key_constants(token_ids: Sequence[int], max_model_len: int) -> dict[str, Any]:
-    """What the key constants depend on besides: the calibration text as the tokenizer splits it,
-    and the positions that it is spread over."""
+def of_key_constants(
+    beginning: Sequence[int], token_ids: Sequence[int], max_model_len: int
+) -> dict[str, Any]:
+    """What the key constants depend on besides: the tokens before every prompt, the calibration
+    text as the tokenizer splits it, and the positions that it is spread over."""
     digest = _digest(",".join(map(str, token_ids)).encode())
-    return {"token_ids": digest, "max_model_len": max_model_len}
+    return {"beginning": list(beginning), "token_ids": digest, "max_model_len": max_model_len}
+
+
+def of_compression_loss(
+    turboquant: TurboQuantConfig, num_layers: int, dense_dtype: str
+) -> dict[str, Any]:
+    """What the loss of the formats depends on besides the key constants: the formats, the layers
+    that stay dense, and the type of their pages and of those that it is compared with."""
+    return {
+        "formats": str(turboquant.formats),
+        "dense_layers": sorted(turboquant.skipped(num_layers)),
+        "dense_dtype": dense_dtype,
+    }
 
 
 def of_forward_peaks(vllm_config: "VllmConfig") -> dict[str, Any]:

@@ -28,6 +28,7 @@ import numpy as np
 from vllm_metal.kv_cache.workspace import ForwardPeaks
 from vllm_metal.metal_kernel_backend.turboquant.calibration import KeyConstants
 from vllm_metal.startup.decode_probe import Answer, DecodeAnswers
+from vllm_metal.startup.loss_check import CompressionLoss
 
 logger = logging.getLogger("vllm.metal.startup")
 
@@ -103,6 +104,14 @@ def _answers_from_bytes(data: bytes) -> DecodeAnswers:
 
 DECODE_ANSWERS: Kind[DecodeAnswers] = Kind("decode_answers", _answers_to_bytes, _answers_from_bytes)
 """How decode runs, as `decode_probe.ask` gives it."""
+
+
+COMPRESSION_LOSS: Kind[CompressionLoss] = Kind(
+    "compression_loss",
+    lambda loss: json.dumps(asdict(loss)).encode(),
+    lambda data: CompressionLoss(**json.loads(data)),
+)
+"""What the formats cost the model, as `loss_check.measure_loss` gives it."""
 
 
 class ResultCache:

@@ -6,7 +6,6 @@ import pytest
 from vllm_metal.metal_kernel_backend.turboquant.calibration import (
     MAX_MULTIPLIER,
     ROW_TOKENS,
-    TEXT,
     KeyConstants,
     Moments,
     calibrate,
@@ -101,29 +100,48 @@ def test_rows_cover_the_positions_and_no_more(max_model_len):
     assert len(offsets) <= 2 + np.log2(max_model_len / length + 1) + 1
 
 
-def test_the_model_is_asked_for_pieces_of_the_text_at_the_rows():
+def calibrated(beginning: list[int], text: list[int], max_model_len: int):
+    """The constants of one layer, and the calls that gave its samples."""
     calls = []
 
     def collect(token_ids, offset):
+        assert 1 <= len(token_ids) <= ROW_TOKENS and offset + len(token_ids) <= max_model_len
         calls.append((list(token_ids), offset))
         return [sample(offset, len(token_ids)), sample(offset + 1, len(token_ids))]
 
-    def encode(text):
-        assert text == TEXT
-        return range(500)
+    return calibrate(collect, beginning, text, max_model_len), calls
 
-    found = calibrate(collect, encode, 2048)
+
+def test_the_model_is_asked_for_pieces_of_the_text_at_the_rows():
+    found, calls = calibrated([], list(range(500)), 2048)
     assert len(found) == 2
-    assert [offset for _, offset in calls] == row_offsets(2048, ROW_TOKENS)
-    assert calls[0][0] == list(range(240)) and calls[1][0] == list(range(240, 480))
-    keys = np.concatenate([sample(offset, 240)[1] for _, offset in calls])
+    length = len(calls[0][0])
+    assert [offset for _, offset in calls] == row_offsets(2048, length)
+    keys = np.concatenate([sample(offset, length)[1] for _, offset in calls])
+    np.testing.assert_allclose(found[0].centre, keys.mean(axis=0), rtol=1e-5)
+    queries = np.concatenate([sample(offset, length)[0] for _, offset in calls])
+    expected = constants((queries, keys)).multiplier
+    np.testing.assert_allclose(found[0].multiplier, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [30, 239, 240, 241, 442, 480, 481, 500])
+def test_the_whole_text_is_read(tokens):
+    """Also where it is no whole number of rows."""
+    _, calls = calibrated([], list(range(tokens)), 8192)
+    assert {token for token_ids, _ in calls for token in token_ids} == set(range(tokens))
+
+
+def test_every_row_begins_as_a_prompt_does():
+    beginning = [900, 901, 902, 903, 904, 905]
+    found, calls = calibrated(beginning, list(range(500)), 2048)
+    assert all(token_ids[:6] == beginning for token_ids, _ in calls)
+    assert all(900 > max(token_ids[6:]) for token_ids, _ in calls)
+    keys = np.concatenate([sample(offset, len(ids))[1][6:] for ids, offset in calls])
     np.testing.assert_allclose(found[0].centre, keys.mean(axis=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("max_model_len", [1, 16, 4096])
-def test_short_texts_and_short_models_work(max_model_len):
-    def collect(token_ids, offset):
-        assert 1 <= len(token_ids) and offset + len(token_ids) <= max_model_len
-        return [sample(offset, len(token_ids))]
-
-    assert np.isfinite(calibrate(collect, lambda text: range(30), max_model_len)[0].centre).all()
+@pytest.mark.parametrize("beginning", [[], [900]])
+@pytest.mark.parametrize("max_model_len", [1, 2, 5, 16, 4096])
+def test_short_texts_and_short_models_work(beginning, max_model_len):
+    found, _ = calibrated(beginning, list(range(30)), max_model_len)
+    assert np.isfinite(found[0].centre).all() and np.isfinite(found[0].multiplier).all()

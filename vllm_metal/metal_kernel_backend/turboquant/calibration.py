@@ -71,22 +71,42 @@ about 12.57.
 
 
 def calibrate(
-    collect: Collect, encode: Callable[[str], Sequence[int]], max_model_len: int
+    collect: Collect, beginning: Sequence[int], text: Sequence[int], max_model_len: int
 ) -> list["KeyConstants"]:
     """Constants of every layer, for sequences of up to `max_model_len` tokens.
 
     Calls `collect` once for each entry of `row_offsets`, with at most ROW_TOKENS token ids.
+
+    Args:
+        collect: runs the model.
+        beginning: token ids that a prompt begins with, such as BOS. The model reads them before
+            every piece of the text, and they do not count: a request has them at its first
+            positions only.
+        text: token ids of TEXT, without those.
+        max_model_len: tokens.
     """
-    tokens = list(encode(TEXT))
-    length = max(1, min(ROW_TOKENS, len(tokens), max_model_len))
-    pieces = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+    before = list(beginning)[: max_model_len - 1]
+    pieces = text_pieces(text, min(ROW_TOKENS, max_model_len) - len(before))
+    length = len(before) + len(pieces[0])
     moments: list[Moments] = []
     for row, offset in enumerate(row_offsets(max_model_len, length)):
-        samples = collect(pieces[row % len(pieces)], offset)
+        samples = collect([*before, *pieces[row % len(pieces)]], offset)
         moments = moments or [Moments() for _ in samples]
-        for layer, sample in zip(moments, samples, strict=True):
-            layer.add(sample)
+        for layer, (queries, keys) in zip(moments, samples, strict=True):
+            layer.add((None if queries is None else queries[len(before) :], keys[len(before) :]))
     return [layer.constants() for layer in moments]
+
+
+def text_pieces(text: Sequence[int], length: int) -> list[list[int]]:
+    """Pieces of at most `length` tokens that cover all of `text`, as few as can be, equally long.
+
+    >>> text_pieces([1, 2, 3, 4, 5], 3)
+    [[1, 2, 3], [3, 4, 5]]
+    """
+    length = min(length, len(text))
+    count = -(-len(text) // length)
+    starts = [i * (len(text) - length) // max(1, count - 1) for i in range(count)]
+    return [list(text[start : start + length]) for start in starts]
 
 
 def row_offsets(max_model_len: int, length: int) -> list[int]:

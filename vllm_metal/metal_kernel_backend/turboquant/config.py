@@ -11,10 +11,14 @@ class TurboQuantConfig:
     """How the KV cache is compressed."""
 
     formats: FormatPair
+    preset: str | None = None
+    """The name by which the user chose the formats as a pair; None for formats named singly."""
     skip_layers: tuple[int, ...] = ()
     """Indices of layers kept dense."""
     boundary: int = 0
     """Layers kept dense at each end of the model."""
+    accepts_loss: bool = False
+    """Whether the server starts whatever the formats cost the model (`allow_lossy`)."""
     reproducible: bool = False
     """A prefill chunk reads its own keys and values compressed, so that tokens do not depend on
     chunking, prefix-cache hits or preemption, up to rounding; costs quality."""

@@ -1,13 +1,17 @@
 """Measured loss of each format pair, as shown by the start-up report, `plan` and the docs.
 
-The figures come from `measured_loss.json`, written by `vllm-metal eval ... --output`: one model,
-one text, one run. They order the formats; another model loses more or less.
+The figures come from `measured_loss.json`, which holds runs of `vllm-metal eval ... --output`, the
+newest of a model first. A run has one model, its head size, one text and the pairs that it measured
+under their names. The figures order the formats; another model loses more or less, so whatever
+shows a loss names the model that it was measured on.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair, parse_pair
 
@@ -26,53 +30,65 @@ SHOWN_PAIRS = tuple(
             "q5_0/q3_0",
             "q4_0/q4_0",
             "q4_0/q3_0",
+            "q3_0/q4_0",
             "q4_0/q2_0",
             "q3_0/q3_0",
+            "q3_0/q2_0",
         ),
     )
 )
 """The one list of pairs that are measured and shown, from most to fewest bytes."""
 
-WARN_KEY_BITS = 5
-"""Keys of fewer bits are warned about."""
-WARN_VALUE_BITS = 3
-"""Values of fewer bits are warned about."""
-
 
 @dataclass(frozen=True)
 class Loss:
-    """What a pair lost in the committed run."""
+    """What a pair lost in a committed run."""
 
     model: str
+    """The model that was measured."""
+    head_size: int
+    """Elements of one of its keys."""
     kld: float
     """Mean KL divergence of the next-token distribution from the dense cache's, in nats."""
     perplexity_ratio: float
 
     def __str__(self) -> str:
         percent = 100 * (self.perplexity_ratio - 1)
-        return f"KLD {self.kld:.4f}, perplexity {percent:+.1f} % ({self.model})"
+        return (
+            f"KLD {self.kld:.4f}, perplexity {percent:+.1f} % "
+            f"({self.model}, head size {self.head_size})"
+        )
 
 
 @cache
-def _results() -> dict:
-    return json.loads(RESULTS.read_text())
+def _runs() -> Sequence[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["runs"]
 
 
-def warning(formats: FormatPair) -> str | None:
-    """What to tell a user of a pair with few bits; None for the others."""
-    if formats.key.bits >= WARN_KEY_BITS and formats.value.bits >= WARN_VALUE_BITS:
+def measured_loss(
+    formats: FormatPair, model: str = "", head_size: int | None = None
+) -> Loss | None:
+    """The committed measurement of a pair that comes nearest to a model, or None.
+
+    Of the runs with the pair, one of the same model counts as nearer than one of the same head
+    size, and that as nearer than any other; among equals the first of the file is taken.
+
+    Args:
+        formats: the pair.
+        model: name or folder of the model that is asked about. It is taken for a measured one if
+            its last part begins with that one's name.
+        head_size: elements of one of its keys.
+    """
+    name = model.rstrip("/").rpartition("/")[2].lower()
+
+    def distance(run: dict[str, Any]) -> int:
+        if name.startswith(run["model"].lower()):
+            return 0
+        return 1 if run["head_size"] == head_size else 2
+
+    runs = [run for run in _runs() if str(formats) in run["pairs"]]
+    if not runs:
         return None
-    loss = measured_loss(formats)
-    return (
-        f"k_quant {formats.key.name}, v_quant {formats.value.name} change the model's answers "
-        f"noticeably: {loss or 'the loss of this pair has not been measured'}"
-    )
-
-
-def measured_loss(formats: FormatPair) -> Loss | None:
-    """The committed measurement of a pair, or None."""
-    results = _results()
-    pair = results["pairs"].get(str(formats))
-    if pair is None:
-        return None
-    return Loss(results["model"], pair["kld"], pair["perplexity_ratio"])
+    nearest = min(runs, key=distance)
+    pair = nearest["pairs"][str(formats)]
+    return Loss(nearest["model"], nearest["head_size"], pair["kld"], pair["perplexity_ratio"])
