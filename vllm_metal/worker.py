@@ -26,7 +26,6 @@ from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
 from vllm_metal.metal_kernel_backend.turboquant import measured_loss
 from vllm_metal.metal_kernel_backend.turboquant.calibration import TEXT, KeyConstants, calibrate
-from vllm_metal.metal_kernel_backend.turboquant.formats import FormatPair
 from vllm_metal.model import model_loader
 from vllm_metal.model.model_binding import BoundModel, ModelBinding
 from vllm_metal.model_pages import ModelPages
@@ -75,10 +74,7 @@ class MetalWorker(WorkerBase):
         source = model_loader.ModelSource.of(config)
         folder = model_loader.model_folder(source.model, source.revision)
         depends_on = dependencies.of_server(
-            folder,
-            source.config().written,
-            config.dtype,
-            self.metal_device,
+            folder, source.config().written, config.dtype, self.metal_device
         )
         kept = startup_cache_folder()
         self.results = ResultCache(kept, depends_on)
@@ -200,16 +196,9 @@ class MetalWorker(WorkerBase):
     def _make_cache(self) -> ModelPages:
         turboquant = parse(self.vllm_config.additional_config, self.cache_config.cache_dtype)
         if turboquant is not None:
-            self._log_loss(turboquant.formats)
+            measured_loss.log(turboquant.formats, logger)
         binding = self.binding
         return ModelPages.of(self.vllm_config, binding.layers, binding.states, self._calibrate)
-
-    @staticmethod
-    def _log_loss(formats: FormatPair) -> None:
-        if text := measured_loss.warning(formats):
-            logger.warning("TurboQuant: %s", text)
-        elif loss := measured_loss.measured_loss(formats):
-            logger.info("TurboQuant %s, measured loss: %s", formats, loss)
 
     def _calibrate(self) -> list[KeyConstants]:
         """Constants of the keys: of an earlier start, or from a text that the model reads now."""
@@ -289,10 +278,8 @@ class MetalWorker(WorkerBase):
             ),
         )
         groups = model.kv_cache.groups
-        vocab_size, hidden_size = (
-            self.model_config.get_vocab_size(),
-            self.model_config.get_hidden_size(),
-        )
+        vocab_size = self.model_config.get_vocab_size()
+        hidden_size = self.model_config.get_hidden_size()
 
         def steps(settings: MemorySettings) -> StepMemory:
             length = settings.max_model_len

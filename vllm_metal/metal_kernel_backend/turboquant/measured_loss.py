@@ -5,6 +5,7 @@ one text, one run. They order the formats; another model loses more or less.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,14 @@ def warning(formats: FormatPair) -> str | None:
         f"k_quant {formats.key.name}, v_quant {formats.value.name} change the model's answers "
         f"noticeably: {loss or 'the loss of this pair has not been measured'}"
     )
+
+
+def log(formats: FormatPair, logger: logging.Logger) -> None:
+    """Warns of a pair with few bits; gives the measured loss of another one where there is one."""
+    if text := warning(formats):
+        logger.warning("TurboQuant: %s", text)
+    elif loss := measured_loss(formats):
+        logger.info("TurboQuant %s, measured loss: %s", formats, loss)
 
 
 def measured_loss(formats: FormatPair) -> Loss | None:
