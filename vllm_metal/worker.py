@@ -291,10 +291,8 @@ class MetalWorker(WorkerBase):
             ),
         )
         groups = model.kv_cache.groups
-        vocab_size, hidden_size = (
-            self.model_config.get_vocab_size(),
-            self.model_config.get_hidden_size(),
-        )
+        vocab_size = self.model_config.get_vocab_size()
+        hidden_size = self.model_config.get_hidden_size()
 
         def steps(settings: MemorySettings) -> StepMemory:
             length = settings.max_model_len

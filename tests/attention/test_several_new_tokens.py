@@ -25,7 +25,7 @@ def test_several_new_tokens_see_those_before_them_and_no_later_ones(candidate, w
     """Over block boundaries and with sinks; what an earlier, rejected draft left is overwritten."""
     shape = replace(GROUPED, sliding_window=window)
     layer = PagedLayer(candidate.make(shape, 8), num_blocks=40)
-    requests = [layer.request(n, 4, sinks=True) for n in (41, 5, 30, 17, query_lens[-1])]
+    requests = [layer.request(n, 4, sinks=True) for n in (45, 5, 30, 17, query_lens[-1])]
     requests = [replace(r, sinks=requests[0].sinks) for r in requests]
     lens = [request.seq_len for request in requests]
     for request, count in zip(requests, query_lens, strict=True):
@@ -47,7 +47,7 @@ def test_several_new_tokens_see_those_before_them_and_no_later_ones(candidate, w
 @pytest.mark.parametrize("query_lens", NEW_TOKENS)
 def test_several_new_tokens_are_rows_of_their_own_to_a_model_that_attends(candidate, query_lens):
     layer = PagedLayer(candidate.make(NARROW_VALUES, BLOCK))
-    requests = [layer.request(n, 4) for n in (41, 5, 30, 17, query_lens[-1])]
+    requests = [layer.request(n, 4) for n in (45, 5, 30, 17, query_lens[-1])]
     lens = [request.seq_len for request in requests]
     for request in requests:
         layer.prefill(request, 0, request.seq_len)

@@ -129,3 +129,14 @@ def test_a_row_that_is_not_finite_is_not_sampled(make_config):
         sampler, first = TorchSampler("raw_logprobs"), np.array([0])
         gains = sampled_gains([segment("a", (4, 5))], first, logits.clone(), finite, batch, sampler)
         assert gains.tokens == {"a": gained} and gains.with_nans == ["a"]
+
+
+def test_a_confirmed_draft_counts_towards_the_least_number_of_tokens(make_config):
+    """After it the request may sample the token that ends it."""
+    batch = RequestBatch(make_config(), [BlockTableSize(16, 8)])
+    batch.update(scheduler_output([new_request("a", [1], [1], min_tokens=1, stop_token_ids=[5])]))
+    logits = torch.zeros(2, batch.rows.vocab_size)
+    logits[range(2), [4, 5]] = 9
+    sampler, finite = TorchSampler("raw_logprobs"), np.ones(2, bool)
+    gains = sampled_gains([segment("a", (4,))], np.array([0]), logits, finite, batch, sampler)
+    assert gains.tokens == {"a": [4, 5]}

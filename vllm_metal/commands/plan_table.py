@@ -90,6 +90,7 @@ def table(
         NeedsVLLM: see there.
     """
     pages_of = _pages_of(binding, page_bytes, block_size, max_model_len)
+    head_size = binding.layers[0].head_size if binding.layers else None
     rows: list[Row] = []
     dense: Capacity | None = None
     for pair in (None, *SHOWN_PAIRS):
@@ -99,7 +100,7 @@ def table(
         except UserError as refusal:
             return rows, refusal
         dense = dense or capacity
-        loss = pair and measured_loss(pair, model, layers[0].head_size if layers else None)
+        loss = pair and measured_loss(pair, model, head_size)
         rows.append(_row(backends, pair, loss, capacity, dense, max_model_len, longest))
     return rows, None
 
