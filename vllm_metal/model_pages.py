@@ -132,7 +132,7 @@ class ModelPages:
             dtype = model.dtype
         smallest, finest = self.state_block_size, self.match_tokens
         specs = kv_cache_specs(self.backends, dtype, self.states, max_model_len, smallest)
-        if smallest is not None and finest != smallest:
+        if smallest is not None and (finest != smallest or not self.backends):
             return with_spare_blocks(self.vllm_config, specs)
         return specs
 

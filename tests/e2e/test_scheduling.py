@@ -100,7 +100,7 @@ KINDS = {
         keeps_states=True,
         scarce_blocks=30,
     ),
-    "kept states alone": Mix({"states.0": state(16)}, keeps_states=True, scarce_blocks=9),
+    "kept states alone": Mix({"states.0": state(16, 1)}, keeps_states=True, scarce_blocks=9),
 }
 BY_DAY = {"full": 4, "window": 4, "states": 2}
 """Seeds of random traffic that are not left to the night; one of any other kind."""

@@ -76,7 +76,8 @@ class KeptStateSpec(MambaSpec):
     vLLM admits a request only if there are free blocks for all that it will hold and for what it
     copies first. Where a prefix ends inside of blocks, the request gets copies of these blocks, one
     in each group. vLLM's own spec leaves these out, and a request would wait for ever in a pool
-    that holds it but not the copies.
+    that holds it but not the copies. Where all layers are recurrent, requests in a pool of two
+    blocks would preempt each other for ever.
     """
 
     spare_blocks: int = 0
