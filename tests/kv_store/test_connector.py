@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
@@ -14,7 +15,7 @@ from vllm_metal.kv_store.connector import (
     make_transfers,
 )
 from vllm_metal.kv_store.folder_index import FolderIndex
-from vllm_metal.kv_store.manager import METRICS, DiskManager
+from vllm_metal.kv_store.manager import BYTES_ON_DISK, METRICS, UNUSABLE, DiskManager
 
 
 def test_vllm_finds_connector_and_spec(make_config, tmp_path):
@@ -28,15 +29,15 @@ def test_vllm_finds_connector_and_spec(make_config, tmp_path):
 
 
 def test_figures_are_published(make_config, tmp_path):
-    from prometheus_client import Counter, Gauge, Histogram
-
     config = make_config(additional_config={"kv_store": str(tmp_path)})
     types = {Counter: Counter, Gauge: Gauge, Histogram: Histogram}
     published = MetalKVConnector.build_prom_metrics(config, types, ["engine"], {0: ["0"]})
     manager = DiskManager(FolderIndex(tmp_path, 1000))
-    manager._counts[next(iter(manager._counts))] = 3
+    manager._counts[UNUSABLE] = 3
     published.observe(manager.get_stats().data)
     manager.shutdown()
+    assert REGISTRY.get_sample_value(f"{UNUSABLE}_total", {"engine": "0"}) == 3
+    assert REGISTRY.get_sample_value(BYTES_ON_DISK, {"engine": "0"}) == 0
 
 
 def test_the_worker_moves_pages_by_itself():

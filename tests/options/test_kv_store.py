@@ -94,6 +94,6 @@ def test_configurations_that_are_refused(make_config, monkeypatch, changes, reas
 def test_recurrent_state_is_refused_by_name(make_config, tmp_path):
     from tests.tiny_models import save_checkpoint
 
-    folder = save_checkpoint(tmp_path / "jamba", "jamba")
+    folder = save_checkpoint(tmp_path / "jamba", "jamba", architectures=["JambaForCausalLM"])
     with pytest.raises(UserError, match="kv_store is not supported for .*: it has recurrent state"):
         make_config(model=str(folder), additional_config={"kv_store": "/a"})
