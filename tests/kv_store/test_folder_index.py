@@ -109,7 +109,11 @@ def test_a_scan_counts_what_other_servers_write_and_delete(make, tmp_path):
 
 def test_nothing_of_the_users_own_is_touched(make, tmp_path):
     """The folder may hold anything else, also with names that end alike."""
-    own = [tmp_path / "model" / "ab" / "pytorch_model.bin", tmp_path / "a.bin"]
+    own = [
+        tmp_path / "a.bin",
+        tmp_path / "model" / "ab" / "pytorch_model.bin",
+        tmp_path / "model" / "0ab" / "cd_g0" / "0abcd.bin",
+    ]
     for path in own:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(SIZE))
