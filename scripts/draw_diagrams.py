@@ -27,6 +27,7 @@ MEASURED = ROOT / "vllm_metal" / "metal_kernel_backend" / "turboquant" / "measur
 LEFT, INNER = 8, WIDTH - 16
 
 PURPOSE = {
+    "kv_store": "pages on disk",
     "__init__": "what vLLM calls in every process",
     "cli": "vllm-metal",
     "metrics": "/metrics",

@@ -111,7 +111,7 @@ def test_checking_twice_changes_nothing(make_config):
                     "kv_role": "kv_both",
                 }
             },
-            "--kv-transfer-config",
+            "--kv-transfer-config kv_connector ExampleConnector is not supported",
         ),
         ({"num_gpu_blocks_override": -3}, "--num-gpu-blocks-override -3"),
     ],

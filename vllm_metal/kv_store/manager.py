@@ -70,6 +70,7 @@ class DiskManager(OffloadingManager):
         self._writing: set[str] = set()
         self._counts = dict.fromkeys((EVICTED, UNUSABLE, UNWRITTEN), 0)
         self._evicted_before = 0
+        self._bytes_told = 0
 
     def start(self, files: FileMapper, block_bytes: tuple[int, ...]) -> None:
         """Tells what only the worker knows.
@@ -157,8 +158,9 @@ class DiskManager(OffloadingManager):
     def get_stats(self) -> OffloadingConnectorStats | None:
         self._counts[EVICTED] = self.index.num_evicted - self._evicted_before
         self._evicted_before = self.index.num_evicted
-        if not any(self._counts.values()):
+        if not any(self._counts.values()) and self.index.num_bytes == self._bytes_told:
             return None
+        self._bytes_told = self.index.num_bytes
         stats = OffloadingConnectorStats()
         stats.set_gauge(BYTES_ON_DISK, self.index.num_bytes)
         for name, count in self._counts.items():

@@ -23,8 +23,9 @@ slid out of a window, or because a result came so late that a finished request i
 more.
 
 **All else waits for the host** (`StepsInFlight.finish`), since it does not depend on these tokens:
-a step that a request joins or rejoins, prompt chunks, copies of blocks, several forward passes in
-one step, and steps that vLLM's sampler samples. A prefix cache that is reset writes nothing;
+a step that a request joins or rejoins, prompt chunks, copies of blocks, blocks on their way to or
+from disk (`kv_store/transfers.py`), several forward passes in one step, and steps that vLLM's
+sampler samples. A prefix cache that is reset writes nothing;
 whoever is given its blocks joins.
 
 **On the GPU, "depends" means "runs after".** MLX evaluates the operations of a stream in an order
