@@ -39,7 +39,7 @@ from vllm_metal.runner.model_runner import ModelRunner
 from vllm_metal.runner.steps_in_flight import MAX_STEPS
 from vllm_metal.startup import compression, decode_probe, dependencies, workspace_probe
 from vllm_metal.startup.crash_marker import CrashMarker
-from vllm_metal.startup.probe_requests import probe_prompts
+from vllm_metal.startup.probe_requests import prompts_of
 from vllm_metal.startup.prompt_beginning import Encode
 from vllm_metal.startup.result_cache import (
     DECODE_ANSWERS,
@@ -89,7 +89,7 @@ class MetalWorker(WorkerBase):
         self.model_pages = self._make_cache()
         # vLLM's scheduler has the same object, and reads it when it is made.
         self.cache_config.prefix_match_unit = self.model_pages.match_unit
-        self._prompts = self._probe_prompts()
+        self._prompts = prompts_of(self.model_config)
         self.decode_answers = self.results.get(
             DECODE_ANSWERS,
             dependencies.of_decode_answers(self._prompts),
@@ -188,10 +188,7 @@ class MetalWorker(WorkerBase):
     def sleep(self, level: int = 1) -> None:
         """Lets requests wait, as vLLM's scheduler has begun to; no memory is freed."""
         mx.clear_cache()
-        logger.warning(
-            "Asleep until /wake_up: requests wait. Weights and pages keep their memory, since CPU "
-            "and GPU share it; end the server to free it"
-        )
+        logger.warning("Asleep until /wake_up: requests wait. Weights and pages keep their memory")
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Nothing was given away."""
@@ -230,16 +227,6 @@ class MetalWorker(WorkerBase):
     @property
     def _encode(self) -> Encode:
         return cached_tokenizer_from_config(self.model_config).encode
-
-    def _probe_prompts(self) -> list[list[int]]:
-        """Prompts that begin as the tokenizer begins one."""
-        tokenizer = cached_tokenizer_from_config(self.model_config)
-        if tokenizer is not None:
-            return probe_prompts(tokenizer.encode)
-        first = getattr(self.model_config.hf_text_config, "bos_token_id", None)
-        if isinstance(first, int) and 0 <= first < self.model_config.get_vocab_size():
-            return probe_prompts(None, [first])
-        return probe_prompts(None, [])  # none, or a default that lies outside the vocabulary
 
     def _decode_forward(self, model: BoundModel, most_tokens: int) -> DecodeForward:
         """How decode rows run, warm; logs why they do not run in the fastest way, if so."""

@@ -14,7 +14,6 @@ from vllm.v1.request import RequestStatus
 from tests.serving import Serving
 from tests.tiny_models import VOCABULARY, save_checkpoint, tiny_model
 from vllm_metal.runner.pending_tokens import PendingTokens
-from vllm_metal.runner.request_batch import PLACEHOLDER
 
 NEW_TOKENS = 20
 LENGTHS = (1, 2, 15, 16, 17, 50, 33)
@@ -212,43 +211,6 @@ def test_one_step_is_computed_at_a_time(make_config, monkeypatch, expected):
 
     monkeypatch.setattr(serving.runner, "_dispatch", checked)
     assert serving.generate(PROMPTS, max_tokens=NEW_TOKENS) == expected
-
-
-def test_a_step_that_a_request_joins_waits_for_the_one_before(make_config):
-    """Its name may be that of a request whose token is still in flight."""
-    serving = Serving(make_config(async_scheduling=True))
-    for name in ("first", "second"):
-        serving.add(name, prompt(1))
-        scheduled = serving.scheduler.schedule()
-        serving.worker.execute_model(scheduled)
-        assert PLACEHOLDER not in serving.runner.batch.requests["first"].output_token_ids
-        serving.worker.sample_tokens(None)
-        assert serving.runner.batch.requests["first"].output_token_ids[-1] == PLACEHOLDER
-
-
-def test_a_step_with_the_last_token_of_a_prompt_waits_for_the_one_before(make_config):
-    """It is a prompt chunk, though every request advances by one token, as in a decode step."""
-    config = make_config(
-        async_scheduling=True, max_num_batched_tokens=16, enable_prefix_caching=False
-    )
-    serving = Serving(config)
-    serving.add("first", prompt(4))
-    for _ in range(2):
-        step(serving)
-    serving.add("second", prompt(16))
-    assert step(serving) == {"first": 1, "second": 15}
-    scheduled = serving.scheduler.schedule()
-    assert scheduled.num_scheduled_tokens == {"first": 1, "second": 1}
-    serving.worker.execute_model(scheduled)
-    assert PLACEHOLDER not in serving.runner.batch.requests["first"].output_token_ids
-
-
-def step(serving: Serving) -> dict[str, int]:
-    """Schedules and runs a step whose output nobody waits for; tokens of each request."""
-    scheduled = serving.scheduler.schedule()
-    serving.worker.execute_model(scheduled)
-    serving.worker.sample_tokens(None)
-    return scheduled.num_scheduled_tokens
 
 
 def test_a_step_without_tokens(make_config):

@@ -19,13 +19,15 @@ from tests.serving import Serving
 from tests.tiny_models import VOCABULARY, save_checkpoint, save_tokenizer
 from vllm_metal.metal_kernel_backend import selection
 from vllm_metal.runner.pending_tokens import PendingTokens
-from vllm_metal.runner.request_batch import RequestBatch
+from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
 from vllm_metal.runner.steps_in_flight import MAX_STEPS, StepsInFlight
 
-PROMPTS = [
-    np.random.default_rng([length]).integers(0, VOCABULARY, length).tolist()
-    for length in (17, 30, 50, 40)
-]
+
+def prompt_of(length: int) -> list[int]:
+    return np.random.default_rng([length]).integers(0, VOCABULARY, length).tolist()
+
+
+PROMPTS = [prompt_of(length) for length in (17, 30, 50, 40)]
 NEW_TOKENS = 24
 
 
@@ -190,3 +192,40 @@ def test_a_third_step_is_refused(make_config):
         steps.add(step(name, 1))
     with pytest.raises(RuntimeError, match="while 2 others were in flight"):
         steps.add(step("c", 1))
+
+
+def test_a_step_that_a_request_joins_waits_for_the_one_before(make_config):
+    """Its name may be that of a request whose token is still in flight."""
+    serving = Serving(make_config(async_scheduling=True))
+    for name in ("first", "second"):
+        serving.add(name, prompt_of(1))
+        scheduled = serving.scheduler.schedule()
+        serving.worker.execute_model(scheduled)
+        assert PLACEHOLDER not in serving.runner.batch.requests["first"].output_token_ids
+        serving.worker.sample_tokens(None)
+        assert serving.runner.batch.requests["first"].output_token_ids[-1] == PLACEHOLDER
+
+
+def test_a_step_with_the_last_token_of_a_prompt_waits_for_the_one_before(make_config):
+    """It is a prompt chunk, though every request advances by one token, as in a decode step."""
+    config = make_config(
+        async_scheduling=True, max_num_batched_tokens=16, enable_prefix_caching=False
+    )
+    serving = Serving(config)
+    serving.add("first", prompt_of(4))
+    for _ in range(2):
+        scheduled_step(serving)
+    serving.add("second", prompt_of(16))
+    assert scheduled_step(serving) == {"first": 1, "second": 15}
+    scheduled = serving.scheduler.schedule()
+    assert scheduled.num_scheduled_tokens == {"first": 1, "second": 1}
+    serving.worker.execute_model(scheduled)
+    assert PLACEHOLDER not in serving.runner.batch.requests["first"].output_token_ids
+
+
+def scheduled_step(serving: Serving) -> dict[str, int]:
+    """Schedules and runs a step whose output nobody waits for; tokens of each request."""
+    scheduled = serving.scheduler.schedule()
+    serving.worker.execute_model(scheduled)
+    serving.worker.sample_tokens(None)
+    return scheduled.num_scheduled_tokens

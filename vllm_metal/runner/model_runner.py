@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-import torch
 from vllm.v1.outputs import (
     EMPTY_MODEL_RUNNER_OUTPUT,
     AsyncModelRunnerOutput,
@@ -45,9 +44,10 @@ from vllm_metal.runner.decode_forward import DecodeForward
 from vllm_metal.runner.dispatch import Dispatch
 from vllm_metal.runner.nan_logits import are_finite, reporter, rows_in_torch
 from vllm_metal.runner.pending_tokens import PendingTokens
+from vllm_metal.runner.prompt_scores import score_chunk
 from vllm_metal.runner.proposers import make_proposer
 from vllm_metal.runner.request_batch import PLACEHOLDER, RequestBatch
-from vllm_metal.runner.sampler import TorchSampler, greedy, to_torch
+from vllm_metal.runner.sampler import TorchSampler, greedy
 from vllm_metal.runner.segments import Kind, Segment
 from vllm_metal.runner.steps_in_flight import StepsInFlight
 
@@ -143,10 +143,7 @@ class ModelRunner:
     def sample_tokens(
         self, grammar: "GrammarOutput | None"
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
-        """Samples a token for every request whose known tokens are all computed.
-
-        And one more for each draft that is confirmed (`acceptance`).
-        """
+        """Samples for every request whose known tokens are all computed (`acceptance`)."""
         step, self._step = self._step, None
         if step is None:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -186,12 +183,13 @@ class ModelRunner:
         if self._transfers is not None:
             self._transfers.close()
 
+    # Forward passes, in the order of a step.
+
     def _can_run_ahead(self, scheduled: "SchedulerOutput") -> bool:
         """Whether this step needs no token of the previous one on the host.
 
-        So it is when every request was in the previous step and advances by one token. The
-        batch as it was decides: what joins now is in `scheduled_new_reqs`. A forward that
-        evaluates on its way waits for the previous one.
+        So it is when every request was in the previous step and advances by one token; what joins
+        now is in `scheduled_new_reqs`. A forward that evaluates on its way waits.
         """
         cached, previous = scheduled.scheduled_cached_reqs, self._in_flight.newest
         return (
@@ -226,8 +224,7 @@ class ModelRunner:
     def _decode(self, step: _Step, segments: list[Segment], pending: PendingTokens | None) -> None:
         """The segments that decode: lazily where they run as one forward pass."""
         rows, groups = self.batch.rows, self.kv_cache.groups
-        parts = self.decode.parts(segments, groups)
-        for part in parts:
+        for part in (parts := self.decode.parts(segments, groups)):
             token_ids, metadata = forward_inputs.decode_inputs(
                 rows, part, groups, (pending.tokens, pending.index) if pending else None
             )
@@ -274,8 +271,8 @@ class ModelRunner:
         return gains
 
     def _sample_in_torch(self, step: _Step, grammar: "GrammarOutput | None") -> Gains:
-        rows = self.batch.rows
         self._in_flight.finish()
+        rows = self.batch.rows
         given = step.scheduled.scheduled_spec_decode_tokens
         counts = [1 + len(given.get(req_id, ())) for req_id in rows.req_ids]
         ends = np.cumsum(counts)  # one row of each request, and one of each draft, as vLLM has them
@@ -292,22 +289,9 @@ class ModelRunner:
         return sampled_gains(sampling, first_rows, logits, finite, self.batch, self._sampler)
 
     def _score_prompt(self, step: _Step, req_id: str, num_scheduled: int, chunk: RowLogits) -> None:
-        """Scores a prompt chunk, whose last row must be finite, too, for its scores to count."""
-        finite: list[bool] = []
-
-        def piece(begin: int, end: int) -> torch.Tensor:
-            logits = chunk.of(begin, end)
-            finite.append(bool(mx.all(are_finite(logits)).item()))
-            return to_torch(logits)
-
-        piece(num_scheduled - 1, num_scheduled)
-        scores = self._sampler.score_prompt(
-            self.batch.requests[req_id],
-            num_scheduled,
-            self.batch.rows.vocab_size,
-            piece,
-        )
-        if not all(finite):
+        request, vocab_size = self.batch.requests[req_id], self.batch.rows.vocab_size
+        scores, finite = score_chunk(self._sampler, request, num_scheduled, vocab_size, chunk)
+        if not finite:
             step.prompts_with_nans.append(req_id)
         elif scores is not None:
             step.prompt_logprobs[req_id] = scores

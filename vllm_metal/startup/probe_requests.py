@@ -1,15 +1,20 @@
 """Three short prompts, and requests of them in a cache without a scheduler."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_metal.attention.metadata import GroupMetadata
 from vllm_metal.kv_cache.cache import KVCache
 from vllm_metal.kv_cache.group_metadata import decode_metadata, prefill_metadata
 from vllm_metal.metal_kernel_backend.dense.reference import DensePages
 from vllm_metal.model.model_binding import BoundModel, ModelBinding
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 DecodeStep = Callable[[mx.array, Sequence[GroupMetadata]], mx.array]
 """`BoundModel.forward` of a decode step, or a trace of it."""
@@ -41,6 +46,17 @@ def probe_prompts(
         token_ids = list(beginning) if encode is None else list(encode(text))
         prompts.append([*token_ids, *TOKEN_IDS[2 * i :], *TOKEN_IDS][:count])
     return prompts
+
+
+def prompts_of(model_config: "ModelConfig") -> list[list[int]]:
+    """Prompts that begin as the tokenizer of this model begins one."""
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is not None:
+        return probe_prompts(tokenizer.encode)
+    first = getattr(model_config.hf_text_config, "bos_token_id", None)
+    if isinstance(first, int) and 0 <= first < model_config.get_vocab_size():
+        return probe_prompts(None, [first])
+    return probe_prompts(None, [])  # none, or a default that lies outside the vocabulary
 
 
 def on_dense_pages(binding: ModelBinding, prompts: Sequence[Sequence[int]]) -> "ProbeRequests":
