@@ -58,3 +58,24 @@ def test_help_imports_neither_mlx_nor_vllm():
         "sys.exit(any(name in sys.modules for name in ('mlx.core', 'vllm', 'torch')))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As `head` after its lines: no traceback, and the exit code of a process that SIGPIPE ends."""
+    program = (
+        "import argparse, sys; from vllm_metal import cli\n"
+        "run = lambda args: print('x\\n' * 100_000) or 0\n"
+        "cli.Command.build = lambda self, parser: parser.set_defaults(run=run)\n"
+        "sys.exit(cli.main(['plan']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141

@@ -124,6 +124,11 @@ def test_the_measured_table_is_the_committed_measurement():
     assert done.returncode == 0
 
 
+def test_the_tables_of_what_fits_are_those_of_the_plan():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "what_fits.py", "--check"])
+    assert done.returncode == 0
+
+
 def test_lines_are_no_longer_than_those_of_the_code():
     """Lines of prose and of code; a table's row and a link cannot be broken."""
     long = [

@@ -8,6 +8,7 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import ChunkedKVCache
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.executor.abstract import Executor
 
 from tests.serving import Serving, loaded_worker
 from tests.tiny_models import LAYERS, save_checkpoint
@@ -204,6 +205,20 @@ def test_an_unservable_model_is_refused_at_load(make_config, monkeypatch):
     monkeypatch.setattr(llama.Model, "make_cache", lambda _: chunked)
     with pytest.raises(UnsupportedModelError, match="'llama' cannot be served"):
         loaded_worker(config)
+
+
+def test_an_engine_that_slept_wakes_up(make_config):
+    """The scheduler is paused before the worker is told: an error there would leave it paused."""
+    worker = loaded_worker(make_config())
+    executor = SimpleNamespace(
+        sleeping_tags=set(),
+        is_sleeping=True,
+        collective_rpc=lambda method, kwargs: getattr(worker, method)(**kwargs),
+    )
+    Executor.sleep(executor, 1)
+    assert executor.sleeping_tags
+    Executor.wake_up(executor)
+    assert not executor.sleeping_tags
 
 
 def test_what_it_offers(make_config):

@@ -9,6 +9,7 @@ by `run` is printed without a traceback and gives exit code 2.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit code (2 for a user error)."""
+    """Runs one subcommand; returns the exit code: 2 for a user error, 141 where nobody reads on."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="vllm-metal",
@@ -80,12 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(arguments)
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
 
 
 def sentence(summary: str) -> str:

@@ -226,6 +226,31 @@ def test_a_step_that_a_request_joins_waits_for_the_one_before(make_config):
         assert serving.runner.batch.requests["first"].output_token_ids[-1] == PLACEHOLDER
 
 
+def test_a_step_with_the_last_token_of_a_prompt_waits_for_the_one_before(make_config):
+    """It is a prompt chunk, though every request advances by one token, as in a decode step."""
+    config = make_config(
+        async_scheduling=True, max_num_batched_tokens=16, enable_prefix_caching=False
+    )
+    serving = Serving(config)
+    serving.add("first", prompt(4))
+    for _ in range(2):
+        step(serving)
+    serving.add("second", prompt(16))
+    assert step(serving) == {"first": 1, "second": 15}
+    scheduled = serving.scheduler.schedule()
+    assert scheduled.num_scheduled_tokens == {"first": 1, "second": 1}
+    serving.worker.execute_model(scheduled)
+    assert PLACEHOLDER not in serving.runner.batch.requests["first"].output_token_ids
+
+
+def step(serving: Serving) -> dict[str, int]:
+    """Schedules and runs a step whose output nobody waits for; tokens of each request."""
+    scheduled = serving.scheduler.schedule()
+    serving.worker.execute_model(scheduled)
+    serving.worker.sample_tokens(None)
+    return scheduled.num_scheduled_tokens
+
+
 def test_a_step_without_tokens(make_config):
     serving = Serving(make_config())
     empty = SchedulerOutput.make_empty()

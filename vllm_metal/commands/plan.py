@@ -23,6 +23,7 @@ from vllm_metal.machine.device import Device, mac_working_set, select_device
 
 if TYPE_CHECKING:
     from vllm_metal.model.model_binding import ModelBinding
+    from vllm_metal.model.weight_size import WeightSize
 
 WORKSPACE = GIB // 2
 """Bytes that are assumed for a step's temporary memory; a server measures its own."""
@@ -59,7 +60,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=int, default=16, help="tokens of a block, as in vLLM (default: 16)"
     )
     parser.add_argument(
-        "--weights", type=parse_size, help="size of the weights (default: that of the files)"
+        "--weights",
+        type=parse_size,
+        help="size of the weights (default: what the files or config.json say)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face name")
     parser.add_argument(
@@ -113,22 +116,24 @@ def _print_plan(args: argparse.Namespace) -> int:
     from vllm_metal.commands.plan_table import measured_models, render, table
     from vllm_metal.model import model_loader
     from vllm_metal.model.model_binding import ModelBinding
+    from vllm_metal.model.weight_size import WeightSize, weight_size
 
     source = model_loader.ModelSource(args.model, args.revision, args.trust_remote_code)
     model = model_loader.load_structure(source)
     binding = ModelBinding(model)
-    weights = args.weights or model_loader.weight_bytes_on_disk(args.model)
+    weights = WeightSize(args.weights, "--weights") if args.weights else None
     if weights is None:
-        weights = model_loader.weight_bytes(model)
-    plan = MemoryPlan(_device(args), args.gpu_memory_utilization, weights, WORKSPACE)
+        weights = weight_size(source.config_folder(), model, source.config().for_mlx_lm)
+    plan = MemoryPlan(_device(args), args.gpu_memory_utilization, weights.bytes, WORKSPACE)
     if plan.page_bytes <= 0:
-        raise UserError(f"{args.model!r} leaves no memory for the KV cache", _lines(plan))
+        raise UserError(f"{args.model!r} leaves no memory for the KV cache", _lines(plan, weights))
     longest = getattr(model.args, "max_position_embeddings", None)
     rows, refusal = table(binding, plan.page_bytes, args.block_size, args.max_model_len, longest)
     if args.json:
         facts = {
             "device": asdict(plan.device),
-            "weights": weights,
+            "weights": weights.bytes,
+            "weights_from": weights.source,
             "workspace": WORKSPACE,
             "kv_cache_bytes": plan.page_bytes,
             "formats": [asdict(row) for row in rows],
@@ -137,7 +142,7 @@ def _print_plan(args: argparse.Namespace) -> int:
         }
         print(json.dumps(facts, indent=2))
         return 0
-    print(f"{args.model}: {_layers(binding)}", *_lines(plan), sep="\n    ", end="\n\n")
+    print(f"{args.model}: {_layers(binding)}", *_lines(plan, weights), sep="\n    ", end="\n\n")
     print(render(rows, args.max_model_len))
     if refusal:
         print(f"\n{refusal}")
@@ -154,9 +159,13 @@ def _device(args: argparse.Namespace) -> Device:
     return select_device()
 
 
-def _lines(plan: MemoryPlan) -> list[str]:
-    """The memory plan, one term a line."""
-    lines = [f"{line} (assumed)" if "workspace" in line else line for line in plan.lines()]
+def _lines(plan: MemoryPlan, weights: "WeightSize") -> list[str]:
+    """The memory plan, one term a line, and where a term comes from that was not measured."""
+    sources = {"workspace": "assumed", "weights": f"from {weights.source}"}
+    lines = [
+        f"{line} ({sources[line.split()[0]]})" if line.split()[0] in sources else line
+        for line in plan.lines()
+    ]
     return [f"memory of {plan.device.name}", *lines]
 
 

@@ -168,11 +168,6 @@ def weight_bytes(model: nn.Module) -> int:
     return tree_reduce(lambda total, array: total + array.nbytes, model.parameters(), 0)
 
 
-def weight_bytes_on_disk(model: str) -> int | None:
-    """Bytes of a local folder's weight files; None if it has none."""
-    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) or None
-
-
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Converts floating-point parameters to `dtype`.
 
