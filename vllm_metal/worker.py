@@ -22,7 +22,7 @@ from vllm_metal.kv_cache.group_metadata import gathered_tokens
 from vllm_metal.kv_cache.remedies import MemorySettings
 from vllm_metal.kv_cache.spec import KV_CACHE_LAYOUT, block_table_sizes, cache_layout
 from vllm_metal.kv_cache.workspace import StepMemory, most_decode_rows, scoring_bytes
-from vllm_metal.kv_store.connector import StoreHandshake, handshake, make_transfers
+from vllm_metal.kv_store.connector import handshake, make_transfers
 from vllm_metal.machine.blas import load_fast_blas
 from vllm_metal.machine.cache_folder import startup_cache_folder
 from vllm_metal.machine.device import Device, select_device
@@ -149,13 +149,9 @@ class MetalWorker(WorkerBase):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         model = self.binding.bind(self.kv_cache)
         most_tokens = self.step_memory.decode_tokens(self.plan.workspace)
+        decode = self._decode_forward(model, most_tokens)
         self.model_runner = ModelRunner(
-            self.vllm_config,
-            model,
-            self._decode_forward(model, most_tokens),
-            self._block_tables,
-            self._dispatch,
-            self.transfers,
+            self.vllm_config, model, decode, self._block_tables, self._dispatch, self.transfers
         )
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
@@ -185,6 +181,10 @@ class MetalWorker(WorkerBase):
     def list_loras(self) -> set[int]:
         return set()
 
+    def get_kv_connector_handshake_metadata(self) -> dict | None:
+        """What the scheduler's half of the store of pages needs; None where there is none."""
+        return handshake(self.transfers)
+
     def sleep(self, level: int = 1) -> None:
         """Lets requests wait, as vLLM's scheduler has begun to; no memory is freed."""
         mx.clear_cache()
@@ -192,12 +192,6 @@ class MetalWorker(WorkerBase):
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Nothing was given away."""
-
-    def get_kv_connector_handshake_metadata(
-        self,
-    ) -> "dict[tuple[int, int], StoreHandshake] | None":
-        """What the scheduler's half of the store of pages needs; None where there is none."""
-        return handshake(self.transfers)
 
     def shutdown(self) -> None:
         if getattr(self, "model_runner", None) is not None:  # a start that fails has none
@@ -232,8 +226,7 @@ class MetalWorker(WorkerBase):
         """How decode rows run, warm; logs why they do not run in the fastest way, if so."""
         started, name, answers = time.perf_counter(), model.binding.model_type, self.decode_answers
         if self.model_config.enforce_eager:
-            eager = decode_probe.Answer(False, "--enforce-eager")
-            answers = replace(answers, traced=eager)
+            answers = replace(answers, traced=decode_probe.Answer(False, "--enforce-eager"))
         step, traced = decode_probe.decode_step(model, self._prompts, answers, self._tracing)
         if traced.holds:
             logger.info("Decode is traced and replayed (%.1f s)", time.perf_counter() - started)

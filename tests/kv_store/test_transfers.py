@@ -46,6 +46,7 @@ def filled(seed: int, dtype: mx.Dtype = mx.bfloat16) -> KVCache:
     random = np.random.default_rng(seed)
     content = random.integers(0, 256, (NUM_BLOCKS, cache.block_bytes(0)), np.uint8)
     cache.write_blocks(0, range(NUM_BLOCKS), content)
+    np.testing.assert_array_equal(pages_of(cache), content)
     return cache
 
 
