@@ -84,7 +84,6 @@ def test_another_amount_of_memory_does_not_count():
         {"cache": dense(shape=replace(SHAPE, sliding_window=32))},
         {"cache": compressed()},
     ],
-    ids=str,
 )
 def test_other_settings_have_other_keys(changes):
     assert digest(**changes) != digest()
