@@ -47,6 +47,10 @@ class ModelPages:
     vllm_config: "VllmConfig"
     backends: Sequence[AttentionBackend]
     states: Sequence[StateShape]
+    block_size: int
+    """Tokens of a block as it was asked for. vLLM's configuration has that of the planner later."""
+    caching: StateCaching | None
+    """Likewise."""
 
     @classmethod
     def of(
@@ -75,12 +79,13 @@ class ModelPages:
         dtype: mx.Dtype,
         turboquant: TurboQuantConfig | None,
         calibrate: Calibrate,
+        asked: "ModelPages | None" = None,
     ) -> "ModelPages":
-        """Pages of one's own choice; else as `of`."""
-        block_size = vllm_config.cache_config.block_size
-        caching = state_caching(vllm_config)
+        """Pages of one's own choice; else as `of`, or as `asked` was asked for."""
+        block_size = asked.block_size if asked else vllm_config.cache_config.block_size
+        caching = asked.caching if asked else state_caching(vllm_config)
         backends = make_backends(layers, block_size, dtype, turboquant, calibrate, states, caching)
-        return cls(vllm_config, backends, states)
+        return cls(vllm_config, backends, states, block_size, caching)
 
     @property
     def state_block_size(self) -> int | None:
@@ -89,12 +94,11 @@ class ModelPages:
         The smallest block of all layers (`page_sizes`). None without states, or where their
         prefixes are not cached.
         """
-        caching = state_caching(self.vllm_config)
-        if not self.states or caching is None:
+        if not self.states or self.caching is None:
             return None
         blocks = [backend.block_size for backend in self.backends]
         if not blocks:
-            return caching.block_size(self.vllm_config.cache_config.block_size, TOKEN_STEP)
+            return self.caching.block_size(self.block_size, TOKEN_STEP)
         return min(blocks)
 
     @property
@@ -105,6 +109,8 @@ class ModelPages:
         attention, with sliding windows (vLLM looks for them at whole blocks), or in small blocks.
         """
         given = self.vllm_config.cache_config.prefix_match_unit
+        if self.caching is not None:
+            given = self.caching.match_unit
         smallest = self.state_block_size
         windows = any(backend.shape.sliding_window is not None for backend in self.backends)
         if given is not None or smallest is None or not self.backends or windows:
@@ -144,7 +150,9 @@ class ModelPages:
     def dense_capacity(self, page_bytes: int, max_model_len: int) -> Capacity:
         """What they would hold in 16-bit pages."""
         layers = [backend.shape for backend in self.backends]
-        dense = ModelPages.with_pages(self.vllm_config, layers, self.states, mx.float16, None, list)
+        dense = ModelPages.with_pages(
+            self.vllm_config, layers, self.states, mx.float16, None, list, self
+        )
         return dense.capacity(page_bytes, max_model_len)
 
     def ratio(self, max_model_len: int) -> float:

@@ -34,7 +34,7 @@ def drafting(count: int = 4, **more) -> dict:
 def symbolic(make_config, kind: str, rng: random.Random, num_blocks: int, **settings):
     """A server over symbolic pages whose drafts are right more often than not."""
     config = make_config(**drafting(rng.randrange(1, 8), max_model_len=MAX_MODEL_LEN, **settings))
-    serving = SymbolicServing(config, KINDS[kind], num_blocks)
+    serving = SymbolicServing(config, KINDS[kind].specs, num_blocks)
     vocab_size = config.model_config.get_vocab_size()
 
     def answer_of(token_ids: list[int], num_tokens: int) -> list[int]:
