@@ -102,7 +102,7 @@ KINDS = {
     ),
     "kept states alone": Mix({"states.0": state(16, 1)}, keeps_states=True, scarce_blocks=9),
 }
-BY_DAY = {"full": 4, "window": 4, "states": 2}
+BY_DAY = {"full": 2, "window": 2, "states": 1}
 """Seeds of random traffic that are not left to the night; one of any other kind."""
 PREFIXES = ["full", "window"]
 """Kinds whose prefixes a request finds in the step in which another one completes them."""

@@ -174,6 +174,7 @@ SAMPLING = [
 """Of one request each. The last one ends at a token that it may not sample in the beginning."""
 
 
+@pytest.mark.nightly
 def test_seeds_penalties_and_logprobs_are_those_without_drafts(make_config, answers):
     prompts = PROMPTS[-len(SAMPLING) :]
     stop = answers[tuple(prompts[-1])][1]
