@@ -61,7 +61,7 @@ KINDS = [
     # hybrids with a gated delta net and with Mamba; recurrent state only
     Kind("qwen3_next", "Qwen3NextForCausalLM"),
     Kind("jamba", "JambaForCausalLM"),
-    Kind("falcon_h1", "FalconH1ForCausalLM", 8),
+    Kind("falcon_h1", "FalconH1ForCausalLM", 10),
     Kind("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
     Kind("mamba", "MambaForCausalLM", None, caches_prefixes=False, no_turboquant=NOTHING),
     # shared keys and values; afm7 is unknown to vLLM and decodes one request at a time
