@@ -128,6 +128,7 @@ def test_the_measured_table_is_the_committed_measurement():
     assert done.returncode == 0
 
 
+@pytest.mark.nightly
 def test_the_tables_of_what_fits_are_those_of_the_plan():
     done = subprocess.run([sys.executable, ROOT / "scripts" / "what_fits.py", "--check"])
     assert done.returncode == 0

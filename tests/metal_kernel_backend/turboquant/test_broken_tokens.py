@@ -27,7 +27,7 @@ def test_the_bytes_of_vectors_that_are_not_finite_are_the_codecs(pair, poison):
     stored.check_bytes()
 
 
-@pytest.mark.parametrize("field", ["keys", "values"])
+@pytest.mark.parametrize("field", [pytest.param("keys", marks=pytest.mark.nightly), "values"])
 @pytest.mark.parametrize(
     "settings",
     [
