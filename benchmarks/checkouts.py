@@ -21,71 +21,37 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROMPT_LEN = 128
-NEW_TOKENS = 48
-PREFILL_LEN = 512
-CASES = {
-    "decode, batch 1": (1, PROMPT_LEN, NEW_TOKENS),
-    "decode, batch 8": (8, PROMPT_LEN, NEW_TOKENS),
-    "prefill": (1, PREFILL_LEN, 1),
-}
-"""Name -> requests, prompt tokens, new tokens."""
-
-
-class Engine:
-    """vLLM's engine in this process, stepped by hand."""
-
-    def __init__(self, model: str):
-        from vllm import LLM
-
-        self.llm = LLM(
-            model,
-            dtype="float32",
-            max_model_len=1024,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=400 << 20,
-            enable_prefix_caching=False,
-        )
-        self._count = 0
-
-    def speed(self, requests: int, prompt_tokens: int, new_tokens: int) -> float:
-        """Tokens per second: of the prompt where one token is asked for, else of decode."""
-        from vllm import SamplingParams
-
-        engine = self.llm.llm_engine
-        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        start = time.perf_counter()
-        for row in range(requests):
-            self._count += 1
-            prompt = [(37 * i + 11 * row) % 20000 + 100 for i in range(prompt_tokens)]
-            engine.add_request(str(self._count), {"prompt_token_ids": prompt}, params)
-        seen: dict[str, int] = {}
-        marks = []
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                seen[output.request_id] = len(output.outputs[0].token_ids)
-            if len(seen) == requests:
-                marks.append((time.perf_counter(), sum(seen.values())))
-        if new_tokens == 1:
-            return prompt_tokens / (marks[0][0] - start)
-        (first, low), (last, high) = marks[1], marks[-1]
-        return (high - low) / (last - first)
+CASES = "decode, batch 1", "decode, batch 8", "prefill"
 
 
 def serve(model: str) -> None:
-    """Reads names of cases from stdin, and answers each with its speed."""
+    """Reads names of cases from stdin, and answers each with its speed, in tokens per second."""
+    from stepped_engine import NEW_TOKENS, PREFILL_LEN, PROMPT_LEN, Engine, decode_rate
+
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no answer
     engine = Engine(model)
-    for case in list(CASES.values()):
-        engine.speed(*case)
+
+    def prompt(length: int, row: int = 0) -> list[int]:
+        return [(37 * i + 11 * row) % 20000 + 100 for i in range(length)]
+
+    def decode(requests: int) -> float:
+        prompts = [prompt(PROMPT_LEN, row) for row in range(requests)]
+        return decode_rate(engine.run(prompts, NEW_TOKENS), requests)
+
+    def prefill() -> float:
+        return PREFILL_LEN / engine.run([prompt(PREFILL_LEN)], 1)[0][0]
+
+    speeds = dict(zip(CASES, (partial(decode, 1), partial(decode, 8), prefill), strict=True))
+    for speed in speeds.values():
+        speed()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        print(engine.speed(*CASES[line.strip()]), file=answers, flush=True)
+        print(speeds[line.strip()](), file=answers, flush=True)
 
 
 class Checkout:
@@ -172,7 +138,7 @@ def main() -> None:
 
     model = args.model or str(fetch_demo_model())
     this, other = Checkout(ROOT, model), Checkout(args.other.resolve(), model)
-    result = provenance() | {
+    result = provenance("mlx", "mlx-lm", "vllm") | {
         "commit": this.commit,
         "other_commit": other.commit,
         "ratios": compared(this, other, args.rounds),
