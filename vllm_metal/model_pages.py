@@ -112,8 +112,7 @@ class ModelPages:
         if self.caching is not None:
             given = self.caching.match_unit
         smallest = self.state_block_size
-        windows = any(backend.shape.sliding_window is not None for backend in self.backends)
-        if given is not None or smallest is None or not self.backends or windows:
+        if given is not None or smallest is None or not self.backends or self._has_windows:
             return given
         return match_unit(smallest)
 
@@ -121,8 +120,11 @@ class ModelPages:
     def match_tokens(self) -> int | None:
         """Prefixes of a model with recurrent state are found at multiples of so many tokens."""
         smallest = self.state_block_size
-        windows = any(backend.shape.sliding_window is not None for backend in self.backends)
-        return smallest if windows else smallest and self.match_unit or smallest
+        return smallest if self._has_windows else smallest and self.match_unit or smallest
+
+    @property
+    def _has_windows(self) -> bool:
+        return any(backend.shape.sliding_window is not None for backend in self.backends)
 
     @property
     def summary(self) -> CacheSummary:

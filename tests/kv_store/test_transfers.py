@@ -166,6 +166,14 @@ def test_a_step_without_jobs_waits_for_nothing(serve):
     assert server.finished == 0
 
 
+def check_kept(server, folder: Path, expected: bytes) -> None:
+    """Job 1 writes what block 3 had, though its page is another's by now."""
+    server.cache.write_blocks(0, [3], np.zeros((1, server.cache.block_bytes(0)), np.uint8))
+    server.until(1)
+    [path] = folder.rglob("*.bin")
+    assert path.read_bytes()[36:] == expected
+
+
 def test_blocks_wait_in_their_pages_until_there_is_room(serve, tmp_path, monkeypatch):
     """And are copied at once when vLLM is to give them to others."""
     monkeypatch.setattr(transfers, "MOST_BYTES_WAITING", 0)
@@ -176,20 +184,14 @@ def test_blocks_wait_in_their_pages_until_there_is_room(serve, tmp_path, monkeyp
         server.step(tokens=1)
     assert 1 not in server.completed
     server.step(flush=[1], tokens=1)
-    server.cache.write_blocks(0, [3], np.zeros((1, server.cache.block_bytes(0)), np.uint8))
-    server.until(1)
-    [path] = tmp_path.rglob("*.bin")
-    assert path.read_bytes()[36:] == expected
+    check_kept(server, tmp_path, expected)
 
 
 def test_a_job_that_is_flushed_in_its_own_step_is_copied_at_once(serve, tmp_path):
     server = serve(filled(1))
     expected = pages_of(server.cache)[3].tobytes()
     server.step(stores={1: store(tmp_path, {0: [0]}, {0: [3]})}, flush=[1], tokens=5)
-    server.cache.write_blocks(0, [3], np.zeros((1, server.cache.block_bytes(0)), np.uint8))
-    server.until(1)
-    [path] = tmp_path.rglob("*.bin")
-    assert path.read_bytes()[36:] == expected
+    check_kept(server, tmp_path, expected)
 
 
 def test_a_load_with_an_unusable_file_fails_and_leaves_the_other_pages_alone(serve, tmp_path):

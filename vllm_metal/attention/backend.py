@@ -164,9 +164,10 @@ class AttentionBackend(ABC):
         Queries of one request share one reading of its context.
         """
         parts = rows.metadata.parts
-        counts = [part.slot_mapping.shape[0] for part in parts]
+        ends = list(accumulate(part.slot_mapping.shape[0] for part in parts))
+        divided = mx.split(rows.queries, ends[:-1]) if len(parts) > 1 else [rows.queries]
         outputs = []
-        for part, queries in zip(parts, _divided(rows.queries, counts), strict=True):
+        for part, queries in zip(parts, divided, strict=True):
             by_request = queries.reshape(-1, part.query_len, *queries.shape[1:])
             some = replace(rows, queries=by_request, metadata=part)
             outputs.append(self.decode_part(pages, some).flatten(0, 1))
@@ -230,14 +231,6 @@ class AttentionBackend(ABC):
     @abstractmethod
     def attended_memory(self, query_len: int, seq_len: int, num_heads: int) -> ChunkMemory:
         """`chunk_memory` where `prefill` attends: what it gathers and scores at a time."""
-
-
-def _divided(array: mx.array, counts: list[int]) -> list[mx.array]:
-    """Slices of an array along its first axis; the array itself where there is one count."""
-    if len(counts) == 1:
-        return [array]
-    ends = list(accumulate(counts))
-    return [array[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def _joined(

@@ -118,12 +118,15 @@ def _print_plan(args: argparse.Namespace) -> int:
     from vllm_metal.model.model_binding import ModelBinding
     from vllm_metal.model.weight_size import WeightSize, weight_size
 
-    source = model_loader.ModelSource(args.model, args.revision, args.trust_remote_code)
+    named = model_loader.ModelSource(args.model, args.revision)
+    folder = named.config_folder()  # asks the Hub once
+    source = model_loader.ModelSource(str(folder), None, args.trust_remote_code)
     model = model_loader.load_structure(source)
     binding = ModelBinding(model)
-    weights = WeightSize(args.weights, "--weights") if args.weights else None
-    if weights is None:
-        weights = weight_size(source.config_folder(), model, source.config().for_mlx_lm)
+    if args.weights:
+        weights = WeightSize(args.weights, "--weights")
+    else:
+        weights = weight_size(folder, model, source.config().for_mlx_lm)
     plan = MemoryPlan(_device(args), args.gpu_memory_utilization, weights.bytes, WORKSPACE)
     if plan.page_bytes <= 0:
         raise UserError(f"{args.model!r} leaves no memory for the KV cache", _lines(plan, weights))
@@ -161,11 +164,8 @@ def _device(args: argparse.Namespace) -> Device:
 
 def _lines(plan: MemoryPlan, weights: "WeightSize") -> list[str]:
     """The memory plan, one term a line, and where a term comes from that was not measured."""
-    sources = {"workspace": "assumed", "weights": f"from {weights.source}"}
-    lines = [
-        f"{line} ({sources[line.split()[0]]})" if line.split()[0] in sources else line
-        for line in plan.lines()
-    ]
+    sources = {"workspace": " (assumed)", "weights": f" (from {weights.source})"}
+    lines = [line + sources.get(line.split()[0], "") for line in plan.lines()]
     return [f"memory of {plan.device.name}", *lines]
 
 

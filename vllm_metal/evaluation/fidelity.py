@@ -14,6 +14,7 @@ import numpy as np
 from vllm_metal.attention.backend import AttentionBackend
 from vllm_metal.evaluation.sequence import PagedSequence
 from vllm_metal.model.model_binding import ModelBinding
+from vllm_metal.startup.loss_check import kl_divergence, log_softmax
 
 DECODE_POSITIONS = 16
 """Positions of a window at which the decode path is compared, too."""
@@ -92,8 +93,8 @@ def _compare_window(
 ) -> None:
     klds, tops, found = [], [], []
     for reference, logits in zip(expected, sequence.prefill(window), strict=True):
-        actual = _log_softmax(logits)
-        klds.append(np.array(_kld(reference, actual)))
+        actual = log_softmax(logits)
+        klds.append(np.array(kl_divergence(reference, actual)))
         tops.append(np.array(mx.argmax(reference, axis=-1) == mx.argmax(actual, axis=-1)))
         found.append(actual)
     result.kld.append(np.concatenate(klds))
@@ -101,25 +102,16 @@ def _compare_window(
     result.loss_change.append(_next_token_losses(found, window) - losses)
     last = len(window) - 1
     positions = np.linspace(FIRST_DECODE_POSITION, last, DECODE_POSITIONS).astype(int).tolist()
-    actual = _log_softmax(sequence.decode_at(window, positions))
-    result.decode_kld.append(np.array(_kld(_rows(expected, positions), actual)))
+    actual = log_softmax(sequence.decode_at(window, positions))
+    result.decode_kld.append(np.array(kl_divergence(_rows(expected, positions), actual)))
 
 
 def _log_probabilities(sequence: PagedSequence, window: Sequence[int]) -> list[mx.array]:
     chunks = []
     for logits in sequence.prefill(window):
-        chunks.append(_log_softmax(logits))
+        chunks.append(log_softmax(logits))
         mx.eval(chunks[-1])
     return chunks
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _kld(expected: mx.array, actual: mx.array) -> mx.array:
-    """KL divergence of each row, [L, vocabulary] to [L]."""
-    return mx.sum(mx.exp(expected) * (expected - actual), axis=-1)
 
 
 def _next_token_losses(chunks: list[mx.array], window: Sequence[int]) -> np.ndarray:

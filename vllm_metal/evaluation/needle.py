@@ -64,7 +64,7 @@ def find_needles(
         ValueError: a haystack does not hold the sentences, or the text is shorter than it.
     """
     needles = []
-    questions = [encode(f"\n{beginning}") for beginning, _ in NEEDLES]
+    questions = [encode(f"\n{question}") for question, _ in NEEDLES]
     room = max(map(len, questions)) + ANSWER_TOKENS
     for length in haystacks:
         haystack = [*beginning, *_haystack(hay, length - len(beginning), encode)]

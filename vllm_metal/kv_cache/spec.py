@@ -28,7 +28,6 @@ from vllm_metal.kv_cache.groups import AttentionGroup, CacheLayout, KVGroup, Reg
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
 KV_CACHE_LAYOUT = "LBNHC"
 """vLLM's name for one region per layer, block-major inside it."""
@@ -139,7 +138,7 @@ def with_spare_blocks(
     vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec]
 ) -> dict[str, KVCacheSpec]:
     """The same specs, with room for copies of the blocks in which prefixes end."""
-    groups = _groups(vllm_config, specs)
+    groups = get_kv_cache_groups(_with_layout(vllm_config), dict(specs))
     states = sum(isinstance(group.kv_cache_spec, MambaSpec) for group in groups)
     copied = -(-len(groups) // states)
     return {
@@ -222,7 +221,7 @@ def capacity(
     It works before vLLM has settled the layout, too, as in the process that serves `/metrics`.
     """
     vllm_config = _with_layout(vllm_config)
-    groups = _groups(vllm_config, specs)
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
     layout = cache_layout(get_kv_cache_config_from_groups(vllm_config, groups, 1 << 50))
     bytes_per_block = sum(region.page_bytes for region in layout.regions)
     block_size = next(iter(iter_layer_specs(groups[0].kv_cache_spec))).block_size
@@ -240,11 +239,6 @@ def _with_layout(vllm_config: "VllmConfig") -> "VllmConfig":
     vllm_config.cache_config = copy(vllm_config.cache_config)
     vllm_config.cache_config.kv_cache_layout = KV_CACHE_LAYOUT
     return vllm_config
-
-
-def _groups(vllm_config: "VllmConfig", specs: dict[str, KVCacheSpec]) -> "list[KVCacheGroupSpec]":
-    """vLLM's grouping of the layers."""
-    return get_kv_cache_groups(_with_layout(vllm_config), dict(specs))
 
 
 @dataclass(frozen=True)

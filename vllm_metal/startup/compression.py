@@ -39,7 +39,7 @@ def key_constants(
         max_model_len: tokens.
         results: where they are kept.
     """
-    texts = prompt_beginning(encode), encode(TEXT, add_special_tokens=False)
+    texts = _texts(encode)
 
     def measure() -> list[KeyConstants]:
         started = time.perf_counter()
@@ -77,7 +77,7 @@ def check_loss(
         UserError: the loss is more than the user has accepted; see `loss_check.judge`.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    texts = prompt_beginning(encode), encode(TEXT, add_special_tokens=False)
+    texts = _texts(encode)
     token_ids = [*texts[0], *texts[1]][: min(loss_check.TOKENS, model.max_model_len)]
     dtype = mlx_dtype(dense_dtype(cache.cache_dtype, model.dtype))
 
@@ -94,3 +94,8 @@ def check_loss(
     depends_on |= dependencies.of_compression_loss(turboquant, len(binding.layers), str(dtype))
     loss = results.get(COMPRESSION_LOSS, depends_on, measure)
     loss_check.judge(loss, str(turboquant.formats), turboquant.accepts_loss)
+
+
+def _texts(encode: Encode) -> tuple[list[int], list[int]]:
+    """What every prompt begins with, and the calibration text after it, as token ids."""
+    return prompt_beginning(encode), encode(TEXT, add_special_tokens=False)

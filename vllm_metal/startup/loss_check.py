@@ -75,9 +75,9 @@ def measure_loss(
     for begin in range(0, len(token_ids), _ROWS):
         end = min(begin + _ROWS, len(token_ids))
         reference, actual = (
-            _log_softmax(rows.of(begin, end).astype(mx.float32)) for rows in (expected, found)
+            log_softmax(rows.of(begin, end).astype(mx.float32)) for rows in (expected, found)
         )
-        kld = mx.sum(mx.exp(reference) * (reference - actual), axis=-1)
+        kld = kl_divergence(reference, actual)
         # A distribution that is not one has no divergence; that of the reference is no loss.
         kld = mx.where(mx.isnan(kld) & ~mx.isnan(reference).any(axis=-1), mx.inf, kld)
         divergences.append(np.array(kld))
@@ -136,5 +136,11 @@ def _read(
     return rows
 
 
-def _log_softmax(logits: mx.array) -> mx.array:
+def log_softmax(logits: mx.array) -> mx.array:
+    """Log-probabilities of each row, [L, vocabulary]."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def kl_divergence(expected: mx.array, actual: mx.array) -> mx.array:
+    """Of each row of log-probabilities, [L, vocabulary] to [L]."""
+    return mx.sum(mx.exp(expected) * (expected - actual), axis=-1)
